@@ -1,0 +1,3451 @@
+#!/usr/bin/env python3
+"""dockeragent: a small, safe HTTP API in front of one Docker Engine.
+
+    API_KEY=... python3 dockeragent.py
+
+Whoever holds the key is root on the host: creating a container can mount the host's filesystem,
+and POST /api/v1/files writes any file under HOST_ROOT. There are no users, no roles, no sandbox.
+
+Trusted: the environment, the Engine, the process's own files. Not trusted: whoever reaches the
+port (before the key is checked), what a container prints, and the tree under HOST_ROOT, where
+somebody else may be swapping folders for links while a file is being written.
+
+The file reads top to bottom; each section uses only names defined above it:
+
+    Constants, Errors, Configuration, Logging, Rate limiter, Validation, Request schemas,
+    Sockets, Engine client, Containers and images, Files, Logs, Endpoints, Routes,
+    HTTP handler, Server, Command line
+
+Invariants, each stated again on the line that keeps it:
+ 1. The key is compared in one place, on bytes, in constant time; without it only /health answers.
+ 2. A request head is matched byte for byte by the grammar below before any other code sees it, and
+    unread body bytes always close the connection.
+ 3. No size, count or wait comes from a peer without a constant that bounds it.
+ 4. No path is checked and then used: the walk that checks is the walk that opens.
+ 5. Container output reaches an event stream only through the function that splits CR.
+ 6. Ids and names match a regex before they are put in an Engine URL, and are quoted there.
+ 7. The key, request bodies and file contents never reach a log line.
+"""
+
+from __future__ import annotations
+
+import array
+import base64
+import binascii
+import bisect
+import calendar
+import collections
+import contextlib
+import datetime
+import email.utils
+import errno
+import functools
+import hmac
+import http
+import http.client
+import http.server
+import io
+import ipaddress
+import json
+import math
+import os
+import re
+import resource
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import ssl
+import stat
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn, Optional, TypeVar, Union
+from urllib.parse import quote, unquote, urlencode, urlsplit
+
+# --------------------------------------------------------------------------------------------------
+# Constants: every limit and wait, with its unit and reason; the grammars
+# --------------------------------------------------------------------------------------------------
+
+VERSION = "1.0.0"
+API = "/api/v1"
+
+# What a client may send, and how long it may take (seconds, for the whole step, not per read).
+MAX_REQUEST_LINE = 8 * 1024  # bytes; past it 414
+MAX_FIELD_BLOCK = 32 * 1024  # bytes; past it 431
+MAX_FIELDS = 100  # field lines; past it 431
+MAX_BODY = 10 * 1024 * 1024  # bytes, decoded; past it 413
+MAX_CHUNK_LINE = 1024  # bytes; a size and its extensions
+MAX_TRAILER = 8 * 1024  # bytes; trailer fields are checked and dropped
+MAX_DEPTH = 32  # nested arrays and objects; the decoder recurses on the C stack
+MAX_DIGITS = 20  # of one JSON number; int() of thousands of digits is quadratic
+HANDSHAKE_TIMEOUT = 10.0
+HEAD_TIMEOUT = 10.0
+BODY_TIMEOUT = 60.0
+IDLE_TIMEOUT = 75.0  # between two requests of one connection
+WRITE_TIMEOUT = 30.0  # without a byte taken by the client
+LINGER_TIMEOUT = 3.0  # for the client to read an answer that came before its body was read
+GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
+RECEIVE = 64 * 1024  # bytes asked of a socket at once
+STREAM_BUFFER = 128 * 1024  # bytes the kernel holds for a slow reader of a stream
+REFUSALS = 256  # refused connections left open for a moment so that their 503 is read
+
+RATE_WINDOW = 60.0  # seconds
+MAX_CLIENTS = 10_000  # windows kept; past it the least recently used is forgotten
+
+# What the Engine may take.
+NEWEST_API = (1, 51)  # the newest Engine API this file was written against
+CONNECT_TIMEOUT = 5.0
+CALL_TIMEOUT = 30.0
+START_TIMEOUT = 120.0  # create and start
+PING_TIMEOUT = 3.0
+PULL_SILENCE = 120.0  # between two words about a pull
+DEFAULT_STOP = 10  # seconds, the Engine's own default
+MAX_STOP = 86_400  # seconds; no wait here is unbounded
+MAX_ANSWER = 64 * 1024 * 1024  # bytes of one answer that is not a stream
+MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
+HEALTH_CACHE = 1.0  # seconds
+
+MAX_LINE = 1024 * 1024  # bytes of one log line; the rest goes on as the next
+MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own frames hold up to 16 KiB and a timestamp
+ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into entries of this size
+RETRY = 3000  # milliseconds before an event stream's client reconnects
+PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event stream's proxies awake
+# The Engine writes each log entry by itself. When they come in a burst, a pause this long before a
+# read lets some 100 gather, which halves the time the whole log takes.
+BURST = 0.002  # seconds between two reads that make a burst
+BURST_PAUSE = 0.0002  # seconds
+# Resuming reads the log again from this long before the last line: an entry that was begun earlier
+# may have been finished later, and is stamped with its beginning.
+RESUME_MARGIN = 5  # seconds
+RESUME_JITTER = 10_000_000  # nanoseconds by which stdout and stderr may be stored out of order
+
+MAX_LINKS = 40  # symbolic links in one path, as Linux has it
+MAX_PATH = 4096  # bytes, PATH_MAX
+
+# RFC 9110 section 5.6.2 and 5.5, RFC 9112 section 3: no control but HTAB in a value, so a bare CR,
+# a bare LF or a NUL never matches; no white space before the colon, so no folded line does either.
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-\"$-~]+) HTTP/([0-9])\.([0-9])")
+STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [\t -~\x80-\xff]*)?")
+FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)")
+HOST_VALUE = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+LONE_CONTROL = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0")
+# RFC 9112 section 7.1: each chunk but the first is preceded by the CRLF that ends the one before.
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+NEXT_CHUNK_LINE = re.compile(rb"\r\n" + CHUNK_LINE.pattern)
+TRAILER = re.compile(rb"(?:" + FIELD_LINE.pattern + rb"\r\n)*\r\n")
+
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+CONTAINER = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
+LOG_STAMP = re.compile(
+    rb"([0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?"
+    rb"(Z|[+-][0-9]{2}:[0-9]{2}) "
+)
+TIMESTAMP = re.compile(
+    r"([0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?"
+    r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
+)
+UNIX_TIME = re.compile(r"([0-9]{1,11})(?:\.([0-9]{1,9}))?")
+DURATION_PART = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,15}))?(ns|us|µs|ms|s|m|h)")
+DURATION_UNITS = {  # nanoseconds
+    "ns": 1,
+    "us": 10**3,
+    "µs": 10**3,
+    "ms": 10**6,
+    "s": 10**9,
+    "m": 60 * 10**9,
+    "h": 3600 * 10**9,
+}
+EVENT_ID = re.compile(r"([0-9]{1,11})\.([0-9]{9})-([0-9]{1,15})")
+
+# A client that has gone: its end of the connection is shut, whatever is still to be read from it.
+GONE = select.POLLRDHUP
+
+# Python's phrases changed between 3.9 and 3.13 (413, 414, 416, 422); these are RFC 9110's.
+PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
+PHRASES.update({413: "Content Too Large", 414: "URI Too Long"})
+
+# --------------------------------------------------------------------------------------------------
+# Errors: one class a client is told about, one envelope
+# --------------------------------------------------------------------------------------------------
+
+
+class ApiError(Exception):
+    """A refusal the client is told about: one status, one sentence, perhaps headers."""
+
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.headers = headers or {}
+
+
+class EngineError(ApiError):
+    """The Engine refused, is not there (503), is silent (504) or answers nonsense (502)."""
+
+
+class ClientGone(Exception):
+    """The client has hung up or stopped reading. Raised by what reads from and writes to it."""
+
+
+class Stopping(Exception):
+    """The agent is being stopped; raised in streams, which tell their clients."""
+
+
+def envelope(status: int, message: str) -> dict[str, Any]:
+    """Return the JSON object that every error is answered with."""
+    return {"error": PHRASES.get(status, "Error"), "message": message, "status": status}
+
+
+def encode_json(value: Any) -> bytes:
+    """Return value as compact UTF-8 JSON."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+# --------------------------------------------------------------------------------------------------
+# Configuration: the environment to one frozen Config; every problem names its variable
+# --------------------------------------------------------------------------------------------------
+
+Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
+IPAddress = Union[ipaddress.IPv4Address, ipaddress.IPv6Address]
+
+LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+
+
+class ConfigError(Exception):
+    """What is wrong with the environment, a line for each problem."""
+
+
+class Address(NamedTuple):
+    """Where to listen or to find the Engine: a Unix socket's path, or a host and port."""
+
+    path: str = ""
+    host: str = ""
+    port: int = 0
+    scheme: str = "unix"
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix://{self.path}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
+
+
+def parse_port(text: str) -> int:
+    """Return a TCP port from its decimal digits. Raises ValueError."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535):
+        raise ValueError(f"{text!r} is not a port from 0 to 65535")
+    return int(text)
+
+
+def parse_listen(text: str) -> Address:
+    """Return the address of ":3000", "127.0.0.1:3000", "[::1]:3000" or "unix:///run/a.sock"."""
+    if text.startswith("unix://"):
+        if not text.startswith("unix:///") or text.endswith("/"):
+            raise ValueError("a Unix socket is written unix:///path/to/socket")
+        return Address(path=text[len("unix://") :])
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = str(ipaddress.IPv6Address(host[1:-1]))
+    elif not colon or ":" in host:
+        raise ValueError("write :3000, 127.0.0.1:3000, [::1]:3000 or unix:///path/to/socket")
+    elif host and host != "localhost":
+        host = str(ipaddress.IPv4Address(host))
+    return Address(host=host, port=parse_port(port), scheme="tcp")
+
+
+def parse_engine(text: str) -> Address:
+    """Return the Engine's address from DOCKER_HOST's forms. Raises ValueError."""
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme == "unix" and rest.startswith("/"):
+        return Address(path=rest)
+    if not separator or scheme not in ("tcp", "http", "https"):
+        raise ValueError(
+            f"{scheme}:// is not supported; use unix:///path, tcp://host:port, http:// or https://"
+        )
+    parts = urlsplit(text)
+    if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.username:
+        raise ValueError(f"{text!r} is not of the form {scheme}://host:port")
+    return Address(host=parts.hostname, port=parts.port or 0, scheme=scheme)
+
+
+def parse_count(text: str, least: int) -> int:
+    """Return an integer of at least `least`, written in ASCII digits. Raises ValueError."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= least):
+        raise ValueError(f"{text!r} is not an integer of at least {least}")
+    return int(text)
+
+
+def parse_networks(text: str) -> tuple[Network, ...]:
+    """Return the networks of a comma-separated list of CIDRs. Raises ValueError."""
+    return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
+
+
+def parse_level(text: str) -> int:
+    """Return the rank of a log level's name. Raises ValueError."""
+    if text.lower() not in LEVELS:
+        raise ValueError(f"{text!r} is not one of {', '.join(LEVELS)}")
+    return LEVELS[text.lower()]
+
+
+def parse_api_version(text: str) -> str:
+    """Return an Engine API version such as "1.41". Raises ValueError."""
+    if text and not re.fullmatch(r"1\.[0-9]{1,3}", text):
+        raise ValueError(f"{text!r} is not an Engine API version such as 1.41")
+    return text
+
+
+def parse_key(key: bytes) -> bytes:
+    """Return the key, if a header can carry it. Raises ValueError, without the key."""
+    if re.search(rb"[\x00-\x1f\x7f]", key) or key != key.strip(b" "):
+        raise ValueError("the key has a control character, or a space at an end: no header has")
+    return key
+
+
+def read_key_file(path: str) -> bytes:
+    """Return the key in a file, less one trailing newline. Raises OSError or ValueError."""
+    if not path:
+        return b""
+    with open(path, "rb") as file:
+        key = file.read(MAX_REQUEST_LINE)
+    key = key[:-1] if key.endswith(b"\n") else key
+    if not key:
+        raise ValueError(f"{path} holds no key")
+    return parse_key(key)
+
+
+def parse_root(text: str) -> str:
+    """Return an absolute path. Raises ValueError."""
+    if not text.startswith("/"):
+        raise ValueError(f"{text!r} is not an absolute path")
+    return text
+
+
+class Setting(NamedTuple):
+    """One environment variable: its name, default, meaning and parser."""
+
+    name: str
+    default: str
+    meaning: str
+    parse: Callable[[str], Any] = str
+
+
+SETTINGS = (
+    Setting(
+        "API_KEY",
+        "",
+        "the key that clients send as X-API-Key (required, unless API_KEY_FILE is set)",
+        lambda text: parse_key(os.fsencode(text)),
+    ),
+    Setting("API_KEY_FILE", "", "file to read the key from instead", read_key_file),
+    Setting(
+        "LISTEN_ADDR",
+        ":3000",
+        ":3000 (all interfaces), 127.0.0.1:3000, [::1]:3000 or unix:///path",
+        parse_listen,
+    ),
+    Setting(
+        "DOCKER_HOST",
+        "unix:///var/run/docker.sock",
+        "the Engine: unix:///path, tcp://host:port, http:// or https://",
+        parse_engine,
+    ),
+    Setting("DOCKER_TLS_VERIFY", "", "when not empty, tcp:// speaks TLS"),
+    Setting(
+        "DOCKER_CERT_PATH",
+        "",
+        "folder with ca.pem, cert.pem and key.pem for the Engine (~/.docker)",
+    ),
+    Setting(
+        "DOCKER_API_VERSION",
+        "",
+        "Engine API version to use, such as 1.41 (negotiated)",
+        parse_api_version,
+    ),
+    Setting(
+        "HOST_ROOT", "/host", "where the host's filesystem is mounted; / on a bare host", parse_root
+    ),
+    Setting(
+        "RATE_LIMIT",
+        "100",
+        "requests per 60 seconds per client on /api/v1; 0 turns it off",
+        functools.partial(parse_count, least=0),
+    ),
+    Setting(
+        "TRUSTED_PROXIES",
+        "",
+        "comma-separated CIDRs whose X-Forwarded-For is believed",
+        parse_networks,
+    ),
+    Setting("TLS_CERT_FILE", "", "certificate (chain) to serve HTTPS with"),
+    Setting("TLS_KEY_FILE", "", "its private key"),
+    Setting("TLS_CLIENT_CA_FILE", "", "require a client certificate signed by this CA"),
+    Setting(
+        "MAX_CONNECTIONS",
+        "1024",
+        "connections served at once; past it a new one gets 503",
+        functools.partial(parse_count, least=1),
+    ),
+    Setting("LOG_LEVEL", "info", "debug, info, warning or error", parse_level),
+)
+
+
+class Config(NamedTuple):
+    """What SETTINGS parse to, under the variables' names in lower case, and two TLS contexts."""
+
+    api_key: bytes
+    api_key_file: bytes
+    listen_addr: Address
+    docker_host: Address
+    docker_tls_verify: str
+    docker_cert_path: str
+    docker_api_version: str
+    host_root: str
+    rate_limit: int
+    trusted_proxies: tuple[Network, ...]
+    tls_cert_file: str
+    tls_key_file: str
+    tls_client_ca_file: str
+    max_connections: int
+    log_level: int
+    server_tls: Optional[ssl.SSLContext] = None
+    engine_tls: Optional[ssl.SSLContext] = None
+
+
+def load_config(environ: Mapping[str, str]) -> Config:
+    """Return the configuration in environ; an empty variable counts as not set.
+
+    Raises ConfigError with a line for each variable that is missing or wrong.
+    """
+    values: dict[str, Any] = {}
+    problems = []
+    for setting in SETTINGS:
+        try:
+            value = setting.parse(environ.get(setting.name) or setting.default)
+        except (OSError, ValueError) as error:
+            problems.append(f"{setting.name}: {describe(error)}")
+            value = None
+        values[setting.name.lower()] = value
+    if not problems:
+        problems = load_secrets(values)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return Config(**values)
+
+
+def describe(error: Exception) -> str:
+    """Return one line for an error, without the number Python puts before an OSError's text."""
+    if isinstance(error, OSError) and error.strerror:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
+        return f"{name}: {error.strerror}" if name else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def load_secrets(values: dict[str, Any]) -> list[str]:
+    """Settle in values what takes several variables: key, TLS contexts. Return the problems."""
+    problems = []
+    if values["api_key"] and values["api_key_file"]:
+        problems.append("API_KEY_FILE: set this or API_KEY, not both")
+    values["api_key"] = values["api_key"] or values["api_key_file"]
+    if not values["api_key"]:
+        problems.append("API_KEY: is required; try API_KEY=$(openssl rand -hex 32)")
+    for context, load in (("server_tls", server_context), ("engine_tls", engine_context)):
+        try:
+            values[context] = load(values)
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
+
+
+@contextlib.contextmanager
+def naming(variable: str, path: str) -> Iterator[None]:
+    """Turn an error about the file at path into a ConfigError that names the variable."""
+    try:
+        yield
+    except OSError as error:  # ssl.SSLError is one
+        reason = getattr(error, "reason", None) or error.strerror or error
+        raise ConfigError(f"{variable}: {path}: {reason}") from error
+
+
+def server_context(values: Mapping[str, Any]) -> ssl.SSLContext | None:
+    """Return the listener's TLS context, None for plain HTTP. Raises ConfigError."""
+    cert, key, ca = (
+        values[name] for name in ("tls_cert_file", "tls_key_file", "tls_client_ca_file")
+    )
+    if bool(cert) != bool(key):
+        raise ConfigError(
+            "TLS_KEY_FILE: is required with TLS_CERT_FILE"
+            if cert
+            else "TLS_CERT_FILE: is required with TLS_KEY_FILE"
+        )
+    if not cert:
+        if ca:
+            raise ConfigError("TLS_CLIENT_CA_FILE: needs TLS_CERT_FILE and TLS_KEY_FILE")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    for variable, path in (("TLS_CERT_FILE", cert), ("TLS_KEY_FILE", key)):
+        with naming(variable, path), open(path, "rb"):
+            pass
+    with naming("TLS_CERT_FILE", f"{cert} with {key}"):
+        context.load_cert_chain(cert, key, password=no_password)
+    if ca:
+        with naming("TLS_CLIENT_CA_FILE", ca):
+            context.load_verify_locations(ca)
+        # Invariant: with a client CA set, nobody without its certificate gets past the handshake.
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def no_password() -> str:
+    """Refuse an encrypted key: OpenSSL would ask for its password on the terminal."""
+    raise OSError(errno.EINVAL, "the private key is encrypted")
+
+
+def engine_context(values: Mapping[str, Any]) -> ssl.SSLContext | None:
+    """Return the TLS context for the Engine, None for plain. Raises ConfigError."""
+    scheme, folder = values["docker_host"].scheme, values["docker_cert_path"]
+    if not (scheme == "https" or (scheme == "tcp" and values["docker_tls_verify"])):
+        return None
+    if scheme == "https" and not (folder or values["docker_tls_verify"]):
+        return ssl.create_default_context()
+    folder = folder or os.path.expanduser("~/.docker")
+    ca, cert, key = (os.path.join(folder, name) for name in ("ca.pem", "cert.pem", "key.pem"))
+    with naming("DOCKER_CERT_PATH", ca):
+        context = ssl.create_default_context(cafile=ca)
+    if os.path.exists(cert) or os.path.exists(key):
+        with naming("DOCKER_CERT_PATH", f"{cert} with {key}"):
+            context.load_cert_chain(cert, key, password=no_password)
+    return context
+
+
+# --------------------------------------------------------------------------------------------------
+# Logging: one JSON object a line on standard output
+# --------------------------------------------------------------------------------------------------
+
+
+def timestamp(now: float, timespec: str = "milliseconds") -> str:
+    """Return Unix seconds as RFC 3339 in UTC: "2026-02-21T10:00:00.000Z"."""
+    moment = datetime.datetime.fromtimestamp(now, datetime.timezone.utc)
+    return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
+
+
+class Log:
+    """Writes log lines to a descriptor; drops them, and counts, rather than wait for a reader."""
+
+    def __init__(self, level: int, descriptor: int = 1) -> None:
+        self.level = level
+        self._descriptor = descriptor
+        self._dropped = 0
+        self._lock = threading.Lock()
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def __call__(self, level: str, msg: str, **fields: Any) -> None:
+        """Write one line: time, level, msg and the fields."""
+        if LEVELS[level] < self.level:
+            return
+        record = {"time": timestamp(time.time()), "level": level, "msg": msg, **fields}
+        with self._lock:
+            if self._dropped:
+                record["dropped"] = self._dropped
+            # A full disk, a closed pipe, a reader that is gone: none may end a request.
+            with contextlib.suppress(OSError):
+                # Invariant: a full pipe never blocks: it polls writable only while PIPE_BUF bytes
+                # fit, and no line is longer.
+                if self._poll.poll(0) and os.write(self._descriptor, fit_line(record)):
+                    self._dropped = 0
+                    return
+            self._dropped += 1
+
+
+def fit_line(record: dict[str, Any]) -> bytes:
+    """Return record as one line of ASCII JSON of at most PIPE_BUF bytes, its strings cut to fit.
+
+    ASCII JSON has every control and every non-ASCII character escaped: no field can end its line.
+    """
+    for longest in (4096, 2000, 600, 100):
+        cut = {k: v[-longest:] if isinstance(v, str) else v for k, v in record.items()}
+        line = json.dumps(cut).encode() + b"\n"
+        if len(line) <= select.PIPE_BUF:
+            break
+    return line
+
+
+# --------------------------------------------------------------------------------------------------
+# Rate limiter: who a client is, and its sliding window
+# --------------------------------------------------------------------------------------------------
+
+
+def parse_ip(text: str) -> IPAddress | None:
+    """Return an IP address, an IPv4-mapped one as the IPv4 one it is; None for anything else."""
+    try:
+        address = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> str:
+    """Return the address a request is counted under; peer is "" on a Unix socket.
+
+    forwarded: X-Forwarded-For, believed only as far as the hop that wrote it is trusted: the
+    right-most address that no trusted proxy has is the client.
+    """
+    client = parse_ip(peer)
+    if client is None:
+        return "unix"
+    for hop in reversed(forwarded.split(",")):
+        if not any(client in network for network in trusted):
+            break
+        address = parse_ip(hop.strip())
+        if address is None:
+            break
+        client = address
+    return str(client)
+
+
+def rate_key(client: str) -> str:
+    """Return what a client's window is kept under: an IPv6 client may use its whole /64."""
+    if ":" not in client:
+        return client
+    return str(ipaddress.IPv6Network((client, 64), strict=False))
+
+
+class RateLimiter:
+    """Exact sliding windows: no RATE_WINDOW seconds ever admit more than `limit` of one client."""
+
+    def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limit = limit
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._windows: collections.OrderedDict[tuple[str, bool], array.array[float]]
+        self._windows = collections.OrderedDict()
+
+    def admit(self, client: str, has_key: bool) -> dict[str, str]:
+        """Count one request and return its X-RateLimit headers; none with the limit off.
+
+        Requests with the key and without have windows of their own, so that a stranger behind the
+        same address cannot lock a key holder out. Raises ApiError (429), which counts nothing.
+        """
+        if not self._limit:
+            return {}
+        with self._lock:
+            now = self._clock()
+            times = self._window((rate_key(client), has_key), now)
+            admitted = len(times) < self._limit
+            if admitted:
+                times.append(now)
+            left, reset = self._limit - len(times), math.ceil(times[0] + RATE_WINDOW - now)
+        headers = {
+            "X-RateLimit-Limit": str(self._limit),
+            "X-RateLimit-Remaining": str(left),
+            "X-RateLimit-Reset": str(max(1, reset)),
+        }
+        if admitted:
+            return headers
+        headers["Retry-After"] = headers["X-RateLimit-Reset"]
+        message = f"more than {self._limit} requests in 60 seconds; retry in {max(1, reset)} s"
+        raise ApiError(429, message, headers)
+
+    def _window(self, key: tuple[str, bool], now: float) -> array.array[float]:
+        """Return the moments that still count, oldest first; forget the clients long gone."""
+        times = self._windows.setdefault(key, array.array("d"))
+        self._windows.move_to_end(key)
+        del times[: bisect.bisect_right(times, now - RATE_WINDOW)]
+        while len(self._windows) > 1:
+            oldest = next(iter(self._windows.values()))
+            # Invariant: the table is bounded, whoever comes from however many addresses.
+            if oldest and oldest[-1] > now - RATE_WINDOW and len(self._windows) <= MAX_CLIENTS:
+                break
+            self._windows.popitem(last=False)
+        return times
+
+
+# --------------------------------------------------------------------------------------------------
+# Validation: a subset of JSON Schema, strict JSON, query strings
+# --------------------------------------------------------------------------------------------------
+
+Schema = dict[str, Any]
+
+TYPES: dict[str, Callable[[Any], bool]] = {
+    "string": lambda value: isinstance(value, str),
+    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
+    "boolean": lambda value: isinstance(value, bool),
+    "array": lambda value: isinstance(value, list),
+    "object": lambda value: isinstance(value, dict),
+}
+BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+KEYWORDS = set(
+    "type properties required values items enum pattern minimum maximum maxLength raw unique"
+    " description".split()
+)
+
+
+def check_schema(schema: Schema) -> Schema:
+    """Return schema. Raises ValueError for a keyword that `validate` would not enforce."""
+    if unknown := set(schema) - KEYWORDS:
+        raise ValueError(f"unknown keywords {unknown} in {schema}")
+    nested = [schema[key] for key in ("items", "values") if key in schema]
+    for child in (*schema.get("properties", {}).values(), *nested):
+        check_schema(child)
+    return schema
+
+
+def refuse(path: str, rule: str) -> NoReturn:
+    """Raise the ApiError (400) for the field at path."""
+    raise ApiError(400, f"{path or 'body'}: {rule}")
+
+
+def validate(schema: Schema, value: Any, path: str = "") -> Any:
+    """Return value as schema allows it, less the members that are null.
+
+    Raises ApiError (400) that names the path and the rule: "ports[0].host_port: must be ...".
+    """
+    types = schema["type"].split("|")
+    if not any(TYPES[name](value) for name in types):
+        names = " or ".join(("an " if name[0] in "aio" else "a ") + name for name in types)
+        refuse(path, f"must be {schema.get('description') or names}")
+    if isinstance(value, str):
+        validate_string(schema, value, path)
+    elif isinstance(value, (int, float)):
+        low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+        if not low <= value <= high:
+            limits = f"between {low:,} and {high:,}" if high < math.inf else f"at least {low:,}"
+            refuse(path, f"must be {schema.get('description') or limits}")
+    elif isinstance(value, dict):
+        return validate_object(schema, value, path)
+    elif isinstance(value, list):
+        items = [validate(schema["items"], item, f"{path}[{i}]") for i, item in enumerate(value)]
+        if schema.get("unique") and len(set(items)) < len(items):
+            refuse(path, "must not name the same twice")
+        return items
+    return value
+
+
+def validate_string(schema: Schema, value: str, path: str) -> None:
+    """Check one string. Raises ApiError (400)."""
+    if "\0" in value and not schema.get("raw"):
+        refuse(path, "must not contain a NUL character")
+    if not is_unicode(value):
+        refuse(path, "must not contain a lone surrogate")
+    if "enum" in schema and value not in schema["enum"]:
+        refuse(path, f"must be one of {', '.join(schema['enum'])}")
+    if len(value) > schema.get("maxLength", MAX_BODY):
+        refuse(path, f"must be at most {schema['maxLength']} characters")
+    if "pattern" in schema and not re.fullmatch(schema["pattern"], value):
+        refuse(path, f"must be {schema['description']}")
+
+
+def is_unicode(text: str) -> bool:
+    """Return whether text can be encoded, that is, has no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def validate_object(schema: Schema, value: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return one object's members that are not null. Raises ApiError (400)."""
+    properties, result = schema.get("properties", {}), {}
+    for name, member in value.items():
+        if "values" in schema:
+            validate_string({}, name, path)
+        elif name not in properties:
+            known = f"known here: {', '.join(properties)}" if properties else "none is known here"
+            refuse(path, f"unknown field {json.dumps(name)}; {known}")
+        if member is not None:
+            rule = schema.get("values") or properties[name]
+            result[name] = validate(rule, member, f"{path}.{name}" if path else name)
+    for name in schema.get("required", ()):
+        if name not in result:
+            refuse(f"{path}.{name}" if path else name, "is required")
+    return result
+
+
+def decode_json(body: bytes) -> Any:
+    """Return the value of strict JSON (RFC 8259, and I-JSON's unique keys).
+
+    Raises ApiError (400) for anything Python's decoder lets through beyond that.
+    """
+    try:
+        text = body.decode()
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"body: is not UTF-8 at byte {error.start}") from error
+    # Invariant: the depth is known before the decoder, which recurses, sees it: all that is left
+    # without escapes and strings are brackets and scalars.
+    bare = re.sub(rb'"[^"]*"?', b"", re.sub(rb"\\.", b"", body, flags=re.DOTALL))
+    depth = 0
+    for bracket in re.findall(rb"[\[{\]}]", bare):
+        depth += 1 if bracket in b"[{" else -1
+        if depth > MAX_DEPTH:
+            raise ApiError(400, f"body: is nested more than {MAX_DEPTH} deep")
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=unique_object,
+            parse_constant=refuse_constant,
+            parse_int=bounded_int,
+        )
+    except ValueError as error:
+        raise ApiError(400, f"body: is not JSON: {error}") from error
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return pairs as a dict. Raises ApiError (400) for a key that comes twice."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        refuse("", f"has the key {json.dumps(repeated)} more than once")
+    return result
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Refuse NaN and the infinities, which are not JSON."""
+    refuse("", f"{name} is not JSON")
+
+
+def bounded_int(digits: str) -> int:
+    """Return an integer's value. Raises ApiError (400) for one no field could mean."""
+    if len(digits) > MAX_DIGITS:
+        refuse("", f"has a number of more than {MAX_DIGITS} digits")
+    return int(digits)
+
+
+def decode_query(query: str, schema: Schema) -> dict[str, Any]:
+    """Return the parameters of a query string, typed as schema says. Raises ApiError (400)."""
+    values: dict[str, Any] = {}
+    for part in filter(None, query.split("&")):
+        raw_name, _, raw_value = part.partition("=")
+        name, value = (unquote(raw, errors="replace") for raw in (raw_name, raw_value))
+        known = schema["properties"].get(name)
+        if known is None:
+            options = ", ".join(schema["properties"]) or "none"
+            raise ApiError(
+                400, f"unknown query parameter {json.dumps(name)}; known here: {options}"
+            )
+        if name in values:
+            raise ApiError(400, f"query parameter {name} is given more than once")
+        values[name] = value
+        if known["type"] == "boolean":
+            if value.lower() not in BOOLEANS:
+                refuse(name, "must be true or false (1, t, true, 0, f, false)")
+            values[name] = BOOLEANS[value.lower()]
+    result: dict[str, Any] = validate(schema, values)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
+# Request schemas: the tables, nothing else
+# --------------------------------------------------------------------------------------------------
+
+SIGNALS = (
+    "ABRT ALRM BUS CHLD CONT FPE HUP ILL INT KILL PIPE PROF QUIT SEGV STOP SYS TERM TRAP TSTP TTIN"
+    " TTOU URG USR1 USR2 VTALRM WINCH XCPU XFSZ".split()
+)
+PORT = r"0*(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+PORT_RULE = "a port from 1 to 65535, in ASCII digits"
+NAME_RULE = "letters, digits, '_', '.' or '-', beginning with a letter or digit"
+# The distribution project's reference grammar: [domain[:port]/]path[:tag][@digest]
+IMAGE = (
+    r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?/)?"
+    r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
+    r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64}|@sha512:[0-9a-f]{128})?"
+)
+IMAGE_RULE = "an image such as nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
+
+
+def text(pattern: str = "", rule: str = "", longest: int = 4096) -> Schema:
+    """Return the schema of a string."""
+    schema = {"type": "string", "maxLength": longest}
+    return {**schema, "pattern": pattern, "description": rule} if pattern else schema
+
+
+def record(properties: dict[str, Schema], *required: str) -> Schema:
+    """Return the checked schema of an object with these members."""
+    return check_schema({"type": "object", "properties": properties, "required": required})
+
+
+STRINGS = {"type": "array", "items": {"type": "string"}}
+BOOLEAN = {"type": "boolean"}
+SIGNAL = text(f"(?i:(?:SIG)?(?:{'|'.join(SIGNALS)}))", "a POSIX signal name such as SIGTERM or HUP")
+TIMEOUT = {"type": "integer", "minimum": 0, "maximum": MAX_STOP}
+USER_ID = {"type": "integer", "minimum": 0, "maximum": 2**32 - 2}  # 2**32 - 1 means "no change"
+IMAGE_FIELD = text(IMAGE, IMAGE_RULE, 512)
+NETWORK = text(CONTAINER.pattern, f"a network's name: {NAME_RULE}", 255)
+
+PORT_FIELDS = record(
+    {
+        "container_port": {
+            "type": "string|integer",
+            "pattern": PORT,
+            "minimum": 1,
+            "maximum": 65535,
+            "description": PORT_RULE,
+        },
+        "host_port": {
+            "type": "string|integer",
+            "pattern": f"(?:{PORT})?",
+            "minimum": 1,
+            "maximum": 65535,
+            "description": PORT_RULE + '; "" lets the Engine pick one',
+        },
+        "protocol": {"type": "string", "enum": ("tcp", "udp", "sctp")},
+        "host_ip": text(longest=45),
+    },
+    "container_port",
+)
+VOLUME_FIELDS = record(
+    {
+        "source": text(".+", "a path or a volume's name"),
+        "target": text(r"/+[^/](?s:.*)", "an absolute path other than /"),
+        "read_only": BOOLEAN,
+        "type": {"type": "string", "enum": ("bind", "volume", "tmpfs")},
+    },
+    "target",
+)
+CREATE = record(
+    {
+        "image": text(
+            f"{IMAGE}|(?:sha256:)?[0-9a-f]{{64}}", IMAGE_RULE + ", or an image's id", 512
+        ),
+        "name": text(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", f"at least two {NAME_RULE}", 255),
+        "cmd": STRINGS,
+        "entrypoint": STRINGS,
+        "env": {"type": "array", "items": text(r"(?s:[^=]+=.*)", "NAME=value", MAX_BODY)},
+        "labels": {"type": "object", "values": {"type": "string"}},
+        "working_dir": text("(?s:/.*)", "an absolute path"),
+        "user": text(r"[^\s:]+(?::[^\s:]+)?", "user, uid, user:group or uid:gid", 255),
+        "hostname": text(
+            r"[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?",
+            "a host name: letters, digits, '.' and '-', beginning and ending with one of the first",
+            64,
+        ),
+        "ports": {"type": "array", "items": PORT_FIELDS},
+        "volumes": {"type": "array", "items": VOLUME_FIELDS},
+        "networks": {"type": "array", "items": NETWORK, "unique": True},
+        "network_mode": text(
+            f"(?:container:)?{CONTAINER.pattern}",
+            "bridge, host, none, container:ID or a network's name",
+            255,
+        ),
+        "restart_policy": record(
+            {
+                "name": {
+                    "type": "string",
+                    "enum": ("no", "always", "on-failure", "unless-stopped"),
+                },
+                "max_retry_count": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
+            },
+            "name",
+        ),
+        "resources": record(
+            {
+                # A hundredth is the Engine's own floor; much less would round to "no limit".
+                "cpus": {"type": "number", "minimum": 0.01, "maximum": 1_000_000},
+                "memory_mb": {"type": "integer", "minimum": 6, "maximum": 2**40},
+                "cpu_shares": {"type": "integer", "minimum": 2, "maximum": 262_144},
+            }
+        ),
+        "pull": {"type": "string", "enum": ("missing", "always", "never")},
+    },
+    "image",
+)
+PULL = record(
+    {
+        "image": IMAGE_FIELD,
+        "platform": text(r"[a-z0-9_]+(?:/[a-zA-Z0-9_.]+){0,2}", "os/arch such as linux/amd64", 64),
+    },
+    "image",
+)
+STOP = record({"timeout": TIMEOUT, "signal": SIGNAL})
+KILL = record({"signal": SIGNAL})
+NOTHING = record({})
+FILE = record(
+    {
+        "path": text(longest=MAX_PATH),
+        "content": {"type": "string", "raw": True},
+        "encoding": {"type": "string", "enum": ("utf-8", "base64")},
+        "permission": text("0?[0-7]{1,4}", "an octal mode up to 7777, such as 0644"),
+        "uid": USER_ID,
+        "gid": USER_ID,
+        "atomic": BOOLEAN,
+    },
+    "path",
+    "content",
+)
+LIST_QUERY = record({"all": BOOLEAN})
+REMOVE_QUERY = record({"force": BOOLEAN, "v": BOOLEAN})
+MOMENT = text(longest=64)
+LOGS_QUERY = record(
+    {
+        "follow": BOOLEAN,
+        "tail": text("all|[0-9]{1,9}", "all or an integer of at least 0"),
+        "since": MOMENT,
+        "until": MOMENT,
+        "timestamps": BOOLEAN,
+        "stdout": BOOLEAN,
+        "stderr": BOOLEAN,
+        "format": {"type": "string", "enum": ("text", "json")},
+        "last_event_id": text(
+            EVENT_ID.pattern, "an id that a log stream sent: 1700000000.000000000-1"
+        ),
+    }
+)
+
+# --------------------------------------------------------------------------------------------------
+# Sockets: field lines, body framing and deadlines, for clients and Engine alike
+# --------------------------------------------------------------------------------------------------
+
+Fields = dict[str, list[str]]
+
+
+class BadMessage(Exception):
+    """What a peer sent is not HTTP, or ended too early."""
+
+
+def parse_fields(lines: list[bytes]) -> Fields:
+    """Return field values by lower-case name, in order. Raises BadMessage (RFC 9112 section 5)."""
+    fields: Fields = {}
+    for line in lines:
+        match = FIELD_LINE.fullmatch(line)
+        if not match:
+            raise BadMessage("a header line is not of the form Name: value")
+        name, value = (group.decode("latin-1") for group in match.groups())
+        fields.setdefault(name.lower(), []).append(value.strip(" \t"))
+    return fields
+
+
+def framing(fields: Fields) -> int | None:
+    """Return a body's length in bytes; None for a chunked one (RFC 9112 section 6).
+
+    Raises BadMessage for every framing that two parsers might read in two ways, ApiError (501) for
+    a coding other than chunked.
+    """
+    lengths, codings = fields.get("content-length", []), fields.get("transfer-encoding", [])
+    if len(lengths) + len(codings) > 1:
+        raise BadMessage("more than one Content-Length or Transfer-Encoding")
+    if codings:
+        if codings[0].lower() != "chunked":
+            raise ApiError(501, "Transfer-Encoding: only chunked is understood")
+        return None
+    length = lengths[0] if lengths else "0"
+    if not (length.isascii() and length.isdigit()):
+        raise BadMessage("Content-Length must be plain digits")
+    # 18 digits are past every limit here; int() of thousands would take its time.
+    return int(length.lstrip("0")[:18] or "0")
+
+
+class Body:
+    """Decodes a message body from bytes as they come; what follows it is left in `rest`.
+
+    length: in bytes; None for a chunked body, -1 for one that ends with the connection.
+    """
+
+    def __init__(self, length: int | None) -> None:
+        self.rest = b""
+        self.done = length == 0
+        self._chunked = length is None
+        self._left = length or 0  # bytes of the body, or of the chunk being read
+        self._line = CHUNK_LINE
+        self._last = False
+
+    def feed(self, data: bytes) -> bytes:
+        """Return the body's bytes in data. Raises BadMessage for bad chunked coding."""
+        if not self._chunked:
+            if self._left < 0:
+                return data
+            piece, self.rest = data[: self._left], data[self._left :]
+            self._left -= len(piece)
+            self.done = not self._left
+            return piece
+        data, position, pieces = self.rest + data, 0, []
+        while position < len(data):
+            if self._left:
+                piece = data[position : position + self._left]
+                pieces.append(piece)
+                position += len(piece)
+                self._left -= len(piece)
+                continue
+            match = None if self._last else self._line.match(data, position)
+            if not match:
+                position = self._finish(data, position)
+                break
+            position = match.end()
+            self._left = int(match[1], 16)
+            self._line = NEXT_CHUNK_LINE
+            self._last = not self._left
+        self.rest = data[position:]
+        return b"".join(pieces)
+
+    def _finish(self, data: bytes, position: int) -> int:
+        """Read the trailer, or find out whether a chunk's line is only incomplete."""
+        if self._last:
+            if match := TRAILER.match(data, position):
+                self.done = True
+                return match.end()
+            whole, limit = data.find(b"\r\n\r\n", position) >= 0, MAX_TRAILER
+        else:
+            skip = 2 if self._line is NEXT_CHUNK_LINE else 0
+            whole = not b"\r\n".startswith(data[position : position + skip])
+            whole, limit = whole or data.find(b"\n", position + skip) >= 0, MAX_CHUNK_LINE
+        # Invariant: neither a chunk's line nor the trailer is waited for without a bound.
+        if whole or len(data) - position > limit:
+            raise BadMessage("bad chunked coding")
+        return position
+
+    def end(self) -> None:
+        """Take the end of the connection. Raises BadMessage if the body was not whole."""
+        if self._left >= 0 and not self.done:
+            raise BadMessage("the body ended early")
+        self.done = True
+
+
+def receive(sock: socket.socket, deadline: float) -> bytes:
+    """Return what comes next, b"" at the end. Raises socket.timeout past deadline (monotonic)."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise socket.timeout("timed out")
+    sock.settimeout(left)
+    return sock.recv(RECEIVE)
+
+
+class Watch(NamedTuple):
+    """Whom a stream must not outlive: the client, and (by a socket that tells of it) the agent."""
+
+    client: socket.socket
+    stop: Optional[socket.socket] = None
+
+    def wait(self, sock: socket.socket, seconds: float) -> bool:
+        """Wait until sock can be read; return False if that takes longer than seconds.
+
+        Raises ClientGone, or Stopping if `stop` is watched.
+        """
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            return True
+        poll = select.poll()  # select() cannot take descriptors past 1023
+        poll.register(sock, select.POLLIN)
+        poll.register(self.client, GONE)
+        if self.stop:
+            poll.register(self.stop, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll(max(0, math.ceil(seconds * 1000)))}
+        if self.client.fileno() in ready:
+            raise ClientGone
+        if self.stop and self.stop.fileno() in ready:
+            raise Stopping
+        return bool(ready)
+
+
+# --------------------------------------------------------------------------------------------------
+# Engine client: calls (JSON) and streams (bytes) over a Unix socket, TCP or TLS
+# --------------------------------------------------------------------------------------------------
+
+Answer = TypeVar("Answer")
+
+# Statuses of the Engine that the caller is given as they are; any other is 502.
+KEPT = (400, 401, 403, 404, 409, 500, 501)
+# What a connection that the Engine closed while it was idle ends in.
+STALE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
+
+
+class DeadlineReader(io.RawIOBase):
+    """Reads a socket until one deadline for all reads, so that a peer cannot drip for ever."""
+
+    def __init__(self, sock: socket.socket, deadline: float) -> None:
+        self._sock = sock
+        self._deadline = deadline
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise socket.timeout("timed out")
+        self._sock.settimeout(left)
+        return self._sock.recv_into(buffer)
+
+
+class DeadlineSocket:
+    """As much of a socket as http.client uses, with one deadline (monotonic) for an exchange."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.deadline = 0.0
+
+    def sendall(self, data: bytes) -> None:
+        self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
+        self.sock.sendall(data)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(DeadlineReader(self.sock, self.deadline))
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class EngineStream:
+    """An answer of the Engine that is read as it comes, on a connection of its own."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._body = Body(0)
+        self._rest = b""
+        self._read_at = 0.0
+
+    def start(self, watch: Watch, seconds: float) -> int:
+        """Read the head and return its status. Raises EngineError."""
+        head, deadline = b"", time.monotonic() + seconds
+        while b"\r\n\r\n" not in head:
+            if len(head) > MAX_FIELD_BLOCK:
+                raise EngineError(502, "the Engine's answer has too large a head")
+            data = self._receive(watch, deadline - time.monotonic())
+            if data is None:
+                raise EngineError(504, f"the Engine did not answer within {seconds:.0f} s")
+            if not data:
+                raise EngineError(502, "the Engine closed the connection without an answer")
+            head += data
+        head, _, self._rest = head.partition(b"\r\n\r\n")
+        first, *lines = head.split(b"\r\n")
+        match = STATUS_LINE.fullmatch(first)
+        try:
+            fields = parse_fields(lines)
+            length = framing(fields)
+        except ApiError as error:
+            raise EngineError(502, f"the Engine's answer: {error}") from error
+        except BadMessage as error:
+            raise EngineError(502, f"the Engine's answer is not HTTP: {error}") from error
+        if not match:
+            raise EngineError(502, "the Engine's answer is not HTTP")
+        known = "content-length" in fields or length is None
+        self._body = Body(length if known else -1)
+        return int(match[1])
+
+    def read(self, watch: Watch, seconds: float) -> bytes | None:
+        """Return bytes of the body, b"" at its end, None after `seconds` of silence.
+
+        Raises EngineError (502) if the body is cut short, and what Watch.wait raises.
+        """
+        while not self._body.done:
+            data = self._rest or self._receive(watch, seconds)
+            self._rest = b""
+            if data is None:
+                return None
+            try:
+                piece = self._body.feed(data)
+                if not data:
+                    self._body.end()
+            except BadMessage as error:
+                raise EngineError(502, f"the Engine broke off its answer: {error}") from error
+            if piece:
+                return piece
+        return b""
+
+    def _receive(self, watch: Watch, seconds: float) -> bytes | None:
+        """Return what the Engine sends next, b"" if it hung up, None if it stayed silent."""
+        if time.monotonic() - self._read_at < BURST:
+            time.sleep(BURST_PAUSE)
+        if not watch.wait(self._sock, seconds):
+            return None
+        try:
+            return self._sock.recv(RECEIVE)
+        except OSError as error:
+            raise EngineError(502, f"the Engine broke off its answer: {describe(error)}") from error
+        finally:
+            self._read_at = time.monotonic()
+
+    def read_all(self, watch: Watch) -> bytes:
+        """Return the rest of the body. Raises EngineError past MAX_ANSWER or CALL_TIMEOUT."""
+        pieces, size, deadline = [], 0, time.monotonic() + CALL_TIMEOUT
+        while piece := self.read(watch, deadline - time.monotonic()):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_ANSWER:
+                raise EngineError(502, "the Engine's answer is too large")
+        if piece is None:
+            raise EngineError(504, "the Engine did not finish its answer in time")
+        return b"".join(pieces)
+
+    def close(self) -> None:
+        """Hang up; the Engine ends whatever it was streaming."""
+        self._sock.close()
+
+
+class Engine:
+    """The Docker Engine at one address; remembers its API version and idle connections."""
+
+    def __init__(self, address: Address, tls: ssl.SSLContext | None, version: str = "") -> None:
+        self.address = address
+        self._tls = tls
+        self._pinned = version
+        self._version = version
+        self._idle: list[http.client.HTTPConnection] = []
+        self._health_lock = threading.Lock()
+        self._health = (-HEALTH_CACHE, False)
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, Any] | None = None,
+        body: Any = None,
+        seconds: float = CALL_TIMEOUT,
+    ) -> bytes:
+        """Return the body of the Engine's answer, b"" if it has none (204, 304).
+
+        path: after the version, made of constants and quoted parts. seconds: for all of it.
+        Raises EngineError with the Engine's own status and message, or 502, 503, 504.
+        """
+        target = path + ("?" + urlencode(query) if query else "")
+        data = None if body is None else encode_json(body)
+
+        def attempt(version: str) -> bytes:
+            status, _, answer = self._exchange(method, f"/v{version}{target}", data, seconds)
+            if status >= 400 or status not in (200, 201, 204, 304):
+                raise engine_error(status, answer)
+            return answer
+
+        return self._negotiated(attempt)
+
+    def json(self, method: str, path: str, *args: Any, **kwargs: Any) -> Any:
+        """Return the JSON of the Engine's answer; as `call` otherwise."""
+        return decode_answer(self.call(method, path, *args, **kwargs))
+
+    def stream(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, Any],
+        watch: Watch,
+        seconds: float = CALL_TIMEOUT,
+        headers: str = "",
+    ) -> EngineStream:
+        """Return a started stream. headers: lines, each with its CRLF, already checked.
+
+        Raises EngineError as `call` does, and what Watch.wait raises.
+        """
+
+        def attempt(version: str) -> EngineStream:
+            sock = self._connect()
+            stream = EngineStream(sock)
+            with contextlib.ExitStack() as on_error:
+                on_error.callback(stream.close)
+                request = (
+                    f"{method} /v{version}{path}?{urlencode(query)} HTTP/1.1\r\nHost: docker\r\n"
+                    f"{headers}Content-Length: 0\r\nConnection: close\r\n\r\n"
+                )
+                try:
+                    sock.sendall(request.encode())
+                except OSError as error:
+                    raise EngineError(502, f"the Engine hung up: {describe(error)}") from error
+                status = stream.start(watch, seconds)
+                if status != 200:
+                    raise engine_error(status, stream.read_all(watch))
+                on_error.pop_all()
+            return stream
+
+        return self._negotiated(attempt)
+
+    def version(self) -> str:
+        """Return the API version in use, such as "1.41". Raises EngineError."""
+        version = self._version
+        if not version:
+            version = self._version = self._negotiate()
+        return version
+
+    def healthy(self) -> bool:
+        """Return whether the Engine answers; it is asked at most once in HEALTH_CACHE seconds."""
+        with self._health_lock:
+            asked, healthy = self._health
+            if time.monotonic() - asked >= HEALTH_CACHE:
+                healthy = True
+                try:
+                    self._negotiate()
+                except EngineError:
+                    healthy = False
+                self._health = (time.monotonic(), healthy)
+            return healthy
+
+    def _negotiated(self, attempt: Callable[[str], Answer]) -> Answer:
+        """Return attempt(version), tried again if the Engine has changed versions since.
+
+        An Engine that was upgraded refuses a version with 400 before it does anything, so that
+        even what changes something can be tried again.
+        """
+        version = self.version()
+        try:
+            return attempt(version)
+        except EngineError as error:
+            if error.status != 400 or self._pinned:
+                raise
+            self._version = fresh = self._negotiate()
+            if fresh == version:
+                raise
+        return attempt(fresh)
+
+    def _negotiate(self) -> str:
+        """Return the API version both sides speak (Engine API, "Ping"). Raises EngineError."""
+        status, fields, _ = self._exchange("GET", "/_ping", None, PING_TIMEOUT)
+        offered = fields.get("api-version", "")
+        if status != 200 or not re.fullmatch(r"1\.[0-9]{1,3}", offered):
+            raise EngineError(502, f"{self.address} does not answer as a Docker Engine does")
+        newest = min(tuple(int(part) for part in offered.split(".")), NEWEST_API)
+        return self._pinned or ".".join(str(part) for part in newest)
+
+    def _exchange(
+        self, method: str, target: str, body: bytes | None, seconds: float, again: bool = False
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """Return status, headers and body of one request, at most seconds after the connect.
+
+        Only a GET goes out on a connection that was idle, and once more on a new one if the Engine
+        had closed that: what changes something is never sent twice. Raises EngineError.
+        """
+        idle = self._idle_connection() if method == "GET" and not again else None
+        connection = idle or self._new_connection()
+        try:
+            return self._request(connection, method, target, body, seconds)
+        except STALE as error:
+            self._version = self._pinned  # perhaps it was restarted as another version
+            if not idle:
+                message = "the Engine closed the connection without an answer"
+                raise EngineError(502, message) from error
+        except socket.timeout as error:
+            raise EngineError(504, f"the Engine did not answer within {seconds:g} s") from error
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            raise EngineError(502, f"the Engine's answer is broken: {describe(error)}") from error
+        return self._exchange(method, target, body, seconds, again=True)
+
+    def _request(
+        self,
+        connection: http.client.HTTPConnection,
+        method: str,
+        target: str,
+        body: bytes | None,
+        seconds: float,
+    ) -> tuple[int, Mapping[str, str], bytes]:
+        """As _exchange, on one connection, which is kept if it can serve again."""
+        keep = False
+        try:
+            connection.sock.deadline = time.monotonic() + seconds
+            headers = {} if body is None else {"Content-Type": "application/json"}
+            connection.request(method, target, body, headers)
+            response = connection.getresponse()
+            pieces, size = [], 0
+            while piece := response.read(RECEIVE):
+                pieces.append(piece)
+                size += len(piece)
+                # Invariant: no answer is read past a bound.
+                if size > MAX_ANSWER:
+                    raise EngineError(502, "the Engine's answer is too large")
+            length = response.getheader("Content-Length")
+            if length and length.isdigit() and int(length) != size and response.status != 304:
+                raise EngineError(502, "the Engine's answer was cut short")
+            fields = {name.lower(): value for name, value in response.getheaders()}
+            keep = method == "GET" and not response.will_close
+            return response.status, fields, b"".join(pieces)
+        finally:
+            if keep and len(self._idle) < MAX_IDLE_CONNECTIONS:
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    def _new_connection(self) -> http.client.HTTPConnection:
+        connection = http.client.HTTPConnection("docker")
+        connection.sock = DeadlineSocket(self._connect())
+        return connection
+
+    def _idle_connection(self) -> http.client.HTTPConnection | None:
+        """Return a connection that the Engine has not closed meanwhile, None if there is none."""
+        while self._idle:
+            try:
+                connection = self._idle.pop()
+            except IndexError:  # another thread took the last one
+                break
+            poll = select.poll()
+            poll.register(connection.sock.sock, select.POLLIN)
+            if not poll.poll(0):
+                return connection
+            connection.close()
+            self._version = self._pinned  # the Engine went away: perhaps it is another one now
+        return None
+
+    def _connect(self) -> socket.socket:
+        """Return a socket to the Engine, TLS done. Raises EngineError (503)."""
+        sock = None
+        try:
+            if self.address.path:
+                sock = socket.socket(socket.AF_UNIX)
+                sock.settimeout(CONNECT_TIMEOUT)
+                sock.connect(self.address.path)
+                return sock
+            port = self.address.port or (2376 if self._tls else 2375)
+            sock = socket.create_connection((self.address.host, port), CONNECT_TIMEOUT)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if self._tls:
+                # Invariant: the Engine's certificate is verified, and is for the host asked for.
+                return self._tls.wrap_socket(sock, server_hostname=self.address.host)
+            return sock
+        except (OSError, ValueError) as error:
+            if sock:
+                sock.close()
+            message = f"the Engine at {self.address} is not reachable: {describe(error)}"
+            raise EngineError(503, message) from error
+
+
+def engine_error(status: int, body: bytes) -> EngineError:
+    """Return the error for a refusal of the Engine, whose body is {"message": ...}."""
+    try:
+        message = json.loads(body)["message"]
+    except (ValueError, TypeError, KeyError):
+        return EngineError(502, f"the Engine answered {status} without saying why")
+    return EngineError(status if status in KEPT else 502, str(message))
+
+
+def decode_answer(body: bytes) -> Any:
+    """Return the JSON in an answer of the Engine. Raises EngineError (502)."""
+    try:
+        return json.loads(body)
+    except ValueError as error:
+        raise EngineError(502, "the Engine's answer is not JSON") from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Containers and images: our requests to the Engine's, its answers to ours
+# --------------------------------------------------------------------------------------------------
+
+
+def container_path(name: str, action: str = "") -> str:
+    """Return the Engine's path for a container. Raises ApiError (400) for what is no id or name."""
+    # Invariant: only what matches reaches an Engine URL, and it is quoted there all the same.
+    if not CONTAINER.fullmatch(name):
+        raise ApiError(400, f"a container's id or name is {NAME_RULE}")
+    return f"/containers/{quote(name, safe='')}" + (f"/{action}" if action else "")
+
+
+def engine_ports(ports: list[dict[str, Any]]) -> dict[str, list[dict[str, str]]]:
+    """Return the Engine's PortBindings: {"80/tcp": [{"HostIp": "", "HostPort": "8080"}]}."""
+    bindings: dict[str, list[dict[str, str]]] = {}
+    for index, port in enumerate(ports):
+        host_ip = port.get("host_ip", "")
+        if "host_ip" in port and ("%" in host_ip or parse_ip(host_ip) is None):
+            refuse(f"ports[{index}].host_ip", "must be an IPv4 or IPv6 address")
+        host_port = port.get("host_port", "")
+        bindings.setdefault(
+            f"{int(port['container_port'])}/{port.get('protocol', 'tcp')}", []
+        ).append({"HostIp": host_ip, "HostPort": str(int(host_port)) if host_port != "" else ""})
+    return bindings
+
+
+def engine_mount(volume: dict[str, Any], path: str) -> dict[str, Any]:
+    """Return the Engine's Mount. Mounts, not Binds: no colon in a path can become an option."""
+    source = volume.get("source", "")
+    kind = volume.get("type") or ("bind" if source.startswith("/") else "volume")
+    if kind == "tmpfs" and source:
+        refuse(f"{path}.source", "must be absent for a tmpfs")
+    if kind == "bind" and not source.startswith("/"):
+        refuse(f"{path}.source", "must be an absolute path for a bind")
+    if kind == "volume" and not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", source):
+        refuse(f"{path}.source", f"must be a volume's name: at least two {NAME_RULE}")
+    return {
+        "Type": kind,
+        "Source": source,
+        "Target": volume["target"],
+        "ReadOnly": volume.get("read_only", False),
+    }
+
+
+def engine_networks(body: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return the network mode and the networks to join, the first of them at create."""
+    names, mode = body.get("networks", []), body.get("network_mode", "")
+    if not names:
+        return mode, []
+    if mode in ("host", "none") or ":" in mode:
+        refuse("networks", f"cannot be joined in network_mode {mode}")
+    if mode in ("", names[0]):
+        return names[0], names
+    if mode in ("bridge", "default"):
+        return mode, names
+    return mode, [mode, *(name for name in names if name != mode)]
+
+
+def engine_container(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the body of "Create a container" and the networks to connect before the start.
+
+    Every value comes from a validated field. Raises ApiError (400) for fields that contradict.
+    """
+    ports = engine_ports(body.get("ports", []))
+    mode, networks = engine_networks(body)
+    host: dict[str, Any] = {"PortBindings": ports}
+    if volumes := body.get("volumes"):
+        host["Mounts"] = [engine_mount(v, f"volumes[{i}]") for i, v in enumerate(volumes)]
+    if mode:
+        host["NetworkMode"] = mode
+    if policy := body.get("restart_policy"):
+        if "max_retry_count" in policy and policy["name"] != "on-failure":
+            refuse("restart_policy.max_retry_count", "goes only with on-failure")
+        retries = policy.get("max_retry_count", 0)
+        host["RestartPolicy"] = {"Name": policy["name"], "MaximumRetryCount": retries}
+    resources = body.get("resources", {})
+    if "cpus" in resources:
+        host["NanoCpus"] = round(resources["cpus"] * 10**9)
+    if "memory_mb" in resources:
+        host["Memory"] = resources["memory_mb"] * 2**20
+    if "cpu_shares" in resources:
+        host["CpuShares"] = resources["cpu_shares"]
+    names = {
+        "cmd": "Cmd",
+        "entrypoint": "Entrypoint",
+        "env": "Env",
+        "labels": "Labels",
+        "working_dir": "WorkingDir",
+        "user": "User",
+        "hostname": "Hostname",
+    }
+    container = {theirs: body[ours] for ours, theirs in names.items() if ours in body}
+    container.update(
+        Image=body["image"], ExposedPorts={port: {} for port in ports}, HostConfig=host
+    )
+    if networks:
+        container["NetworkingConfig"] = {"EndpointsConfig": {networks[0]: {}}}
+    return container, networks[1:]
+
+
+def create_container(
+    engine: Engine, body: dict[str, Any], auth: str, watch: Watch
+) -> dict[str, Any]:
+    """Create and start a container; return {"Id", "Warnings"}. Nothing is left if that fails."""
+    container, networks = engine_container(body)
+    query = {"name": body["name"]} if "name" in body else {}
+    create = functools.partial(
+        engine.json, "POST", "/containers/create", query, container, seconds=START_TIMEOUT
+    )
+    pull = body.get("pull", "missing")
+    if pull == "always":
+        pull_image(engine, body, auth, watch)
+    try:
+        created = create()
+    except EngineError as error:
+        if error.status != 404 or pull != "missing" or has_image(engine, body["image"]):
+            raise
+        pull_image(engine, body, auth, watch)
+        created = create()
+    path = container_path(created["Id"])
+    try:
+        for network in networks:
+            target = f"/networks/{quote(network, safe='')}/connect"
+            engine.call("POST", target, body={"Container": created["Id"]})
+        engine.call("POST", f"{path}/start", seconds=START_TIMEOUT)
+    except EngineError as error:
+        try:
+            engine.call("DELETE", path, {"force": 1, "v": 1}, seconds=START_TIMEOUT)
+        except EngineError as left:
+            message = f"{error}; and container {created['Id'][:12]} is left behind: {left}"
+            raise EngineError(error.status, message) from error
+        raise
+    return dict(created)
+
+
+def has_image(engine: Engine, image: str) -> bool:
+    """Return whether the Engine has an image."""
+    try:
+        engine.call("GET", f"/images/{quote(image)}/json")
+    except EngineError as error:
+        if error.status != 404:
+            raise
+        return False
+    return True
+
+
+def split_image(image: str) -> tuple[str, str]:
+    """Return an image's name and its digest, tag, or "latest": without one, all tags are pulled."""
+    name, _, digest = image.partition("@")
+    slash = name.rfind("/") + 1  # a colon before it belongs to the registry's port
+    repository, _, tag = name[slash:].partition(":")
+    return name[:slash] + repository, digest or tag or "latest"
+
+
+def pull_progress(
+    engine: Engine, body: dict[str, Any], auth: str, watch: Watch
+) -> Iterator[dict[str, Any] | None]:
+    """Return the words of a pull as they come, None after PING_INTERVAL of silence.
+
+    body: {"image", "platform"?}; auth: X-Registry-Auth, checked. The pull has begun when this
+    returns; it ends when the generator is closed. Raises EngineError for one that failed.
+    """
+    name, tag = split_image(body["image"])
+    if re.fullmatch("(sha256:)?[0-9a-f]{64}", body["image"]):
+        raise EngineError(404, f"no such image: {body['image']}; an id cannot be pulled")
+    query = {"fromImage": name, "tag": tag}
+    if "platform" in body:
+        query["platform"] = body["platform"]
+    headers = f"X-Registry-Auth: {auth}\r\n" if auth else ""
+    try:
+        stream = engine.stream("POST", "/images/create", query, watch, PULL_SILENCE, headers)
+    except EngineError as error:
+        raise pull_error(error.status, error.message) from error
+    return read_progress(stream, watch)
+
+
+def read_progress(stream: EngineStream, watch: Watch) -> Iterator[dict[str, Any] | None]:
+    """Yield the objects of a stream of JSON lines. Raises EngineError."""
+    rest, quiet = b"", 0.0
+    with contextlib.closing(stream):
+        while (data := stream.read(watch, PING_INTERVAL)) != b"":
+            quiet = quiet + PING_INTERVAL if data is None else 0.0
+            if quiet >= PULL_SILENCE:
+                raise EngineError(504, f"the Engine said nothing for {PULL_SILENCE:.0f} s")
+            if data is None:
+                yield None
+                continue
+            *lines, rest = (rest + data).split(b"\n")
+            if len(rest) > MAX_LINE:
+                raise EngineError(502, "the Engine's answer has too long a line")
+            yield from map(pull_word, filter(bytes.strip, lines))
+    if rest.strip():
+        yield pull_word(rest)
+
+
+def pull_word(line: bytes) -> dict[str, Any]:
+    """Return one object of a pull's stream. Raises EngineError if it tells of one."""
+    word = decode_answer(line)
+    if not isinstance(word, dict):
+        raise EngineError(502, "the Engine's answer is not made of JSON objects")
+    if "error" in word:
+        raise pull_error(500, str(word["error"]))
+    return word
+
+
+def pull_error(status: int, message: str) -> EngineError:
+    """Return the error for a failed pull.
+
+    The Engine reports most of a registry's refusals as 500, or inside a 200, with nothing but a
+    sentence to tell them apart: the one place where an error's text is looked at.
+    """
+    if status == 500:
+        status = 502
+        for words, meaning in (
+            ("unauthorized|authentication required|no basic auth|incorrect username", 401),
+            ("access denied|denied:|forbidden", 403),
+            ("manifest unknown|not found|no such image|no matching manifest|does not exist", 404),
+        ):
+            if re.search(words, message, re.IGNORECASE):
+                status = meaning
+                break
+    return EngineError(status, message)
+
+
+def pull_image(engine: Engine, body: dict[str, Any], auth: str, watch: Watch) -> dict[str, Any]:
+    """Pull an image; return {"image", "digest", "status"}. Raises EngineError."""
+    words = pull_progress(engine, body, auth, watch)
+    status = ""
+    for word in words:
+        status = (word or {}).get("status") or status
+    return pull_result(engine, body["image"], status)
+
+
+def pull_result(engine: Engine, image: str, status: str) -> dict[str, Any]:
+    """Return {"image", "digest", "status"} of a pulled image; the digest is the registry's."""
+    name, tag = split_image(image)
+    full = image if tag in image else f"{name}:{tag}"
+    found = engine.json("GET", f"/images/{quote(full)}/json").get("RepoDigests") or [""]
+    digests = [entry.partition("@")[2] for entry in found]
+    return {"image": full, "digest": tag if tag in digests else digests[0], "status": status}
+
+
+def parse_auth(value: str) -> str:
+    """Return an X-Registry-Auth if it is what Docker sends, base64url of a JSON object.
+
+    Raises ApiError (400) without repeating the value.
+    """
+    try:
+        padded = value + "=" * (-len(value) % 4)
+        if isinstance(json.loads(base64.b64decode(padded, b"-_", validate=True)), dict):
+            return value
+    except (ValueError, RecursionError):  # binascii.Error and UnicodeDecodeError are ValueErrors
+        pass
+    raise ApiError(400, "X-Registry-Auth: must be the base64url of a JSON object")
+
+
+def listed_container(found: dict[str, Any]) -> dict[str, Any]:
+    """Return one row of our list from one of "List containers"."""
+    ports = found.get("Ports") or []
+    return {
+        "id": found["Id"],
+        "names": found.get("Names") or [],
+        "image": found.get("Image"),
+        "image_id": found.get("ImageID"),
+        "command": found.get("Command"),
+        "created": found.get("Created"),
+        "state": found.get("State"),
+        "status": found.get("Status"),
+        "ports": [
+            {
+                "ip": port.get("IP"),
+                "private_port": port.get("PrivatePort"),
+                "public_port": port.get("PublicPort"),
+                "type": port.get("Type"),
+            }
+            for port in ports
+        ],
+        "labels": found.get("Labels") or {},
+    }
+
+
+# --------------------------------------------------------------------------------------------------
+# Files: written whole or not at all, and never outside the root
+# --------------------------------------------------------------------------------------------------
+
+# What each failure of a system call is to the client, and what may help.
+FILE_ERRORS = {
+    errno.EACCES: (403, "the agent may not: check the owner, or run the agent as root"),
+    errno.EPERM: (403, "the agent may not: it lacks a capability, or the file is immutable"),
+    errno.EROFS: (403, "mount the host's filesystem without :ro"),
+    errno.ENOSPC: (507, "make room on the disk"),
+    errno.EDQUOT: (507, "the owner's quota is used up"),
+    errno.EFBIG: (507, "the filesystem or a limit allows no file of this size"),
+    errno.ENAMETOOLONG: (400, "a name has at most 255 bytes on most filesystems"),
+    errno.EINVAL: (400, "the filesystem does not take this name"),
+    errno.EILSEQ: (400, "the filesystem does not take this name"),
+    errno.ENOENT: (409, "the path was changed by somebody else meanwhile; try again"),
+    errno.ENOTDIR: (409, "a part of the path is not a folder"),
+    errno.EISDIR: (409, "there is a folder in the file's place"),
+    errno.EEXIST: (409, "the path was changed by somebody else meanwhile; try again"),
+    errno.ELOOP: (409, "the path was changed by somebody else meanwhile; try again"),
+    errno.ENXIO: (409, "there is something other than a regular file"),
+    errno.ENODEV: (409, "there is something other than a regular file"),
+    errno.ETXTBSY: (409, "the file is being executed; write it with atomic true"),
+    errno.EBUSY: (409, "the file is a mount point; write it with atomic false"),
+    errno.EMFILE: (503, "the agent has too many files open"),
+    errno.ENFILE: (503, "the host has too many files open"),
+}
+
+FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FILE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def split_path(path: str) -> list[bytes]:
+    """Return the components of a path on the host. Raises ApiError (400)."""
+    parts = path.split("/")
+    if not path.startswith("/") or ".." in parts or parts[-1] in ("", ".") or "\0" in path:
+        refuse("path", "must be absolute, name a file, and have no .. component or trailing slash")
+    encoded = [part.encode() for part in parts if part not in ("", ".")]
+    if len(path.encode()) >= MAX_PATH or any(len(part) > 255 for part in encoded):
+        refuse("path", "must have less than 4096 bytes, and a name at most 255")
+    return encoded
+
+
+class Walk:
+    """Descends from the root by held descriptors, making missing folders, and undoes on failure.
+
+    A path is never looked at twice: each component is opened relative to the descriptor of the one
+    before, and the kernel is told to follow no link. Links are read and resolved here, as the host
+    would see them.
+    """
+
+    def __init__(self, root: str) -> None:
+        try:
+            self._stack = [os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
+        except OSError as error:
+            raise ApiError(
+                503,
+                f"HOST_ROOT={root} is not there ({error.strerror}): run the agent's container with"
+                " -v /:/host, or set HOST_ROOT=/ on a bare host",
+            ) from error
+        self._made: list[tuple[int, bytes]] = []  # (own descriptor of the parent, name)
+        self._links = 0
+
+    def close(self) -> None:
+        """Close every held descriptor."""
+        for descriptor in (*self._stack, *(parent for parent, _ in self._made)):
+            os.close(descriptor)
+
+    def undo(self) -> None:
+        """Remove the folders that were made, unless somebody else uses them by now."""
+        for parent, name in reversed(self._made):
+            with contextlib.suppress(OSError):
+                os.rmdir(name, dir_fd=parent)
+
+    def descend(self, parts: list[bytes]) -> int:
+        """Return the descriptor of the folder that parts lead to; it is the walk's to close.
+
+        Raises ApiError (400, 409) or OSError.
+        """
+        todo = [(part, False) for part in reversed(parts)]  # (component, whether from a link)
+        while todo:
+            part, linked = todo.pop()
+            if part == b"..":
+                # Invariant: .. is never opened, as a folder may be moved meanwhile; the way back
+                # up is the way that was taken down, and ends at the root.
+                if len(self._stack) == 1:
+                    raise ApiError(400, "path: a link in it climbs above HOST_ROOT")
+                os.close(self._stack.pop())
+                continue
+            try:
+                # Invariant: a name is only resolved against a held descriptor, with O_NOFOLLOW.
+                self._stack.append(os.open(part, FOLDER, dir_fd=self._stack[-1]))
+            except FileNotFoundError:
+                if linked:
+                    raise ApiError(409, "path: a link in it leads nowhere") from None
+                self._make(part)
+                todo.append((part, linked))
+            except NotADirectoryError:
+                todo.extend((piece, True) for piece in reversed(self._read_link(part)))
+        return self._stack[-1]
+
+    def _make(self, name: bytes) -> None:
+        with contextlib.suppress(FileExistsError):  # somebody else was faster: open theirs
+            os.mkdir(name, 0o755, dir_fd=self._stack[-1])
+            self._made.append((os.dup(self._stack[-1]), name))
+            # Invariant: a folder that is made, removed and made again ends some time.
+            if len(self._made) > MAX_PATH:
+                raise ApiError(409, "path: is being changed by somebody else; try again")
+
+    def _read_link(self, name: bytes) -> list[bytes]:
+        """Return the components of a link's target, back at the root if it is absolute."""
+        try:
+            target = os.readlink(name, dir_fd=self._stack[-1])
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+            raise
+        self._links += 1
+        if self._links > MAX_LINKS:
+            raise ApiError(400, f"path: has more than {MAX_LINKS} links in it")
+        if target.startswith(b"/"):
+            while len(self._stack) > 1:
+                os.close(self._stack.pop())
+        return [part for part in target.split(b"/") if part not in (b"", b".")]
+
+
+class FileWrite(NamedTuple):
+    """What is to be in a file; None for mode, uid and gid means as it was."""
+
+    content: bytes
+    mode: Optional[int] = None
+    uid: Optional[int] = None
+    gid: Optional[int] = None
+    atomic: bool = True
+
+
+def write_beneath(root: str, path: str, write: FileWrite) -> None:
+    """Write a file at an absolute path as the host with its filesystem at root sees it.
+
+    Missing parents are made, 0755. Two writers of one path: the last rename wins. On failure
+    nothing has changed. Raises ApiError: 400, 403, 409, 503, 507, and 500 for an I/O error.
+    """
+    *parents, name = split_path(path)
+    walk = Walk(root)
+    try:
+        with contextlib.closing(walk):
+            try:
+                write_in(walk.descend(parents), name, write)
+            except (ApiError, OSError):
+                walk.undo()
+                raise
+    except OSError as error:
+        status, help_text = FILE_ERRORS.get(error.errno or 0, (500, "see the host's kernel log"))
+        raise ApiError(status, f"path: {error.strerror}: {help_text}") from error
+
+
+def write_in(parent: int, name: bytes, write: FileWrite) -> None:
+    """Write the file called name in the folder held open. Raises ApiError or OSError."""
+    try:
+        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
+    except FileNotFoundError:
+        found = None
+    if found:
+        check_regular(found)
+    if found and not write.atomic:
+        overwrite(parent, name, write)
+    else:
+        replace(parent, name, found, write)
+
+
+def check_regular(found: os.stat_result) -> None:
+    """Raise ApiError unless found is a regular file."""
+    if stat.S_ISLNK(found.st_mode):
+        raise ApiError(400, "path: is a link; write to what it points at")
+    if not stat.S_ISREG(found.st_mode):
+        raise ApiError(409, "path: there is something other than a regular file")
+
+
+def write_all(descriptor: int, content: bytes) -> None:
+    """Write content from the descriptor's position on. Raises OSError."""
+    left = memoryview(content)
+    while left:
+        left = left[os.write(descriptor, left) :]
+
+
+def set_owner_and_mode(descriptor: int, write: FileWrite, found: os.stat_result | None) -> None:
+    """Give an open file what was asked for, else what was found, else 0644. Raises OSError."""
+    now = os.fstat(descriptor)
+    old = found or now
+    uid = old.st_uid if write.uid is None else write.uid
+    gid = old.st_gid if write.gid is None else write.gid
+    if (uid, gid) != (now.st_uid, now.st_gid):
+        os.fchown(descriptor, uid, gid)
+    mode = stat.S_IMODE(found.st_mode) if found else 0o644
+    # After the owner: fchown clears the set-id bits. By descriptor, so the umask has no say.
+    os.fchmod(descriptor, mode if write.mode is None else write.mode)
+
+
+def replace(parent: int, name: bytes, found: os.stat_result | None, write: FileWrite) -> None:
+    """Put a new file in the place of name, in one step. Raises OSError.
+
+    The file has no name until it is complete, so that a killed agent leaves nothing; where the
+    filesystem cannot do that (O_TMPFILE), it has a temporary one.
+    """
+    temporary = b".dockeragent-" + secrets.token_hex(8).encode()
+    flags = os.O_WRONLY | os.O_CLOEXEC
+    named = False
+    try:
+        descriptor = os.open(b".", flags | os.O_TMPFILE, 0o600, dir_fd=parent)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
+            raise
+        # Invariant: O_EXCL opens nothing that somebody else has put there.
+        flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        descriptor = os.open(temporary, flags, 0o600, dir_fd=parent)
+        named = True
+    try:
+        write_all(descriptor, write.content)
+        set_owner_and_mode(descriptor, write, found)
+        os.fsync(descriptor)
+        if not named:
+            os.link(f"/proc/self/fd/{descriptor}", temporary, dst_dir_fd=parent)
+            named = True
+        os.replace(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+        named = False
+    finally:
+        os.close(descriptor)
+        if named:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary, dir_fd=parent)
+    sync_folder(parent)
+
+
+def sync_folder(parent: int) -> None:
+    """Make a rename last. Raises OSError."""
+    try:
+        descriptor = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
+    except PermissionError:  # a folder that may be written but not listed
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def overwrite(parent: int, name: bytes, write: FileWrite) -> None:
+    """Write into the file that is there, keeping its inode. Raises ApiError or OSError."""
+    # O_NONBLOCK: a FIFO put there meanwhile must not hold the thread.
+    descriptor = os.open(name, FILE_FLAGS, dir_fd=parent)
+    try:
+        found = os.fstat(descriptor)
+        check_regular(found)
+        size = len(write.content)
+        try:
+            # Room first: a full disk is found out while the old content is still whole.
+            if size > found.st_size:
+                os.posix_fallocate(descriptor, 0, size)
+        except OSError:
+            os.ftruncate(descriptor, found.st_size)
+            raise
+        write_all(descriptor, write.content)
+        os.ftruncate(descriptor, size)
+        set_owner_and_mode(descriptor, write, found)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------------------------
+# Logs: from the Engine's frames to lines, to server-sent events and JSON
+# --------------------------------------------------------------------------------------------------
+
+Entry = tuple[int, bytes]  # stream type, "STAMP text\n" as the Engine logged it; no \n: goes on
+Line = tuple[bytes, int, int, bytes]  # stamp, its number among lines of that stamp, type, text
+
+STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
+FRAME_HEADER = struct.Struct(">BxxxL")
+STAMP_SIZE = len("2026-02-21T10:00:00.000000000Z")
+
+
+class Demultiplexer:
+    """Takes frames out of bytes: {type, 0, 0, 0, size as big-endian uint32}, then the payload.
+
+    Docker Engine API, "Attach to a container", section "Stream format".
+    """
+
+    def __init__(self) -> None:
+        self._rest = b""
+        self._failure: EngineError | None = None
+
+    def feed(self, data: bytes) -> list[Entry]:
+        """Return the entries that are complete. Raises EngineError after those before an error."""
+        if self._failure:
+            raise self._failure
+        data, position, entries = self._rest + data, 0, []
+        while len(data) - position >= 8:
+            kind, size = FRAME_HEADER.unpack_from(data, position)
+            end = position + 8 + size
+            if kind > 3 or size > MAX_FRAME:
+                self._failure = EngineError(502, "the Engine's log is not made of frames")
+                break
+            if end > len(data):
+                break
+            payload = data[position + 8 : end]
+            if kind == 3:
+                message = payload.decode(errors="replace").strip()
+                self._failure = EngineError(502, f"the Engine failed to read the log: {message}")
+                break
+            entries.append((kind, payload))
+            position = end
+        self._rest = data[position:]
+        return entries
+
+    def end(self) -> list[Entry]:
+        """Return what is left at the end of the stream. Raises EngineError in mid-frame."""
+        if self._failure or self._rest:
+            raise self._failure or EngineError(502, "the Engine broke off in the middle of a frame")
+        return []
+
+
+class TtyDemultiplexer:
+    """Takes entries out of a terminal's log, which has no frames but each entry's stamp."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[Entry]:
+        """Return the entries that are complete. Raises EngineError for one without a stamp."""
+        data, position, entries = self._rest + data, 0, []
+        while position < len(data):
+            newline = data.find(b"\n", position)
+            stamp = LOG_STAMP.match(data, position)
+            if not stamp:
+                if newline < 0 and len(data) - position < 64:
+                    break
+                raise EngineError(502, "the Engine's log has no timestamps")
+            # An entry of a long line ends where the very same stamp is put in again.
+            cut = stamp.end() + ENTRY_SIZE
+            line_end = newline if newline >= 0 else len(data)
+            if line_end >= cut + len(stamp[0]) and data.startswith(stamp[0], cut):
+                end = cut
+            elif newline >= 0:
+                end = newline + 1
+            elif len(data) - position > MAX_LINE:
+                entries.append((1, data[position:]))
+                data, position = stamp[0], 0
+                break
+            else:
+                break
+            entries.append((1, data[position:end]))
+            position = end
+        self._rest = data[position:]
+        return entries
+
+    def end(self) -> list[Entry]:
+        """Return what is left at the end of the stream: a line with no newline."""
+        return [(1, self._rest)] if LOG_STAMP.match(self._rest) else []
+
+
+class LineAssembler:
+    """Puts entries together to whole lines, stdout and stderr apart, and numbers the lines."""
+
+    def __init__(self) -> None:
+        self.parts: dict[int, tuple[bytes, bytearray]] = {}  # type: stamp and text so far
+        self._latest: dict[int, bytes] = {}  # type: the stamp of its last line
+        self._counts: dict[bytes, int] = {}  # stamp: lines that had it, for the latest stamps
+
+    def feed(self, entries: list[Entry]) -> list[Line]:
+        """Return the lines that are complete. Raises EngineError for an entry without a stamp."""
+        lines: list[Line] = []
+        latest, counts, parts = self._latest, self._counts, self.parts
+        for kind, payload in entries:
+            stamp, text = payload[:STAMP_SIZE], payload[STAMP_SIZE + 1 :]
+            if payload[29:31] != b"Z ":
+                stamp, text = split_entry(payload)
+            if kind in parts or text[-1:] != b"\n" or len(text) > MAX_LINE:
+                lines += self._join(kind, stamp, text)
+                continue
+            if latest.get(kind) != stamp:
+                self._forget(kind, stamp)
+            counts[stamp] = number = counts.get(stamp, 0) + 1
+            lines.append((stamp, number, kind, text[: -2 if text[-2:] == b"\r\n" else -1]))
+        return lines
+
+    def end(self) -> list[Line]:
+        """Return the lines that the end of the log left without a newline."""
+        return [
+            line
+            for kind, (stamp, text) in list(self.parts.items())
+            if text
+            for line in self._join(kind, stamp, b"\n")
+        ]
+
+    def _join(self, kind: int, stamp: bytes, text: bytes) -> list[Line]:
+        """Add an entry to its line; return the line if complete, and what exceeds MAX_LINE."""
+        stamp, held = self.parts.pop(kind, (stamp, bytearray()))
+        held += text
+        whole = held.endswith(b"\n")
+        if whole:
+            del held[-2 if held.endswith(b"\r\n") else -1 :]
+        lines = []
+        # Invariant: no line is held past MAX_LINE; two bytes more may be its CR LF.
+        while len(held) > (MAX_LINE if whole else MAX_LINE + 2):
+            size = MAX_LINE
+            while size > MAX_LINE - 4 and held[size] & 0xC0 == 0x80:
+                size -= 1  # not in the middle of a UTF-8 character
+            lines.append(self._line(kind, stamp, bytes(held[:size])))
+            del held[:size]
+        if whole:
+            lines.append(self._line(kind, stamp, bytes(held)))
+        else:
+            self.parts[kind] = stamp, held
+        return lines
+
+    def _line(self, kind: int, stamp: bytes, text: bytes) -> Line:
+        self._forget(kind, stamp)
+        self._counts[stamp] = number = self._counts.get(stamp, 0) + 1
+        return stamp, number, kind, text
+
+    def _forget(self, kind: int, stamp: bytes) -> None:
+        """Note the stamp of a stream's line, and drop the count of the one before."""
+        old, self._latest[kind] = self._latest.get(kind, stamp), stamp
+        if old not in self._latest.values():
+            del self._counts[old]
+
+
+def split_entry(payload: bytes) -> tuple[bytes, bytes]:
+    """Return an entry's stamp, brought to nine digits and UTC, and text. Raises EngineError."""
+    match = LOG_STAMP.match(payload)
+    if not match:
+        raise EngineError(502, "the Engine's log has no timestamps")
+    return stamp_from(parse_timestamp(match[0].strip().decode())), payload[match.end() :]
+
+
+def parse_timestamp(moment: str) -> int:
+    """Return RFC 3339 as Unix nanoseconds. Raises ValueError."""
+    match = TIMESTAMP.fullmatch(moment)
+    if not match:
+        raise ValueError(f"{moment!r} is not an RFC 3339 timestamp")
+    second, fraction, zone = match.groups()
+    zone = "+00:00" if zone in "Zz" else zone
+    try:
+        parsed = datetime.datetime.fromisoformat(second.upper() + zone).utctimetuple()
+    except OverflowError as error:
+        raise ValueError(str(error)) from error
+    return calendar.timegm(parsed) * 10**9 + int((fraction or "").ljust(9, "0"))
+
+
+def stamp_from(nanoseconds: int) -> bytes:
+    """Return Unix nanoseconds as the Engine stamps log entries: STAMP_SIZE bytes."""
+    second, fraction = divmod(nanoseconds, 10**9)
+    whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+    return f"{whole}.{fraction:09d}Z".encode()
+
+
+def engine_time(nanoseconds: int) -> str:
+    """Return Unix nanoseconds as the Engine's since and until take them."""
+    return "{}.{:09d}".format(*divmod(max(0, nanoseconds), 10**9))
+
+
+@functools.lru_cache(maxsize=64)
+def unix_second(second: bytes) -> int:
+    """Return the Unix time of a stamp's first 19 bytes. Raises EngineError."""
+    try:
+        return parse_timestamp(second.decode() + "Z") // 10**9
+    except ValueError as error:
+        raise EngineError(502, "the Engine's log has no timestamps") from error
+
+
+def parse_moment(name: str, value: str, now: int) -> str:
+    """Return since or until as the Engine takes it. now: Unix nanoseconds.
+
+    Unix seconds, RFC 3339, or a Go duration meaning that long ago. No float ever touches it: that
+    would lose the nanoseconds. Raises ApiError (400).
+    """
+    if match := UNIX_TIME.fullmatch(value):
+        return f"{match[1]}.{(match[2] or '').ljust(9, '0')}"
+    parts = DURATION_PART.findall(value)
+    if parts and "".join(f"{a}.{b}{unit}" if b else a + unit for a, b, unit in parts) == value:
+        units = [DURATION_UNITS[unit] for _, _, unit in parts]
+        ago = sum(int(a) * size for (a, _, _), size in zip(parts, units))
+        ago += sum(int(b or 0) * size // 10 ** len(b) for (_, b, _), size in zip(parts, units))
+        return engine_time(now - ago)
+    try:
+        return engine_time(parse_timestamp(value))
+    except ValueError:
+        refuse(name, "must be Unix seconds, an RFC 3339 time such as 2026-02-21T10:00:00Z, or 10m")
+
+
+class ResumePoint:
+    """Leaves out the lines up to the one whose id a client had last."""
+
+    def __init__(self, event_id: str) -> None:
+        match = EVENT_ID.fullmatch(event_id)
+        if not match or match[3] == "0":
+            raise ApiError(400, "Last-Event-ID: must be an id that a log stream sent")
+        moment = int(match[1]) * 10**9 + int(match[2])
+        self.since = engine_time(moment - RESUME_MARGIN * 10**9)
+        self._stamp, self._number = stamp_from(moment), int(match[3])
+        self._late = stamp_from(moment + RESUME_JITTER)
+        self._older = False
+        self._found = False
+
+    def after(self, lines: list[Line], begun: list[bytes]) -> list[Line]:
+        """Return those of lines that come after the point. begun: the stamps of unfinished lines.
+
+        Lines come in the order in which they were finished, so what comes before the last line
+        seen was seen, whatever its stamp. A line that the Engine no longer has is not waited for.
+        """
+        if self._found:
+            return lines
+        for index, (stamp, number, _, _) in enumerate(lines):
+            if stamp == self._stamp and number == self._number:
+                self._found = True
+                return lines[index + 1 :]
+        if self._stamp in begun:
+            return []
+        for index, (stamp, _, _, _) in enumerate(lines):
+            if stamp > (self._late if self._older else self._stamp):
+                self._found = True
+                return lines[index:]
+            self._older = True
+        return []
+
+
+class LogReader:
+    """The lines of one container's log, from the Engine's stream."""
+
+    def __init__(self, stream: EngineStream, tty: bool, skip: int, resume: str) -> None:
+        self.done = False
+        self._stream = stream
+        self._demultiplexer = TtyDemultiplexer() if tty else Demultiplexer()
+        self._assembler = LineAssembler()
+        self._skip = skip
+        self._resume = ResumePoint(resume) if resume else None
+
+    def read(self, watch: Watch, seconds: float) -> list[Line] | None:
+        """Return the lines that came, None after `seconds` of silence; `done` tells the end."""
+        data = self._stream.read(watch, seconds)
+        if data is None:
+            return None
+        if data:
+            lines = self._assembler.feed(self._demultiplexer.feed(data))
+        else:
+            self.done = True
+            lines = self._assembler.feed(self._demultiplexer.end()) + self._assembler.end()
+        if self._resume:
+            begun = [stamp for stamp, _ in self._assembler.parts.values()]
+            lines = self._resume.after(lines, begun)
+        if self._skip:
+            skipped = min(self._skip, len(lines))
+            self._skip -= skipped
+            lines = lines[skipped:]
+        return lines
+
+    def close(self) -> None:
+        """Hang up on the Engine."""
+        self._stream.close()
+
+
+class LogSource(NamedTuple):
+    """One container's log as a request asked for it."""
+
+    engine: Engine
+    container: str  # the full id: a name may pass to another container
+    tty: bool
+    query: dict[str, Any]
+
+    def open(self, watch: Watch, skip: int = 0, resume: str = "", **query: Any) -> LogReader:
+        """Return a reader of the log, timestamps and all. Raises EngineError."""
+        path = container_path(self.container, "logs")
+        stream = self.engine.stream("GET", path, {**self.query, **query}, watch)
+        return LogReader(stream, self.tty, skip, resume)
+
+    def open_tail(self, watch: Watch, wanted: int, **query: Any) -> LogReader:
+        """Return a reader of the last `wanted` lines. Raises EngineError.
+
+        The Engine's own tail counts entries, of which a long line has several, and may begin in
+        the middle of one. So ask it only for a stamp early enough, and count the lines since.
+        """
+        entries, start = wanted + 1, b""
+        while True:
+            stamp, _ = self._count(watch, 1, tail=entries)
+            if not stamp:
+                return self.open(watch, **query)
+            since = engine_time(unix_second(stamp[:19]) * 10**9 + int(stamp[20:29]))
+            _, lines = self._count(watch, sys.maxsize, since=since)
+            if lines > wanted or stamp == start:
+                return self.open(watch, max(0, lines - wanted), **{**query, "since": since})
+            start, entries = stamp, entries * 8
+
+    def _count(self, watch: Watch, enough: int, **query: Any) -> tuple[bytes, int]:
+        """Return the first line's stamp, b"" if there is none, and the number of lines."""
+        first, count = b"", 0
+        with contextlib.closing(self.open(watch, follow=0, **query)) as reader:
+            while not reader.done and count < enough:
+                lines = reader.read(watch, CALL_TIMEOUT)
+                if lines is None:
+                    raise EngineError(504, "the Engine did not finish the log in time")
+                first = first or (lines[0][0] if lines else b"")
+                count += len(lines)
+        return first, count
+
+
+def utf8(data: bytes) -> bytes:
+    """Return data with U+FFFD for what is not UTF-8."""
+    return data.decode("utf-8", "replace").encode()
+
+
+def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
+    """Return what each line is shown as; JSON objects are UTF-8 already."""
+    if as_json:
+        return [
+            encode_json(
+                {
+                    "time": stamp.decode(),
+                    "stream": STREAMS[kind],
+                    "line": text.decode("utf-8", "replace"),
+                }
+            )
+            for stamp, _, kind, text in lines
+        ]
+    if stamps:
+        return [b"%b %b" % (stamp, text) for stamp, _, _, text in lines]
+    return [text for _, _, _, text in lines]
+
+
+def render_events(lines: list[Line], stamps: bool, as_json: bool) -> bytes:
+    """Return lines as server-sent events (HTML Standard, section 9.2.5), one each."""
+    texts = line_texts(lines, stamps, as_json)
+    events = b"".join(
+        [
+            b"id: %d.%b-%d\ndata: %b\n\n" % (unix_second(stamp[:19]), stamp[20:29], number, text)
+            for (stamp, number, _, _), text in zip(lines, texts)
+        ]
+    )
+    # Invariant: a CR ends a line of an event stream, so that a container could forge fields; it
+    # becomes one more data field. No LF is in a line.
+    if b"\r" in events:
+        events = b"".join(
+            [
+                b"id: %d.%b-%d\ndata: %b\n\n"
+                % (unix_second(stamp[:19]), stamp[20:29], number, text.replace(b"\r", b"\ndata: "))
+                for (stamp, number, _, _), text in zip(lines, texts)
+            ]
+        )
+    return utf8(events)
+
+
+def render_items(lines: list[Line], stamps: bool, as_json: bool) -> bytes:
+    """Return lines as items of a JSON array, without its brackets."""
+    texts = line_texts(lines, stamps, as_json)
+    if as_json or not texts:
+        return b",".join(texts)
+    return encode_json(b"\n".join(texts).decode("utf-8", "replace").split("\n"))[1:-1]
+
+
+def event(name: str, data: Any) -> bytes:
+    """Return one named server-sent event; JSON holds no bare line end."""
+    return f"event: {name}\ndata: ".encode() + encode_json(data) + b"\n\n"
+
+
+def log_document(
+    reader: LogReader, watch: Watch, render: Callable[[list[Line]], bytes]
+) -> Generator[bytes, None, None]:
+    """Yield {"lines": [...]} as it is read. Raises EngineError, which leaves it broken off."""
+    with contextlib.closing(reader):
+        yield b'{"lines":['
+        separator = b""
+        while not reader.done:
+            lines = reader.read(watch, CALL_TIMEOUT)
+            if lines is None:
+                raise EngineError(504, "the Engine did not finish the log in time")
+            if lines:
+                yield separator + render(lines)
+                separator = b","
+        yield b"]}\n"
+
+
+def log_events(
+    reader: LogReader,
+    watch: Watch,
+    render: Callable[[list[Line]], bytes],
+    ending: Callable[[], dict[str, Any]],
+) -> Generator[bytes, None, None]:
+    """Yield the event stream of a log that is followed; ending says why it ended."""
+    with contextlib.closing(reader):
+        yield f"retry: {RETRY}\n\n".encode()
+        due = time.monotonic() + PING_INTERVAL
+        try:
+            while not reader.done:
+                lines = reader.read(watch, due - time.monotonic())
+                if lines:
+                    yield render(lines)
+                elif time.monotonic() >= due:
+                    yield b": ping\n\n"
+                else:
+                    continue
+                due = time.monotonic() + PING_INTERVAL
+            yield event("end", ending())
+        except Stopping:
+            yield event("shutdown", {"reason": "the agent is being stopped; reconnect"})
+        except EngineError as error:
+            yield event("error", envelope(error.status, error.message))
+
+
+def log_ending(engine: Engine, container: str, until: bool) -> dict[str, Any]:
+    """Return why a followed log ended. Raises EngineError if nothing says that it should have."""
+    try:
+        state = engine.json("GET", container_path(container, "json"))["State"]
+    except EngineError as error:
+        if error.status != 404:
+            raise
+        return {"reason": "removed", "exit_code": None}
+    if state["Running"] or state.get("Restarting"):
+        if until:
+            return {"reason": "until", "exit_code": None}
+        raise EngineError(502, "the Engine ended the log of a container that runs; reconnect")
+    reason = "removed" if state.get("Status") in ("removing", "dead") else "exited"
+    return {"reason": reason, "exit_code": state["ExitCode"]}
+
+
+# --------------------------------------------------------------------------------------------------
+# Endpoints: one function an operation
+# --------------------------------------------------------------------------------------------------
+
+
+class Call(NamedTuple):
+    """One request, checked, and what an endpoint may use to answer it."""
+
+    engine: Engine
+    host_root: str
+    watch: Watch
+    id: str
+    query: dict[str, Any]
+    body: dict[str, Any]
+    fields: Fields
+
+    def field(self, name: str) -> str:
+        """Return a header's value, "" if it is absent. Raises ApiError (400) if it is repeated."""
+        values = self.fields.get(name.lower(), [""])
+        if len(values) > 1:
+            raise ApiError(400, f"{name}: is given more than once")
+        return values[0]
+
+
+class Response(NamedTuple):
+    """An answer: bytes, or a stream of them. Anything else but bytes is sent as JSON."""
+
+    body: Any = b""
+    status: int = 200
+    headers: Mapping[str, str] = {}
+    stream: Optional[Generator[bytes, None, None]] = None
+    content_type: str = "application/json"
+
+
+def health(call: Call) -> Response:
+    healthy = call.engine.healthy()
+    body = {
+        "status": "ok" if healthy else "degraded",
+        "docker": "connected" if healthy else "unreachable",
+        "timestamp": timestamp(time.time(), "seconds"),
+    }
+    return Response(body, 200 if healthy else 503)
+
+
+def create(call: Call) -> Response:
+    auth = registry_auth(call)
+    created = create_container(call.engine, call.body, auth, call.watch._replace(stop=None))
+    return Response(
+        {"id": created["Id"], "warnings": created.get("Warnings") or []},
+        201,
+        {"Location": f"{API}/containers/{created['Id']}"},
+    )
+
+
+def registry_auth(call: Call) -> str:
+    value = call.field("X-Registry-Auth")
+    return parse_auth(value) if value else ""
+
+
+def list_containers(call: Call) -> Response:
+    query = {"all": int(call.query.get("all", False))}
+    found = call.engine.json("GET", "/containers/json", query)
+    return Response({"containers": [listed_container(container) for container in found]})
+
+
+def inspect(call: Call) -> Response:
+    body = call.engine.call("GET", container_path(call.id, "json"))
+    decode_answer(body)
+    return Response(body)
+
+
+def stop(call: Call) -> Response:
+    return stop_or_restart(call, "stop", "container stopped")
+
+
+def restart(call: Call) -> Response:
+    return stop_or_restart(call, "restart", "container restarted")
+
+
+def stop_or_restart(call: Call, action: str, message: str) -> Response:
+    path = container_path(call.id, action)
+    query: dict[str, Any] = {}
+    if "timeout" in call.body:
+        query["t"] = wait = call.body["timeout"]
+    else:
+        config = call.engine.json("GET", container_path(call.id, "json"))["Config"]
+        wait = config.get("StopTimeout") or DEFAULT_STOP
+    if "signal" in call.body:
+        version = call.engine.version()
+        if tuple(map(int, version.split("."))) < (1, 42):
+            rule = f"this Engine (API {version}) cannot stop with a signal, which takes API 1.42"
+            refuse("signal", f"{rule}; use /kill")
+        query["signal"] = engine_signal(call.body["signal"])
+    call.engine.call("POST", path, query, seconds=wait + CALL_TIMEOUT)
+    return Response({"message": message})
+
+
+def engine_signal(name: str) -> str:
+    name = name.upper()
+    return name if name.startswith("SIG") else "SIG" + name
+
+
+def kill(call: Call) -> Response:
+    query = {"signal": engine_signal(call.body.get("signal", "SIGKILL"))}
+    call.engine.call("POST", container_path(call.id, "kill"), query)
+    return Response({"message": "container killed"})
+
+
+def start(call: Call) -> Response:
+    call.engine.call("POST", container_path(call.id, "start"), seconds=START_TIMEOUT)
+    return Response({"message": "container started"})
+
+
+def pause(call: Call) -> Response:
+    call.engine.call("POST", container_path(call.id, "pause"))
+    return Response({"message": "container paused"})
+
+
+def unpause(call: Call) -> Response:
+    call.engine.call("POST", container_path(call.id, "unpause"))
+    return Response({"message": "container unpaused"})
+
+
+def remove(call: Call) -> Response:
+    query = {name: int(value) for name, value in call.query.items()}
+    call.engine.call("DELETE", container_path(call.id), query, seconds=START_TIMEOUT)
+    return Response({"message": "container removed"})
+
+
+def logs(call: Call) -> Response:
+    asked = call.query
+    stdout, stderr = asked.get("stdout", True), asked.get("stderr", True)
+    if not (stdout or stderr):
+        refuse("stdout", "and stderr cannot both be false")
+    now, follow = time.time_ns(), asked.get("follow", False)
+    query = {"stdout": int(stdout), "stderr": int(stderr), "timestamps": 1, "follow": int(follow)}
+    for name in ("since", "until"):
+        if name in asked:
+            query[name] = parse_moment(name, asked[name], now)
+    # The header first: a browser that reconnects sends it beside the URL it began with.
+    last = call.field("Last-Event-ID") or asked.get("last_event_id", "")
+    if last:
+        query["since"] = ResumePoint(last).since
+    found = call.engine.json("GET", container_path(call.id, "json"))
+    source = LogSource(call.engine, found["Id"], bool(found["Config"]["Tty"]), query)
+    watch = call.watch if follow else call.watch._replace(stop=None)
+    tail = asked.get("tail", "all")
+    if tail == "all" or last:
+        reader = source.open(watch, resume=last)
+    else:
+        reader = source.open_tail(watch, int(tail))
+    shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
+    if not follow:
+        render = functools.partial(render_items, **shape)
+        return Response(stream=log_document(reader, watch, render))
+    render = functools.partial(render_events, **shape)
+    ending = functools.partial(log_ending, call.engine, source.container, "until" in query)
+    return event_stream(log_events(reader, watch, render, ending))
+
+
+def event_stream(events: Generator[bytes, None, None]) -> Response:
+    headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
+    return Response(stream=events, headers=headers, content_type="text/event-stream")
+
+
+def pull(call: Call) -> Response:
+    auth = registry_auth(call)
+    accepted = ",".join(call.fields.get("accept", []))
+    if "text/event-stream" not in accepted.lower():
+        watch = call.watch._replace(stop=None)
+        return Response(pull_image(call.engine, call.body, auth, watch))
+    words = pull_progress(call.engine, call.body, auth, call.watch)
+    return event_stream(pull_events(call.engine, call.body["image"], words))
+
+
+def pull_events(
+    engine: Engine, image: str, words: Iterator[dict[str, Any] | None]
+) -> Generator[bytes, None, None]:
+    """Yield the event stream of a pull."""
+    status = ""
+    try:
+        yield f"retry: {RETRY}\n\n".encode()
+        for word in words:
+            if word is None:
+                yield b": ping\n\n"
+                continue
+            status = word.get("status") or status
+            detail = word.get("progressDetail") or {}
+            progress = {"id": word.get("id"), "status": word.get("status")}
+            progress.update(current=detail.get("current"), total=detail.get("total"))
+            yield event("progress", progress)
+        yield event("done", pull_result(engine, image, status))
+    except Stopping:
+        yield event("shutdown", {"reason": "the agent is being stopped; reconnect"})
+    except EngineError as error:
+        yield event("error", envelope(error.status, error.message))
+
+
+def write_file(call: Call) -> Response:
+    body = call.body
+    content = body["content"].encode()
+    if body.get("encoding") == "base64":
+        try:
+            content = base64.b64decode(content, validate=True)
+        except binascii.Error as error:
+            raise ApiError(400, f"content: is not base64 without line breaks: {error}") from error
+    mode = int(body["permission"], 8) if "permission" in body else None
+    write = FileWrite(content, mode, body.get("uid"), body.get("gid"), body.get("atomic", True))
+    write_beneath(call.host_root, body["path"], write)
+    message = "file written successfully"
+    return Response({"path": body["path"], "size": len(content), "message": message}, 201)
+
+
+# --------------------------------------------------------------------------------------------------
+# Routes: the table and its lookup
+# --------------------------------------------------------------------------------------------------
+
+PUBLIC = "public"
+KEY = "key"
+
+
+class Route(NamedTuple):
+    """All that is known of one operation."""
+
+    method: str
+    path: str  # "{id}" stands for a container's id or name
+    endpoint: Callable[[Call], Response]
+    permission: str = KEY
+    body: Optional[Schema] = None  # None: a body is refused
+    query: Schema = NOTHING
+
+
+ROUTES = (
+    Route("GET", "/health", health, PUBLIC),
+    Route("POST", f"{API}/containers", create, body=CREATE),
+    Route("GET", f"{API}/containers", list_containers, query=LIST_QUERY),
+    Route("GET", f"{API}/containers/{{id}}", inspect),
+    Route("DELETE", f"{API}/containers/{{id}}", remove, query=REMOVE_QUERY),
+    Route("GET", f"{API}/containers/{{id}}/logs", logs, query=LOGS_QUERY),
+    Route("POST", f"{API}/containers/{{id}}/start", start, body=NOTHING),
+    Route("POST", f"{API}/containers/{{id}}/stop", stop, body=STOP),
+    Route("POST", f"{API}/containers/{{id}}/restart", restart, body=STOP),
+    Route("POST", f"{API}/containers/{{id}}/kill", kill, body=KILL),
+    Route("POST", f"{API}/containers/{{id}}/pause", pause, body=NOTHING),
+    Route("POST", f"{API}/containers/{{id}}/unpause", unpause, body=NOTHING),
+    Route("POST", f"{API}/images/pull", pull, body=PULL),
+    Route("POST", f"{API}/files", write_file, body=FILE),
+)
+
+
+def split_target(target: str) -> tuple[list[str], str]:
+    """Return a request target's path segments, decoded once, and its query."""
+    if target[:7].lower() == "http://" or target[:8].lower() == "https://":
+        target = "/" + target.split("://", 1)[1].partition("/")[2]  # RFC 9112, "absolute-form"
+    path, _, query = target.partition("?")
+    return [unquote(segment, errors="replace") for segment in path.split("/")], query
+
+
+def is_api(segments: list[str]) -> bool:
+    """Return whether a path is under /api/v1, where nothing is told without the key."""
+    return segments[:3] == API.split("/")
+
+
+def find_route(method: str, segments: list[str]) -> tuple[Route, str]:
+    """Return a route and the {id} in its path. Raises ApiError (404, 405)."""
+    method = "GET" if method == "HEAD" else method
+    allowed = []
+    for route in ROUTES:
+        template = route.path.split("/")
+        if len(template) != len(segments):
+            continue
+        if all(a in ("{id}", b) for a, b in zip(template, segments)):
+            if route.method == method:
+                name = segments[template.index("{id}")] if "{id}" in template else ""
+                return route, name
+            allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
+    if allowed:
+        options = ", ".join(allowed)
+        raise ApiError(405, f"use {options} here", {"Allow": options})
+    raise ApiError(404, "there is nothing at this path; the README lists the endpoints")
+
+
+# --------------------------------------------------------------------------------------------------
+# HTTP handler: read the head, limit, authorise, route, read the body, answer
+# --------------------------------------------------------------------------------------------------
+
+
+class Head(NamedTuple):
+    """A request's head: method, target, minor version of HTTP/1, and fields by lower-case name."""
+
+    method: str
+    target: str
+    minor: int
+    fields: Fields
+
+
+def head_end(data: bytes) -> int:
+    """Return the length of the head that data begins with, 0 if it goes on.
+
+    Raises ApiError (400, 414, 431) as soon as it can be no head, so that nobody waits for its end.
+    """
+    end = data.find(b"\r\n\r\n")
+    head = data[: end + 4] if end >= 0 else data
+    line = head.partition(b"\r\n")[0]
+    # Invariant: the head is bounded before any of it is looked at.
+    if len(line) > MAX_REQUEST_LINE:
+        raise ApiError(414, f"the request line is longer than {MAX_REQUEST_LINE} bytes")
+    if len(head) - len(line) - 4 > MAX_FIELD_BLOCK:
+        raise ApiError(431, f"the headers are longer than {MAX_FIELD_BLOCK} bytes")
+    if LONE_CONTROL.search(head):
+        raise ApiError(400, "the head has a bare CR, a bare LF or a NUL in it")
+    if len(line) < len(head) and not REQUEST_LINE.fullmatch(line):
+        raise ApiError(400, "the request line is not of the form: GET /path HTTP/1.1")
+    return len(head) if end >= 0 else 0
+
+
+def parse_head(data: bytes) -> Head:
+    """Return the head in data, which ends in an empty line. Raises ApiError (400, 431, 505)."""
+    line, *lines = data[:-4].split(b"\r\n")
+    match = REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise ApiError(400, "the request line is not of the form: GET /path HTTP/1.1")
+    if len(lines) > MAX_FIELDS:
+        raise ApiError(431, f"there are more than {MAX_FIELDS} headers")
+    try:
+        fields = parse_fields(lines)
+    except BadMessage as error:
+        raise ApiError(400, str(error)) from error
+    if match[3] != b"1" or match[4] not in b"01":
+        raise ApiError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+    return Head(match[1].decode(), match[2].decode(), int(match[4]), fields)
+
+
+def body_length(head: Head) -> int | None:
+    """Return the body's length, None for a chunked one. Raises ApiError (400, 501).
+
+    What two parsers may frame differently is refused: behind a proxy it smuggles requests in.
+    """
+    hosts = head.fields.get("host", [])
+    if len(hosts) > 1 or (head.minor and not hosts):
+        raise ApiError(400, "Host: must be given once")
+    if hosts and not HOST_VALUE.fullmatch(hosts[0].encode("latin-1")):
+        raise ApiError(400, "Host: is not a host and port")
+    if not head.minor and "transfer-encoding" in head.fields:
+        raise ApiError(400, "Transfer-Encoding: HTTP/1.0 has none")
+    try:
+        return framing(head.fields)
+    except BadMessage as error:
+        raise ApiError(400, str(error)) from error
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One connection: its requests one after the other, each logged.
+
+    Not http.server's BaseHTTPRequestHandler: nothing of its lax parser or HTML errors is reachable.
+    """
+
+    server: Server
+
+    def setup(self) -> None:
+        self.sock: socket.socket = self.request
+        self.buffer = b""
+        self.keep = True
+        self.answered = False  # so that the last answer is given time to be read
+        self.peer = self.client_address[0] if isinstance(self.client_address, tuple) else ""
+
+    def handle(self) -> None:
+        tls = self.server.config.server_tls
+        if self.peer:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A client whose machine has died is given up after as long as one that reads nothing.
+            timeout = int(WRITE_TIMEOUT * 1000)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
+        if tls:
+            self.sock.settimeout(HANDSHAKE_TIMEOUT)
+            try:
+                self.sock = tls.wrap_socket(self.sock, server_side=True)
+            except (OSError, ValueError) as error:
+                self.server.log("debug", "handshake failed", error=describe(error))
+                return
+        deadline = time.monotonic() + HEAD_TIMEOUT
+        while self.keep and self.wait_for_request(deadline):
+            self.serve()
+            deadline = time.monotonic() + IDLE_TIMEOUT
+
+    def finish(self) -> None:
+        """Half-close, then drain: no reset may take an answer away (RFC 9112 section 9.6)."""
+        with contextlib.suppress(OSError, ValueError), contextlib.closing(self.sock):
+            deadline = time.monotonic() + LINGER_TIMEOUT
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.settimeout(1.0)
+                with contextlib.suppress(OSError, ValueError):
+                    self.sock = self.sock.unwrap()
+            self.sock.shutdown(socket.SHUT_WR)
+            while self.answered and receive(self.sock, deadline):
+                pass
+
+    def wait_for_request(self, deadline: float) -> bool:
+        """Return whether a request begins before deadline; False too if the agent stops."""
+        if self.buffer:
+            return True
+        pending = isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        poll.register(self.server.stopping, select.POLLIN)
+        wait = max(0, math.ceil((deadline - time.monotonic()) * 1000))
+        ready = [] if pending else [descriptor for descriptor, _ in poll.poll(wait)]
+        if not pending and ready != [self.sock.fileno()]:
+            return False
+        with contextlib.suppress(OSError):
+            self.buffer = receive(self.sock, deadline)
+        return bool(self.buffer)
+
+    def serve(self) -> None:
+        """Answer one request and log it. The one place where errors become answers."""
+        self.started = time.monotonic()
+        self.id = secrets.token_hex(8)
+        self.method, self.path, self.client = "", "", client_address(self.peer, "", ())
+        self.headers: dict[str, str] = {}
+        self.minor, self.status, self.sent = 1, 0, 0
+        self.unread = True  # until the request's end is known and reached
+        try:
+            try:
+                self.respond(self.answer(self.read_head()))
+            except ApiError as error:
+                self.respond_error(error)
+        except ClientGone:
+            self.keep = False
+        except Exception:
+            self.server.log("error", "bug", request_id=self.id, traceback=traceback.format_exc())
+            with contextlib.suppress(ClientGone):
+                message = f"an error of the agent's own; its log has it under {self.id}"
+                self.respond_error(ApiError(500, message))
+        self.log()
+
+    def log(self) -> None:
+        latency = round((time.monotonic() - self.started) * 1000, 3)
+        self.server.log(
+            "error" if self.status >= 500 else "info",
+            "request",
+            method=self.method,
+            path=self.path,
+            status=self.status,
+            latency_ms=latency,
+            request_id=self.id,
+            client_ip=self.client,
+            bytes=self.sent,
+        )
+
+    def fill(self, deadline: float, what: str) -> bytes:
+        """Return more of the request. Raises ApiError (400, 408) or ClientGone."""
+        try:
+            data = receive(self.sock, deadline)
+        except socket.timeout as error:
+            raise ApiError(408, f"the {what} did not arrive in time") from error
+        except OSError as error:
+            raise ClientGone from error
+        if not data:
+            raise ApiError(400, f"the connection ended within the {what}")
+        return data
+
+    def read_head(self) -> Head:
+        """Return the next request's head and take it out of the buffer. Raises ApiError."""
+        deadline = time.monotonic() + HEAD_TIMEOUT
+        if self.buffer[:2] == b"\r\n":  # one empty line before it is allowed (RFC 9112, 2.2)
+            self.buffer = self.buffer[2:]
+        self.path = self.buffer.partition(b"\r\n")[0].decode("latin-1")
+        while not (end := head_end(self.buffer)):
+            self.buffer += self.fill(deadline, "head")
+        # Invariant: the head is matched by the grammar before any other code sees it.
+        head = parse_head(self.buffer[:end])
+        self.buffer = self.buffer[end:]
+        return head
+
+    def answer(self, head: Head) -> Response:
+        """Check one request, in the order that tells a stranger least, and have it answered."""
+        self.method, self.path, self.minor = head.method, head.target, head.minor
+        own = head.fields.get("x-request-id", [""])
+        if len(own) == 1 and REQUEST_ID.fullmatch(own[0]):
+            self.id = own[0]
+        config = self.server.config
+        forwarded = ",".join(head.fields.get("x-forwarded-for", []))
+        self.client = client_address(self.peer, forwarded, config.trusted_proxies)
+        length = body_length(head)
+        self.unread = length != 0
+        connection = ",".join(head.fields.get("connection", [])).lower()
+        closing = "close" in [option.strip() for option in connection.split(",")]
+        self.keep = self.keep and bool(head.minor) and not closing
+        segments, query = split_target(head.target)
+        if is_api(segments):
+            self.authorise(head)
+        route, name = find_route(head.method, segments)
+        # Read off the table: whatever is not public has been authorised above.
+        if route.permission != PUBLIC and not is_api(segments):
+            raise ApiError(401, "this path needs the key")
+        if name:
+            container_path(name)
+        parameters = decode_query(query, route.query)
+        body = self.read_body(head, route, length)
+        watch = Watch(self.sock, self.server.stopping)
+        call = Call(
+            self.server.engine, config.host_root, watch, name, parameters, body, head.fields
+        )
+        return route.endpoint(call)
+
+    def authorise(self, head: Head) -> None:
+        """Count the request and check its key. Raises ApiError (401, 429)."""
+        keys = [value.encode("latin-1") for value in head.fields.get("x-api-key", [])]
+        # Invariant: the one place where keys are compared: on bytes, in constant time.
+        valid = len(keys) == 1 and hmac.compare_digest(keys[0], self.server.config.api_key)
+        self.headers = self.server.limiter.admit(self.client, valid)
+        if not valid:
+            rule = "is wrong" if len(keys) == 1 else "must be given once"
+            headers = {"WWW-Authenticate": 'ApiKey realm="dockeragent", header="X-API-Key"'}
+            raise ApiError(401, f"X-API-Key: {rule}", headers)
+
+    def read_body(self, head: Head, route: Route, length: int | None) -> dict[str, Any]:
+        """Return the checked JSON of the body, {} if the route takes none. Raises ApiError."""
+        expected = head.fields.get("expect", [])
+        if head.minor and expected and [value.lower() for value in expected] != ["100-continue"]:
+            raise ApiError(417, "Expect: only 100-continue is understood")
+        if length is not None and length > MAX_BODY:
+            raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
+        if route.body is None:
+            if length != 0:
+                raise ApiError(400, "body: none is taken here")
+            return {}
+        data = b""
+        if length != 0:
+            if head.minor and expected and not self.buffer:
+                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            data = self.receive_body(Body(length))
+        self.unread = False
+        if not data.strip(b" \t\r\n") and not route.body["required"]:
+            return {}
+        checked: dict[str, Any] = validate(route.body, decode_json(data))
+        return checked
+
+    def receive_body(self, body: Body) -> bytes:
+        """Return the whole body; what follows it stays in the buffer. Raises ApiError."""
+        deadline, pieces, size = time.monotonic() + BODY_TIMEOUT, [], 0
+        data, self.buffer = self.buffer, b""
+        while True:
+            try:
+                piece = body.feed(data)
+            except BadMessage as error:
+                raise ApiError(400, f"body: {error}") from error
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_BODY:
+                raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
+            if body.done:
+                break
+            data = self.fill(deadline, "body")
+        self.buffer = body.rest
+        return b"".join(pieces)
+
+    def respond_error(self, error: ApiError) -> None:
+        if self.status:  # a head is out: nothing but the missing end can tell now
+            self.keep = False
+            level = "warning" if error.status < 500 else "error"
+            self.server.log(level, "broken off", request_id=self.id, error=error.message)
+            return
+        headers = dict(error.headers)
+        self.respond(Response(envelope(error.status, error.message), error.status, headers))
+
+    def respond(self, response: Response) -> None:
+        """Send an answer. Raises ClientGone, and ApiError from within a stream."""
+        if response.stream is None:
+            body = response.body
+            if not isinstance(body, bytes):
+                body = encode_json(body) + b"\n"
+            head = self.head(response, f"Content-Length: {len(body)}\r\n")
+            self.write(head + (b"" if self.method == "HEAD" else body), len(head))
+            return
+        with contextlib.closing(response.stream) as stream:
+            first = next(stream, b"")
+            coding = "Transfer-Encoding: chunked\r\n" if self.minor else ""
+            self.keep = self.keep and bool(self.minor)
+            head = self.head(response, coding)
+            if self.method == "HEAD":
+                self.write(head, len(head))
+                return
+            with contextlib.suppress(OSError):
+                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_BUFFER)
+            self.write(head + self.chunk(first), len(head))
+            for piece in stream:
+                self.write(self.chunk(piece))
+            if self.minor:
+                self.write(b"0\r\n\r\n")
+
+    def chunk(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.minor else data
+
+    def head(self, response: Response, framed: str) -> bytes:
+        """Return the head of an answer. No text of the request's is in it that no regex passed."""
+        # Invariant: after an answer that leaves body bytes unread, the connection closes.
+        self.keep = self.keep and not self.unread
+        self.status = response.status
+        headers = {
+            "Date": email.utils.formatdate(usegmt=True),
+            "Content-Type": response.content_type,
+            "Cache-Control": "no-store",
+            "X-Content-Type-Options": "nosniff",
+            "X-Request-ID": self.id,
+            **self.headers,
+            **response.headers,
+        }
+        if not self.keep:
+            headers["Connection"] = "close"
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        phrase = PHRASES.get(response.status, "Unknown")
+        return f"HTTP/1.1 {response.status} {phrase}\r\n{lines}{framed}\r\n".encode("latin-1")
+
+    def write(self, data: bytes, uncounted: int = 0) -> None:
+        """Send data. Raises ClientGone when the client hangs up or takes nothing for too long."""
+        left = memoryview(data)
+        self.sent -= uncounted
+        self.answered = True
+        try:
+            self.sock.settimeout(WRITE_TIMEOUT)
+            while left:
+                size = self.sock.send(left)
+                self.sent += size
+                left = left[size:]
+        except OSError as error:
+            self.answered = False
+            raise ClientGone from error
+
+
+# --------------------------------------------------------------------------------------------------
+# Server: connection slots, stop and wait
+# --------------------------------------------------------------------------------------------------
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves each connection in a thread, MAX_CONNECTIONS of them at once."""
+
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 128
+    allow_reuse_port = False  # another process could share the port and take the keys
+
+    def __init__(self, config: Config, engine: Engine, log: Log, listener: socket.socket) -> None:
+        self.config = config
+        self.engine = engine
+        self.log = log
+        self.limiter = RateLimiter(config.rate_limit)
+        self.stopping, self._stop = socket.socketpair()
+        self._served = threading.Semaphore(config.max_connections)
+        self._active = 0
+        self._lock = threading.Lock()
+        self._refused: collections.deque[tuple[float, socket.socket]] = collections.deque()
+        super().__init__(("", 0), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.1)  # the connection stays queued; do not spin until one ends
+            raise
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection, or refuse it, without blocking the next one."""
+        if not self._take_slot():
+            self.refuse(request, client_address)
+            return
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # no thread to be had
+            self._free_slot()
+            self.refuse(request, client_address)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free_slot()
+
+    def _take_slot(self) -> bool:
+        with self._lock:
+            # Invariant: no more threads than MAX_CONNECTIONS, however many connect.
+            if self._active >= self.config.max_connections:
+                return False
+            self._active += 1
+            return True
+
+    def _free_slot(self) -> None:
+        with self._lock:
+            self._active -= 1
+
+    def refuse(self, request: socket.socket, client_address: Any) -> None:
+        """Send a 503 without waiting, and leave the connection for a moment so that it is read."""
+        request_id = secrets.token_hex(8)
+        message = "too many connections; try again later"
+        body = encode_json(envelope(503, message)) + b"\n"
+        head = (
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n"
+            "Retry-After: 1\r\nConnection: close\r\n\r\n"
+        )
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            if not self.config.server_tls:  # without a handshake a TLS client can be told nothing
+                request.send(head.encode() + body)
+            request.shutdown(socket.SHUT_WR)
+        self._refused.append((time.monotonic() + 1, request))
+        self.service_actions()
+        peer = client_address[0] if isinstance(client_address, tuple) else ""
+        self.log(
+            "warning",
+            "request",
+            method="",
+            path="",
+            status=503,
+            latency_ms=0,
+            request_id=request_id,
+            client_ip=client_address and peer,
+            bytes=len(body),
+        )
+
+    def service_actions(self) -> None:
+        """Close the refused connections that have had their moment; called twice a second."""
+        now = time.monotonic()
+        while self._refused and (self._refused[0][0] < now or len(self._refused) > REFUSALS):
+            self._refused.popleft()[1].close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.log("error", "bug", traceback=traceback.format_exc())
+
+    def stop(self) -> None:
+        """Stop accepting, wake the streams and the idle connections."""
+        self.shutdown()
+        self.server_close()
+        self._stop.send(b"x")
+
+    def is_idle(self) -> bool:
+        return not self._active
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line: listen, signals, healthcheck, exit codes
+# --------------------------------------------------------------------------------------------------
+
+SIGNALS_TAKEN = {signal.SIGTERM, signal.SIGINT}
+
+
+def listen(address: Address) -> socket.socket:
+    """Return a listening socket. Raises OSError."""
+    if address.path:
+        return listen_unix(address.path)
+    host, family = address.host, socket.AF_INET
+    if ":" in host or (not host and socket.has_dualstack_ipv6()):
+        family = socket.AF_INET6
+    listener = socket.socket(family)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1 if host else 0)
+        listener.bind((host, address.port))
+        listener.listen(Server.request_queue_size)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def listen_unix(path: str) -> socket.socket:
+    """Return a socket listening at path, mode 0660. Replaces a stale one only. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "is there, and is no socket", path)
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            else:
+                raise OSError(errno.EADDRINUSE, "another server listens there", path)
+    listener = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o117)
+    try:
+        listener.bind(path)
+        listener.listen(Server.request_queue_size)
+    except OSError:
+        listener.close()
+        raise
+    finally:
+        os.umask(mask)
+    return listener
+
+
+def notify(state: str) -> None:
+    """Tell systemd, if it started us with Type=notify: sd_notify(3)."""
+    path = os.environ.get("NOTIFY_SOCKET", "")
+    if path:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
+            sock.connect("\0" + path[1:] if path.startswith("@") else path)
+            sock.send(state.encode())
+
+
+def raise_file_limit() -> None:
+    """Raise the soft limit on open files to the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def hold_standard_descriptors() -> None:
+    """Put /dev/null where standard descriptors are closed: a client's socket must not be one."""
+    while True:
+        descriptor = os.open(os.devnull, os.O_RDWR)
+        if descriptor > 2:
+            os.close(descriptor)
+            return
+
+
+def healthcheck(config: Config) -> int:
+    """Return 0 if the server that this environment configures answers that it is well, else 1."""
+    address = config.listen_addr
+    try:
+        if address.path:
+            sock = socket.socket(socket.AF_UNIX)
+            sock.settimeout(CONNECT_TIMEOUT)
+            sock.connect(address.path)
+        else:
+            host = address.host or "localhost"
+            sock = socket.create_connection((host, address.port), CONNECT_TIMEOUT)
+        if config.server_tls:
+            # To ourselves: whether the certificate names this host does not matter.
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+            context.load_cert_chain(config.tls_cert_file, config.tls_key_file)
+            sock = context.wrap_socket(sock)
+        connection = http.client.HTTPConnection("localhost")
+        connection.sock = sock
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            return 0 if connection.getresponse().status == 200 else 1
+    except (OSError, http.client.HTTPException) as error:
+        print(f"{address}: {describe(error)}", file=sys.stderr)
+        return 1
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT. Returns the exit status."""
+    # Blocked before the first thread starts, so that no handler ever runs inside other code.
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TAKEN)
+    os.umask(0)  # every mode here is explicit
+    raise_file_limit()
+    threading.stack_size(1024 * 1024)
+    try:
+        listener = listen(config.listen_addr)
+    except (OSError, OverflowError) as error:
+        print(f"LISTEN_ADDR: {config.listen_addr}: {describe(error)}", file=sys.stderr)
+        return 2
+    log = Log(config.log_level)
+    engine = Engine(config.docker_host, config.engine_tls, config.docker_api_version)
+    if len(config.api_key) < 32:
+        log("warning", "API_KEY is shorter than 32 characters; try openssl rand -hex 32")
+    with Server(config, engine, log, listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = config.listen_addr
+        if not address.path:
+            address = address._replace(port=listener.getsockname()[1])
+        log(
+            "info",
+            "listening",
+            version=VERSION,
+            address=str(address),
+            engine=str(config.docker_host),
+            engine_answers=engine.healthy(),
+        )
+        notify("READY=1")
+        signal.sigwait(SIGNALS_TAKEN)
+        notify("STOPPING=1")
+        log("info", "stopping")
+        server.stop()
+        if config.listen_addr.path:
+            with contextlib.suppress(OSError):
+                os.unlink(config.listen_addr.path)
+        deadline = time.monotonic() + GRACE
+        while not server.is_idle() and time.monotonic() < deadline:
+            if signal.sigtimedwait(SIGNALS_TAKEN, 0.05):
+                log("warning", "stopped at once")
+                os._exit(1)
+    log("info", "stopped")
+    return 0
+
+
+def usage() -> str:
+    """Return the text of --help."""
+    rows = "\n".join(
+        f"  {s.name:<20} {s.meaning}\n{'':<22} default: {s.default or '-'}" for s in SETTINGS
+    )
+    return (
+        "usage: dockeragent.py [--help | --version | healthcheck]\n\n"
+        "Serves a small HTTP API in front of a Docker Engine. With healthcheck, asks the running\n"
+        f"server's /health and exits 0 or 1. Configured by the environment:\n\n{rows}\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; return the exit status: 2 for a wrong use or environment."""
+    hold_standard_descriptors()
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments in (["--help"], ["-h"]):
+        print(usage(), end="")
+        return 0
+    if arguments == ["--version"]:
+        print(f"dockeragent {VERSION}")
+        return 0
+    if arguments not in ([], ["healthcheck"]):
+        print(f"unknown arguments {' '.join(arguments)}; try --help", file=sys.stderr)
+        return 2
+    try:
+        config = load_config(os.environ)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return healthcheck(config) if arguments else run(config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
