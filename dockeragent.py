@@ -44,7 +44,6 @@ import hmac
 import http
 import http.client
 import http.server
-import io
 import ipaddress
 import json
 import math
@@ -111,13 +110,12 @@ MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
 HEALTH_CACHE = 1.0  # seconds
 
 MAX_LINE = 1024 * 1024  # bytes of one log line; the rest goes on as the next
-MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own frames hold up to 16 KiB and a timestamp
+RECENT_STAMPS = 2000  # whose lines are counted, for the ids
 ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into entries of this size
 RETRY = 3000  # milliseconds before an event stream's client reconnects
 PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event stream's proxies awake
-# The Engine writes each log entry by itself. When they come in a burst, a pause this long before a
-# read lets some 100 gather, which halves the time the whole log takes.
-BURST = 0.002  # seconds between two reads that make a burst
+# The Engine writes each log entry by itself. In a burst, a read this long after the one before
+# finds some 100 together, which takes a third off the time of the whole log.
 BURST_PAUSE = 0.0002  # seconds
 # Resuming reads the log again from this long before the last line: an entry that was begun earlier
 # may have been finished later, and is stamped with its beginning.
@@ -135,9 +133,7 @@ STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [\t -~\x80-\xff]*)?")
 FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)")
 HOST_VALUE = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 LONE_CONTROL = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0")
-# RFC 9112 section 7.1: each chunk but the first is preceded by the CRLF that ends the one before.
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-NEXT_CHUNK_LINE = re.compile(rb"\r\n" + CHUNK_LINE.pattern)
+CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 TRAILER = re.compile(rb"(?:" + FIELD_LINE.pattern + rb"\r\n)*\r\n")
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -227,84 +223,64 @@ class Address(NamedTuple):
     path: str = ""
     host: str = ""
     port: int = 0
-    scheme: str = "unix"
+    scheme: str = "tcp"
 
     def __str__(self) -> str:
-        if self.path:
-            return f"unix://{self.path}"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{self.scheme}://{host}:{self.port}"
+        return f"unix://{self.path}" if self.path else f"{self.scheme}://{host}:{self.port}"
 
 
-def parse_port(text: str) -> int:
-    """Return a TCP port from its decimal digits. Raises ValueError."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535):
-        raise ValueError(f"{text!r} is not a port from 0 to 65535")
-    return int(text)
+def integer(least: int, most: int) -> Callable[[str], int]:
+    """Return a parser of integers in ASCII digits; it raises ValueError."""
+
+    def parse(text: str) -> int:
+        if not (re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most):
+            raise ValueError(f"{text!r} is not an integer from {least} to {most}")
+        return int(text)
+
+    return parse
+
+
+def matching(pattern: str, rule: str) -> Callable[[str], str]:
+    """Return a parser of what the pattern matches; it raises ValueError."""
+
+    def parse(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise ValueError(f"{text!r} is not {rule}")
+        return text
+
+    return parse
 
 
 def parse_listen(text: str) -> Address:
     """Return the address of ":3000", "127.0.0.1:3000", "[::1]:3000" or "unix:///run/a.sock"."""
-    if text.startswith("unix://"):
-        if not text.startswith("unix:///") or text.endswith("/"):
-            raise ValueError("a Unix socket is written unix:///path/to/socket")
+    if re.fullmatch("unix:///.*[^/]", text):
         return Address(path=text[len("unix://") :])
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = str(ipaddress.IPv6Address(host[1:-1]))
-    elif not colon or ":" in host:
+    match = re.fullmatch(r"(localhost|[0-9.]*|\[([0-9a-fA-F:.]+)\]):([^:]*)", text)
+    if not match:
         raise ValueError("write :3000, 127.0.0.1:3000, [::1]:3000 or unix:///path/to/socket")
-    elif host and host != "localhost":
-        host = str(ipaddress.IPv4Address(host))
-    return Address(host=host, port=parse_port(port), scheme="tcp")
+    host = match[2] or match[1]
+    if host not in ("", "localhost"):
+        host = str(ipaddress.ip_address(host))
+    return Address(host=host, port=integer(0, 65535)(match[3]))
 
 
 def parse_engine(text: str) -> Address:
     """Return the Engine's address from DOCKER_HOST's forms. Raises ValueError."""
-    scheme, separator, rest = text.partition("://")
-    if separator and scheme == "unix" and rest.startswith("/"):
-        return Address(path=rest)
-    if not separator or scheme not in ("tcp", "http", "https"):
-        raise ValueError(
-            f"{scheme}:// is not supported; use unix:///path, tcp://host:port, http:// or https://"
-        )
+    if text.startswith("unix:///"):
+        return Address(path=text[len("unix://") :])
     parts = urlsplit(text)
+    if parts.scheme not in ("tcp", "http", "https"):
+        forms = "use unix:///path, tcp://host:port, http:// or https://"
+        raise ValueError(f"{parts.scheme or text}:// is not supported; {forms}")
     if not parts.hostname or parts.path not in ("", "/") or parts.query or parts.username:
-        raise ValueError(f"{text!r} is not of the form {scheme}://host:port")
-    return Address(host=parts.hostname, port=parts.port or 0, scheme=scheme)
-
-
-def parse_count(text: str, least: int) -> int:
-    """Return an integer of at least `least`, written in ASCII digits. Raises ValueError."""
-    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) >= least):
-        raise ValueError(f"{text!r} is not an integer of at least {least}")
-    return int(text)
+        raise ValueError(f"{text!r} is not of the form {parts.scheme}://host:port")
+    return Address(host=parts.hostname, port=parts.port or 0, scheme=parts.scheme)
 
 
 def parse_networks(text: str) -> tuple[Network, ...]:
     """Return the networks of a comma-separated list of CIDRs. Raises ValueError."""
     return tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
-
-
-def parse_level(text: str) -> int:
-    """Return the rank of a log level's name. Raises ValueError."""
-    if text.lower() not in LEVELS:
-        raise ValueError(f"{text!r} is not one of {', '.join(LEVELS)}")
-    return LEVELS[text.lower()]
-
-
-def parse_api_version(text: str) -> str:
-    """Return an Engine API version such as "1.41". Raises ValueError."""
-    if text and not re.fullmatch(r"1\.[0-9]{1,3}", text):
-        raise ValueError(f"{text!r} is not an Engine API version such as 1.41")
-    return text
-
-
-def parse_key(key: bytes) -> bytes:
-    """Return the key, if a header can carry it. Raises ValueError, without the key."""
-    if re.search(rb"[\x00-\x1f\x7f]", key) or key != key.strip(b" "):
-        raise ValueError("the key has a control character, or a space at an end: no header has")
-    return key
 
 
 def read_key_file(path: str) -> bytes:
@@ -313,17 +289,9 @@ def read_key_file(path: str) -> bytes:
         return b""
     with open(path, "rb") as file:
         key = file.read(MAX_REQUEST_LINE)
-    key = key[:-1] if key.endswith(b"\n") else key
-    if not key:
+    if not key.strip():
         raise ValueError(f"{path} holds no key")
-    return parse_key(key)
-
-
-def parse_root(text: str) -> str:
-    """Return an absolute path. Raises ValueError."""
-    if not text.startswith("/"):
-        raise ValueError(f"{text!r} is not an absolute path")
-    return text
+    return key[:-1] if key.endswith(b"\n") else key
 
 
 class Setting(NamedTuple):
@@ -336,12 +304,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting(
-        "API_KEY",
-        "",
-        "the key that clients send as X-API-Key (required, unless API_KEY_FILE is set)",
-        lambda text: parse_key(os.fsencode(text)),
-    ),
+    Setting("API_KEY", "", "the key that clients send as X-API-Key; required", os.fsencode),
     Setting("API_KEY_FILE", "", "file to read the key from instead", read_key_file),
     Setting(
         "LISTEN_ADDR",
@@ -356,25 +319,24 @@ SETTINGS = (
         parse_engine,
     ),
     Setting("DOCKER_TLS_VERIFY", "", "when not empty, tcp:// speaks TLS"),
-    Setting(
-        "DOCKER_CERT_PATH",
-        "",
-        "folder with ca.pem, cert.pem and key.pem for the Engine (~/.docker)",
-    ),
+    Setting("DOCKER_CERT_PATH", "", "folder of ca.pem, cert.pem and key.pem (~/.docker)"),
     Setting(
         "DOCKER_API_VERSION",
         "",
         "Engine API version to use, such as 1.41 (negotiated)",
-        parse_api_version,
+        matching(r"(1\.[0-9]{1,3})?", "an Engine API version such as 1.41"),
     ),
     Setting(
-        "HOST_ROOT", "/host", "where the host's filesystem is mounted; / on a bare host", parse_root
+        "HOST_ROOT",
+        "/host",
+        "where the host's filesystem is mounted; / on a bare host",
+        matching("(?s:/.*)", "an absolute path"),
     ),
     Setting(
         "RATE_LIMIT",
         "100",
         "requests per 60 seconds per client on /api/v1; 0 turns it off",
-        functools.partial(parse_count, least=0),
+        integer(0, 10**8),
     ),
     Setting(
         "TRUSTED_PROXIES",
@@ -389,9 +351,14 @@ SETTINGS = (
         "MAX_CONNECTIONS",
         "1024",
         "connections served at once; past it a new one gets 503",
-        functools.partial(parse_count, least=1),
+        integer(1, 10**6),
     ),
-    Setting("LOG_LEVEL", "info", "debug, info, warning or error", parse_level),
+    Setting(
+        "LOG_LEVEL",
+        "info",
+        "debug, info, warning or error",
+        matching("|".join(LEVELS), "debug, info, warning or error"),
+    ),
 )
 
 
@@ -412,9 +379,17 @@ class Config(NamedTuple):
     tls_key_file: str
     tls_client_ca_file: str
     max_connections: int
-    log_level: int
+    log_level: str
     server_tls: Optional[ssl.SSLContext] = None
     engine_tls: Optional[ssl.SSLContext] = None
+
+
+def describe(error: Exception) -> str:
+    """Return one line for an error, without the number Python puts before an OSError's text."""
+    if isinstance(error, OSError) and error.strerror:
+        name = f"{os.fsdecode(error.filename)}: " if error.filename else ""
+        return name + (getattr(error, "reason", None) or error.strerror)
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_config(environ: Mapping[str, str]) -> Config:
@@ -428,100 +403,86 @@ def load_config(environ: Mapping[str, str]) -> Config:
         try:
             value = setting.parse(environ.get(setting.name) or setting.default)
         except (OSError, ValueError) as error:
-            problems.append(f"{setting.name}: {describe(error)}")
             value = None
+            problems.append(f"{setting.name}: {describe(error)}")
         values[setting.name.lower()] = value
     if not problems:
-        problems = load_secrets(values)
+        config = Config(**values)
+        for check in (check_key, with_server_tls, with_engine_tls):
+            try:
+                config = check(config)
+            except ConfigError as error:
+                problems.append(str(error))
     if problems:
         raise ConfigError("\n".join(problems))
-    return Config(**values)
+    return config
 
 
-def describe(error: Exception) -> str:
-    """Return one line for an error, without the number Python puts before an OSError's text."""
-    if isinstance(error, OSError) and error.strerror:
-        name = os.fsdecode(error.filename) if isinstance(error.filename, (str, bytes)) else ""
-        return f"{name}: {error.strerror}" if name else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def load_secrets(values: dict[str, Any]) -> list[str]:
-    """Settle in values what takes several variables: key, TLS contexts. Return the problems."""
-    problems = []
-    if values["api_key"] and values["api_key_file"]:
-        problems.append("API_KEY_FILE: set this or API_KEY, not both")
-    values["api_key"] = values["api_key"] or values["api_key_file"]
-    if not values["api_key"]:
-        problems.append("API_KEY: is required; try API_KEY=$(openssl rand -hex 32)")
-    for context, load in (("server_tls", server_context), ("engine_tls", engine_context)):
-        try:
-            values[context] = load(values)
-        except ConfigError as error:
-            problems.append(str(error))
-    return problems
+def check_key(config: Config) -> Config:
+    """Return config with the key, wherever it comes from. Raises ConfigError, without the key."""
+    name, key = ("API_KEY_FILE", config.api_key_file)
+    if config.api_key and key:
+        raise ConfigError("API_KEY_FILE: set this or API_KEY, not both")
+    if not key:
+        name, key = "API_KEY", config.api_key
+    if not key:
+        raise ConfigError("API_KEY: is required; try API_KEY=$(openssl rand -hex 32)")
+    if re.search(rb"[\x00-\x1f\x7f]", key) or key != key.strip(b" "):
+        raise ConfigError(f"{name}: no header can carry a control character, or a space at an end")
+    return config._replace(api_key=key)
 
 
 @contextlib.contextmanager
 def naming(variable: str, path: str) -> Iterator[None]:
     """Turn an error about the file at path into a ConfigError that names the variable."""
     try:
+        with open(path, "rb"):
+            pass
         yield
     except OSError as error:  # ssl.SSLError is one
-        reason = getattr(error, "reason", None) or error.strerror or error
-        raise ConfigError(f"{variable}: {path}: {reason}") from error
+        raise ConfigError(f"{variable}: {path}: {describe(error)}") from error
 
 
-def server_context(values: Mapping[str, Any]) -> ssl.SSLContext | None:
-    """Return the listener's TLS context, None for plain HTTP. Raises ConfigError."""
-    cert, key, ca = (
-        values[name] for name in ("tls_cert_file", "tls_key_file", "tls_client_ca_file")
-    )
-    if bool(cert) != bool(key):
-        raise ConfigError(
-            "TLS_KEY_FILE: is required with TLS_CERT_FILE"
-            if cert
-            else "TLS_CERT_FILE: is required with TLS_KEY_FILE"
-        )
-    if not cert:
-        if ca:
-            raise ConfigError("TLS_CLIENT_CA_FILE: needs TLS_CERT_FILE and TLS_KEY_FILE")
-        return None
+def with_server_tls(config: Config) -> Config:
+    """Return config with the listener's TLS context, if it has one. Raises ConfigError."""
+    cert, key, ca = config.tls_cert_file, config.tls_key_file, config.tls_client_ca_file
+    if not (cert and key):
+        if cert or key or ca:
+            missing = "TLS_KEY_FILE" if cert else "TLS_CERT_FILE"
+            raise ConfigError(f"{missing}: is required with the other TLS variables")
+        return config
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    for variable, path in (("TLS_CERT_FILE", cert), ("TLS_KEY_FILE", key)):
-        with naming(variable, path), open(path, "rb"):
-            pass
-    with naming("TLS_CERT_FILE", f"{cert} with {key}"):
-        context.load_cert_chain(cert, key, password=no_password)
+    with naming("TLS_CERT_FILE", cert), naming("TLS_KEY_FILE", key):
+        context.load_cert_chain(cert, key, password=refuse_password)
     if ca:
         with naming("TLS_CLIENT_CA_FILE", ca):
             context.load_verify_locations(ca)
         # Invariant: with a client CA set, nobody without its certificate gets past the handshake.
         context.verify_mode = ssl.CERT_REQUIRED
-    return context
+    return config._replace(server_tls=context)
 
 
-def no_password() -> str:
+def refuse_password() -> str:
     """Refuse an encrypted key: OpenSSL would ask for its password on the terminal."""
     raise OSError(errno.EINVAL, "the private key is encrypted")
 
 
-def engine_context(values: Mapping[str, Any]) -> ssl.SSLContext | None:
-    """Return the TLS context for the Engine, None for plain. Raises ConfigError."""
-    scheme, folder = values["docker_host"].scheme, values["docker_cert_path"]
-    if not (scheme == "https" or (scheme == "tcp" and values["docker_tls_verify"])):
-        return None
-    if scheme == "https" and not (folder or values["docker_tls_verify"]):
-        return ssl.create_default_context()
+def with_engine_tls(config: Config) -> Config:
+    """Return config with the TLS context for the Engine, if it takes one. Raises ConfigError."""
+    scheme, folder = config.docker_host.scheme, config.docker_cert_path
+    if scheme == "https" and not (folder or config.docker_tls_verify):
+        return config._replace(engine_tls=ssl.create_default_context())
+    if scheme != "https" and not (scheme == "tcp" and config.docker_tls_verify):
+        return config
     folder = folder or os.path.expanduser("~/.docker")
     ca, cert, key = (os.path.join(folder, name) for name in ("ca.pem", "cert.pem", "key.pem"))
     with naming("DOCKER_CERT_PATH", ca):
         context = ssl.create_default_context(cafile=ca)
     if os.path.exists(cert) or os.path.exists(key):
-        with naming("DOCKER_CERT_PATH", f"{cert} with {key}"):
-            context.load_cert_chain(cert, key, password=no_password)
-    return context
+        with naming("DOCKER_CERT_PATH", cert), naming("DOCKER_CERT_PATH", key):
+            context.load_cert_chain(cert, key, password=refuse_password)
+    return config._replace(engine_tls=context)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -538,8 +499,9 @@ def timestamp(now: float, timespec: str = "milliseconds") -> str:
 class Log:
     """Writes log lines to a descriptor; drops them, and counts, rather than wait for a reader."""
 
-    def __init__(self, level: int, descriptor: int = 1) -> None:
-        self.level = level
+    def __init__(self, level: str, secret: bytes, descriptor: int = 1) -> None:
+        self._rank = LEVELS[level]
+        self._secret = json.dumps(os.fsdecode(secret))[1:-1]
         self._descriptor = descriptor
         self._dropped = 0
         self._lock = threading.Lock()
@@ -548,30 +510,32 @@ class Log:
 
     def __call__(self, level: str, msg: str, **fields: Any) -> None:
         """Write one line: time, level, msg and the fields."""
-        if LEVELS[level] < self.level:
+        if LEVELS[level] < self._rank:
             return
         record = {"time": timestamp(time.time()), "level": level, "msg": msg, **fields}
         with self._lock:
             if self._dropped:
                 record["dropped"] = self._dropped
+            # Invariant: the key is in no log line, not even where a client put it in a path.
+            line = fit_line(record).replace(self._secret, "***").encode()
             # A full disk, a closed pipe, a reader that is gone: none may end a request.
             with contextlib.suppress(OSError):
                 # Invariant: a full pipe never blocks: it polls writable only while PIPE_BUF bytes
                 # fit, and no line is longer.
-                if self._poll.poll(0) and os.write(self._descriptor, fit_line(record)):
+                if self._poll.poll(0) and os.write(self._descriptor, line):
                     self._dropped = 0
                     return
             self._dropped += 1
 
 
-def fit_line(record: dict[str, Any]) -> bytes:
+def fit_line(record: dict[str, Any]) -> str:
     """Return record as one line of ASCII JSON of at most PIPE_BUF bytes, its strings cut to fit.
 
     ASCII JSON has every control and every non-ASCII character escaped: no field can end its line.
     """
     for longest in (4096, 2000, 600, 100):
         cut = {k: v[-longest:] if isinstance(v, str) else v for k, v in record.items()}
-        line = json.dumps(cut).encode() + b"\n"
+        line = json.dumps(cut) + "\n"
         if len(line) <= select.PIPE_BUF:
             break
     return line
@@ -1002,7 +966,7 @@ LOGS_QUERY = record(
 )
 
 # --------------------------------------------------------------------------------------------------
-# Sockets: field lines, body framing and deadlines, for clients and Engine alike
+# Sockets: field lines, body framing and waits, for clients and Engine alike
 # --------------------------------------------------------------------------------------------------
 
 Fields = dict[str, list[str]]
@@ -1019,7 +983,7 @@ def parse_fields(lines: list[bytes]) -> Fields:
         match = FIELD_LINE.fullmatch(line)
         if not match:
             raise BadMessage("a header line is not of the form Name: value")
-        name, value = (group.decode("latin-1") for group in match.groups())
+        name, value = match[0].decode("latin-1").split(":", 1)
         fields.setdefault(name.lower(), []).append(value.strip(" \t"))
     return fields
 
@@ -1044,6 +1008,15 @@ def framing(fields: Fields) -> int | None:
     return int(length.lstrip("0")[:18] or "0")
 
 
+@functools.lru_cache(maxsize=512)
+def chunk_size(line: bytes) -> int:
+    """Return the size that a chunk's line gives. Raises BadMessage (RFC 9112 section 7.1)."""
+    match = CHUNK_LINE.fullmatch(line)
+    if not match:
+        raise BadMessage("bad chunked coding")
+    return int(match[1], 16)
+
+
 class Body:
     """Decodes a message body from bytes as they come; what follows it is left in `rest`.
 
@@ -1051,11 +1024,11 @@ class Body:
     """
 
     def __init__(self, length: int | None) -> None:
-        self.rest = b""
         self.done = length == 0
         self._chunked = length is None
+        # Each chunk's line begins with the CRLF that ends the chunk before; so does the first's.
+        self.rest = b"\r\n" if self._chunked else b""
         self._left = length or 0  # bytes of the body, or of the chunk being read
-        self._line = CHUNK_LINE
         self._last = False
 
     def feed(self, data: bytes) -> bytes:
@@ -1067,40 +1040,36 @@ class Body:
             self._left -= len(piece)
             self.done = not self._left
             return piece
-        data, position, pieces = self.rest + data, 0, []
-        while position < len(data):
-            if self._left:
-                piece = data[position : position + self._left]
-                pieces.append(piece)
-                position += len(piece)
-                self._left -= len(piece)
-                continue
-            match = None if self._last else self._line.match(data, position)
-            if not match:
-                position = self._finish(data, position)
+        data, position, pieces, left = self.rest + data, 0, [], self._left
+        length = len(data)
+        while not self._last:
+            end = position + left
+            pieces.append(data[position:end])
+            if end > length:
+                position, left = length, end - length
                 break
+            position, left = end, 0
+            end = data.find(b"\n", position + 2) + 1
+            if not end:
+                self._check_rest(data[position:], MAX_CHUNK_LINE)
+                break
+            left = chunk_size(data[position:end])
+            position, self._last = end, not left
+        if self._last and (match := TRAILER.match(data, position)):
+            self.done = True
             position = match.end()
-            self._left = int(match[1], 16)
-            self._line = NEXT_CHUNK_LINE
-            self._last = not self._left
-        self.rest = data[position:]
+        self.rest, self._left = data[position:], left
+        if self._last and not self.done:
+            self._check_rest(self.rest, MAX_TRAILER)
         return b"".join(pieces)
 
-    def _finish(self, data: bytes, position: int) -> int:
-        """Read the trailer, or find out whether a chunk's line is only incomplete."""
-        if self._last:
-            if match := TRAILER.match(data, position):
-                self.done = True
-                return match.end()
-            whole, limit = data.find(b"\r\n\r\n", position) >= 0, MAX_TRAILER
-        else:
-            skip = 2 if self._line is NEXT_CHUNK_LINE else 0
-            whole = not b"\r\n".startswith(data[position : position + skip])
-            whole, limit = whole or data.find(b"\n", position + skip) >= 0, MAX_CHUNK_LINE
-        # Invariant: neither a chunk's line nor the trailer is waited for without a bound.
-        if whole or len(data) - position > limit:
+    def _check_rest(self, rest: bytes, limit: int) -> None:
+        """Raise BadMessage for what cannot become a chunk's line or a trailer."""
+        # Invariant: neither is waited for without a bound.
+        if len(rest) > limit or (self._last and b"\r\n\r\n" in rest):
             raise BadMessage("bad chunked coding")
-        return position
+        if not self._last and not b"\r\n".startswith(rest[:2]):
+            raise BadMessage("bad chunked coding")
 
     def end(self) -> None:
         """Take the end of the connection. Raises BadMessage if the body was not whole."""
@@ -1109,174 +1078,156 @@ class Body:
         self.done = True
 
 
-def receive(sock: socket.socket, deadline: float) -> bytes:
-    """Return what comes next, b"" at the end. Raises socket.timeout past deadline (monotonic)."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise socket.timeout("timed out")
-    sock.settimeout(left)
-    return sock.recv(RECEIVE)
-
-
 class Watch(NamedTuple):
-    """Whom a stream must not outlive: the client, and (by a socket that tells of it) the agent."""
+    """Whom a wait must not outlive: a client, and (by a socket that tells of its end) the agent."""
 
-    client: socket.socket
+    client: Optional[socket.socket] = None
     stop: Optional[socket.socket] = None
 
-    def wait(self, sock: socket.socket, seconds: float) -> bool:
-        """Wait until sock can be read; return False if that takes longer than seconds.
+    def wait(self, sock: socket.socket, deadline: float) -> bool:
+        """Wait until sock can be read; return False if it cannot at deadline (monotonic).
 
-        Raises ClientGone, or Stopping if `stop` is watched.
+        Raises ClientGone or Stopping.
         """
         if isinstance(sock, ssl.SSLSocket) and sock.pending():
             return True
         poll = select.poll()  # select() cannot take descriptors past 1023
         poll.register(sock, select.POLLIN)
-        poll.register(self.client, GONE)
+        if self.client:
+            poll.register(self.client, GONE)
         if self.stop:
             poll.register(self.stop, select.POLLIN)
+        seconds = deadline - time.monotonic()
         ready = {descriptor for descriptor, _ in poll.poll(max(0, math.ceil(seconds * 1000)))}
-        if self.client.fileno() in ready:
+        if self.client and self.client.fileno() in ready:
             raise ClientGone
         if self.stop and self.stop.fileno() in ready:
             raise Stopping
         return bool(ready)
 
 
+def receive(sock: socket.socket, deadline: float) -> bytes:
+    """Return what comes next, b"" at the end. Raises socket.timeout past deadline (monotonic)."""
+    sock.settimeout(max(1e-6, deadline - time.monotonic()))
+    return sock.recv(RECEIVE)
+
+
 # --------------------------------------------------------------------------------------------------
 # Engine client: calls (JSON) and streams (bytes) over a Unix socket, TCP or TLS
 # --------------------------------------------------------------------------------------------------
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 
 # Statuses of the Engine that the caller is given as they are; any other is 502.
 KEPT = (400, 401, 403, 404, 409, 500, 501)
-# What a connection that the Engine closed while it was idle ends in.
-STALE = (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError)
+CUT = "the Engine broke off its answer"
 
 
-class DeadlineReader(io.RawIOBase):
-    """Reads a socket until one deadline for all reads, so that a peer cannot drip for ever."""
+class Answer:
+    """An answer of the Engine, whole or as it comes: http.client's response_class.
 
-    def __init__(self, sock: socket.socket, deadline: float) -> None:
-        self._sock = sock
-        self._deadline = deadline
+    http.client's own forgives bad framing, waits anew for each byte, and cannot be polled.
+    """
 
-    def readable(self) -> bool:
-        return True
+    will_close = False  # http.client must not: the connection is ours to keep or close
 
-    def readinto(self, buffer: Any) -> int:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise socket.timeout("timed out")
-        self._sock.settimeout(left)
-        return self._sock.recv_into(buffer)
-
-
-class DeadlineSocket:
-    """As much of a socket as http.client uses, with one deadline (monotonic) for an exchange."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.deadline = 0.0
-
-    def sendall(self, data: bytes) -> None:
-        self.sock.settimeout(max(0.001, self.deadline - time.monotonic()))
-        self.sock.sendall(data)
-
-    def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(DeadlineReader(self.sock, self.deadline))
-
-    def close(self) -> None:
-        self.sock.close()
-
-
-class EngineStream:
-    """An answer of the Engine that is read as it comes, on a connection of its own."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+    def __init__(self, sock: socket.socket, watch: Watch, seconds: float, method: str) -> None:
+        self.status = 0
+        self.fields: Fields = {}
+        self._sock, self._watch = sock, watch
+        self._deadline = time.monotonic() + seconds
         self._body = Body(0)
         self._rest = b""
         self._read_at = 0.0
+        self.release: Callable[[], None] = sock.close
 
-    def start(self, watch: Watch, seconds: float) -> int:
-        """Read the head and return its status. Raises EngineError."""
-        head, deadline = b"", time.monotonic() + seconds
+    def begin(self) -> None:
+        """Read the head. Raises EngineError, OSError, and what Watch.wait raises."""
+        head = b""
         while b"\r\n\r\n" not in head:
-            if len(head) > MAX_FIELD_BLOCK:
-                raise EngineError(502, "the Engine's answer has too large a head")
-            data = self._receive(watch, deadline - time.monotonic())
+            data = self._receive(self._deadline)
             if data is None:
-                raise EngineError(504, f"the Engine did not answer within {seconds:.0f} s")
+                raise EngineError(504, "the Engine did not answer in time")
             if not data:
-                raise EngineError(502, "the Engine closed the connection without an answer")
+                raise http.client.RemoteDisconnected("it hung up without an answer")
             head += data
+            if len(head) > MAX_FIELD_BLOCK + RECEIVE:
+                raise EngineError(502, "the Engine's answer has too large a head")
         head, _, self._rest = head.partition(b"\r\n\r\n")
         first, *lines = head.split(b"\r\n")
         match = STATUS_LINE.fullmatch(first)
         try:
-            fields = parse_fields(lines)
-            length = framing(fields)
-        except ApiError as error:
-            raise EngineError(502, f"the Engine's answer: {error}") from error
-        except BadMessage as error:
+            self.fields = parse_fields(lines)
+            length = framing(self.fields)
+        except (ApiError, BadMessage) as error:
             raise EngineError(502, f"the Engine's answer is not HTTP: {error}") from error
         if not match:
             raise EngineError(502, "the Engine's answer is not HTTP")
-        known = "content-length" in fields or length is None
-        self._body = Body(length if known else -1)
-        return int(match[1])
+        self.status = int(match[1])
+        if self.status in (204, 304):
+            length = 0
+        elif length == 0 and "content-length" not in self.fields:
+            length = -1
+        self._body = Body(length)
 
-    def read(self, watch: Watch, seconds: float) -> bytes | None:
-        """Return bytes of the body, b"" at its end, None after `seconds` of silence.
+    def read(self, deadline: float) -> bytes | None:
+        """Return bytes of the body, b"" at its end, None if none came until deadline (monotonic).
 
         Raises EngineError (502) if the body is cut short, and what Watch.wait raises.
         """
         while not self._body.done:
-            data = self._rest or self._receive(watch, seconds)
-            self._rest = b""
-            if data is None:
-                return None
             try:
+                data = self._rest or self._receive(deadline)
+                if data is None:
+                    return None
+                self._rest = b""
                 piece = self._body.feed(data)
                 if not data:
                     self._body.end()
-            except BadMessage as error:
-                raise EngineError(502, f"the Engine broke off its answer: {error}") from error
+            except (OSError, BadMessage) as error:
+                raise EngineError(502, f"{CUT}: {describe(error)}") from error
             if piece:
                 return piece
         return b""
 
-    def _receive(self, watch: Watch, seconds: float) -> bytes | None:
+    def _receive(self, deadline: float) -> bytes | None:
         """Return what the Engine sends next, b"" if it hung up, None if it stayed silent."""
-        if time.monotonic() - self._read_at < BURST:
-            time.sleep(BURST_PAUSE)
-        if not watch.wait(self._sock, seconds):
+        since = time.monotonic() - self._read_at
+        if since < BURST_PAUSE and self._watch.client:
+            time.sleep(BURST_PAUSE - since)
+        if not self._watch.wait(self._sock, deadline):
             return None
-        try:
-            return self._sock.recv(RECEIVE)
-        except OSError as error:
-            raise EngineError(502, f"the Engine broke off its answer: {describe(error)}") from error
-        finally:
-            self._read_at = time.monotonic()
+        data = self._sock.recv(RECEIVE)
+        self._read_at = time.monotonic()
+        return data
 
-    def read_all(self, watch: Watch) -> bytes:
-        """Return the rest of the body. Raises EngineError past MAX_ANSWER or CALL_TIMEOUT."""
-        pieces, size, deadline = [], 0, time.monotonic() + CALL_TIMEOUT
-        while piece := self.read(watch, deadline - time.monotonic()):
+    def read_all(self) -> bytes:
+        """Return the whole body. Raises EngineError past MAX_ANSWER or the deadline."""
+        pieces, size = [], 0
+        while piece := self.read(self._deadline):
             pieces.append(piece)
             size += len(piece)
+            # Invariant: no answer is read past a bound.
             if size > MAX_ANSWER:
                 raise EngineError(502, "the Engine's answer is too large")
         if piece is None:
             raise EngineError(504, "the Engine did not finish its answer in time")
         return b"".join(pieces)
 
+    def isclosed(self) -> bool:
+        """Return whether the connection can take the next request; http.client asks, too."""
+        closing = "close" in self.fields.get("connection", [])
+        return self._body.done and not self._body.rest and not closing
+
     def close(self) -> None:
-        """Hang up; the Engine ends whatever it was streaming."""
-        self._sock.close()
+        """Do nothing: http.client calls this for the answer before."""
+
+    def __enter__(self) -> Answer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Hang up, or keep the connection if the answer was read whole."""
+        self.release()
 
 
 class Engine:
@@ -1287,7 +1238,7 @@ class Engine:
         self._tls = tls
         self._pinned = version
         self._version = version
-        self._idle: list[http.client.HTTPConnection] = []
+        self._idle: list[Any] = []
         self._health_lock = threading.Lock()
         self._health = (-HEALTH_CACHE, False)
 
@@ -1306,12 +1257,16 @@ class Engine:
         """
         target = path + ("?" + urlencode(query) if query else "")
         data = None if body is None else encode_json(body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
 
         def attempt(version: str) -> bytes:
-            status, _, answer = self._exchange(method, f"/v{version}{target}", data, seconds)
-            if status >= 400 or status not in (200, 201, 204, 304):
-                raise engine_error(status, answer)
-            return answer
+            target_there = f"/v{version}{target}"
+            answer = self._ask(method, target_there, data, headers, Watch(), seconds)
+            with answer:
+                content = answer.read_all()
+                if answer.status not in (200, 201, 204, 304):
+                    raise engine_error(answer.status, content)
+            return content
 
         return self._negotiated(attempt)
 
@@ -1326,31 +1281,20 @@ class Engine:
         query: Mapping[str, Any],
         watch: Watch,
         seconds: float = CALL_TIMEOUT,
-        headers: str = "",
-    ) -> EngineStream:
-        """Return a started stream. headers: lines, each with its CRLF, already checked.
+        headers: Mapping[str, str] | None = None,
+    ) -> Answer:
+        """Return an answer whose body is still to be read, within `seconds` of the request.
 
         Raises EngineError as `call` does, and what Watch.wait raises.
         """
 
-        def attempt(version: str) -> EngineStream:
-            sock = self._connect()
-            stream = EngineStream(sock)
-            with contextlib.ExitStack() as on_error:
-                on_error.callback(stream.close)
-                request = (
-                    f"{method} /v{version}{path}?{urlencode(query)} HTTP/1.1\r\nHost: docker\r\n"
-                    f"{headers}Content-Length: 0\r\nConnection: close\r\n\r\n"
-                )
-                try:
-                    sock.sendall(request.encode())
-                except OSError as error:
-                    raise EngineError(502, f"the Engine hung up: {describe(error)}") from error
-                status = stream.start(watch, seconds)
-                if status != 200:
-                    raise engine_error(status, stream.read_all(watch))
-                on_error.pop_all()
-            return stream
+        def attempt(version: str) -> Answer:
+            target = f"/v{version}{path}?{urlencode(query)}"
+            answer = self._ask(method, target, None, headers or {}, watch, seconds)
+            if answer.status == 200:
+                return answer
+            with answer:
+                raise engine_error(answer.status, answer.read_all())
 
         return self._negotiated(attempt)
 
@@ -1374,7 +1318,12 @@ class Engine:
                 self._health = (time.monotonic(), healthy)
             return healthy
 
-    def _negotiated(self, attempt: Callable[[str], Answer]) -> Answer:
+    def close(self) -> None:
+        """Close the idle connections."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _negotiated(self, attempt: Callable[[str], Result]) -> Result:
         """Return attempt(version), tried again if the Engine has changed versions since.
 
         An Engine that was upgraded refuses a version with 400 before it does anything, so that
@@ -1393,109 +1342,91 @@ class Engine:
 
     def _negotiate(self) -> str:
         """Return the API version both sides speak (Engine API, "Ping"). Raises EngineError."""
-        status, fields, _ = self._exchange("GET", "/_ping", None, PING_TIMEOUT)
-        offered = fields.get("api-version", "")
-        if status != 200 or not re.fullmatch(r"1\.[0-9]{1,3}", offered):
+        answer = self._ask("GET", "/_ping", None, {}, Watch(), PING_TIMEOUT)
+        with answer:
+            answer.read_all()
+        offered = answer.fields.get("api-version", [""])[0]
+        if answer.status != 200 or not re.fullmatch(r"1\.[0-9]{1,3}", offered):
             raise EngineError(502, f"{self.address} does not answer as a Docker Engine does")
-        newest = min(tuple(int(part) for part in offered.split(".")), NEWEST_API)
-        return self._pinned or ".".join(str(part) for part in newest)
+        newest = min(tuple(map(int, offered.split("."))), NEWEST_API)
+        return self._pinned or "{}.{}".format(*newest)
 
-    def _exchange(
-        self, method: str, target: str, body: bytes | None, seconds: float, again: bool = False
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """Return status, headers and body of one request, at most seconds after the connect.
+    def _ask(
+        self,
+        method: str,
+        target: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        watch: Watch,
+        seconds: float,
+        again: bool = False,
+    ) -> Answer:
+        """Return an answer whose head was read at most `seconds` after the connect.
 
         Only a GET goes out on a connection that was idle, and once more on a new one if the Engine
         had closed that: what changes something is never sent twice. Raises EngineError.
         """
         idle = self._idle_connection() if method == "GET" and not again else None
-        connection = idle or self._new_connection()
+        connection = idle or self._connect()
+        answer: Answer | None = None
         try:
-            return self._request(connection, method, target, body, seconds)
-        except STALE as error:
+            connection.response_class = functools.partial(Answer, watch=watch, seconds=seconds)
+            connection.sock.settimeout(seconds)
+            connection.request(method, target, body, headers)
+            answer = connection.getresponse()
+            answer.release = functools.partial(self._release, connection, answer, method)
+            return answer
+        except ConnectionError as error:
             self._version = self._pinned  # perhaps it was restarted as another version
             if not idle:
-                message = "the Engine closed the connection without an answer"
-                raise EngineError(502, message) from error
+                raise EngineError(502, f"{CUT}: {describe(error)}") from error
         except socket.timeout as error:
-            raise EngineError(504, f"the Engine did not answer within {seconds:g} s") from error
-        except (OSError, ValueError, http.client.HTTPException) as error:
-            raise EngineError(502, f"the Engine's answer is broken: {describe(error)}") from error
-        return self._exchange(method, target, body, seconds, again=True)
-
-    def _request(
-        self,
-        connection: http.client.HTTPConnection,
-        method: str,
-        target: str,
-        body: bytes | None,
-        seconds: float,
-    ) -> tuple[int, Mapping[str, str], bytes]:
-        """As _exchange, on one connection, which is kept if it can serve again."""
-        keep = False
-        try:
-            connection.sock.deadline = time.monotonic() + seconds
-            headers = {} if body is None else {"Content-Type": "application/json"}
-            connection.request(method, target, body, headers)
-            response = connection.getresponse()
-            pieces, size = [], 0
-            while piece := response.read(RECEIVE):
-                pieces.append(piece)
-                size += len(piece)
-                # Invariant: no answer is read past a bound.
-                if size > MAX_ANSWER:
-                    raise EngineError(502, "the Engine's answer is too large")
-            length = response.getheader("Content-Length")
-            if length and length.isdigit() and int(length) != size and response.status != 304:
-                raise EngineError(502, "the Engine's answer was cut short")
-            fields = {name.lower(): value for name, value in response.getheaders()}
-            keep = method == "GET" and not response.will_close
-            return response.status, fields, b"".join(pieces)
+            raise EngineError(504, "the Engine did not take the request in time") from error
+        except OSError as error:
+            raise EngineError(502, f"{CUT}: {describe(error)}") from error
         finally:
-            if keep and len(self._idle) < MAX_IDLE_CONNECTIONS:
-                self._idle.append(connection)
-            else:
+            if answer is None:
                 connection.close()
+        return self._ask(method, target, body, headers, watch, seconds, again=True)
 
-    def _new_connection(self) -> http.client.HTTPConnection:
-        connection = http.client.HTTPConnection("docker")
-        connection.sock = DeadlineSocket(self._connect())
-        return connection
+    def _release(self, connection: Any, answer: Answer, method: str) -> None:
+        """Keep a connection whose answer was read whole, close any other."""
+        if method == "GET" and answer.isclosed() and len(self._idle) < MAX_IDLE_CONNECTIONS:
+            self._idle.append(connection)
+        else:
+            connection.close()
 
-    def _idle_connection(self) -> http.client.HTTPConnection | None:
+    def _idle_connection(self) -> Any:
         """Return a connection that the Engine has not closed meanwhile, None if there is none."""
         while self._idle:
-            try:
+            with contextlib.suppress(IndexError):  # another thread took the last one
                 connection = self._idle.pop()
-            except IndexError:  # another thread took the last one
-                break
-            poll = select.poll()
-            poll.register(connection.sock.sock, select.POLLIN)
-            if not poll.poll(0):
-                return connection
-            connection.close()
-            self._version = self._pinned  # the Engine went away: perhaps it is another one now
+                if not Watch().wait(connection.sock, 0):
+                    return connection
+                connection.close()
+                self._version = self._pinned  # the Engine went away: perhaps for another one
         return None
 
-    def _connect(self) -> socket.socket:
-        """Return a socket to the Engine, TLS done. Raises EngineError (503)."""
-        sock = None
+    def _connect(self) -> Any:
+        """Return a connection to the Engine, TLS done. Raises EngineError (503)."""
+        connection = http.client.HTTPConnection("docker")
         try:
             if self.address.path:
-                sock = socket.socket(socket.AF_UNIX)
-                sock.settimeout(CONNECT_TIMEOUT)
-                sock.connect(self.address.path)
-                return sock
+                connection.sock = socket.socket(socket.AF_UNIX)
+                connection.sock.settimeout(CONNECT_TIMEOUT)
+                connection.sock.connect(self.address.path)
+                return connection
             port = self.address.port or (2376 if self._tls else 2375)
-            sock = socket.create_connection((self.address.host, port), CONNECT_TIMEOUT)
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.sock = socket.create_connection((self.address.host, port), CONNECT_TIMEOUT)
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self._tls:
                 # Invariant: the Engine's certificate is verified, and is for the host asked for.
-                return self._tls.wrap_socket(sock, server_hostname=self.address.host)
-            return sock
+                connection.sock = self._tls.wrap_socket(
+                    connection.sock, server_hostname=self.address.host
+                )
+            return connection
         except (OSError, ValueError) as error:
-            if sock:
-                sock.close()
+            connection.close()
             message = f"the Engine at {self.address} is not reachable: {describe(error)}"
             raise EngineError(503, message) from error
 
@@ -1513,7 +1444,7 @@ def decode_answer(body: bytes) -> Any:
     """Return the JSON in an answer of the Engine. Raises EngineError (502)."""
     try:
         return json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EngineError(502, "the Engine's answer is not JSON") from error
 
 
@@ -1675,36 +1606,29 @@ def split_image(image: str) -> tuple[str, str]:
 def pull_progress(
     engine: Engine, body: dict[str, Any], auth: str, watch: Watch
 ) -> Iterator[dict[str, Any] | None]:
-    """Return the words of a pull as they come, None after PING_INTERVAL of silence.
+    """Yield the words of a pull as they come, None after PING_INTERVAL of silence.
 
-    body: {"image", "platform"?}; auth: X-Registry-Auth, checked. The pull has begun when this
-    returns; it ends when the generator is closed. Raises EngineError for one that failed.
+    body: {"image", "platform"?}; auth: X-Registry-Auth, checked. Raises EngineError for a pull
+    that fails; closing the generator ends the pull.
     """
     name, tag = split_image(body["image"])
     if re.fullmatch("(sha256:)?[0-9a-f]{64}", body["image"]):
         raise EngineError(404, f"no such image: {body['image']}; an id cannot be pulled")
-    query = {"fromImage": name, "tag": tag}
-    if "platform" in body:
-        query["platform"] = body["platform"]
-    headers = f"X-Registry-Auth: {auth}\r\n" if auth else ""
+    query = {"fromImage": name, "tag": tag, **{k: body[k] for k in ("platform",) if k in body}}
+    headers = {"X-Registry-Auth": auth} if auth else {}
     try:
-        stream = engine.stream("POST", "/images/create", query, watch, PULL_SILENCE, headers)
+        answer = engine.stream("POST", "/images/create", query, watch, PULL_SILENCE, headers)
     except EngineError as error:
         raise pull_error(error.status, error.message) from error
-    return read_progress(stream, watch)
-
-
-def read_progress(stream: EngineStream, watch: Watch) -> Iterator[dict[str, Any] | None]:
-    """Yield the objects of a stream of JSON lines. Raises EngineError."""
-    rest, quiet = b"", 0.0
-    with contextlib.closing(stream):
-        while (data := stream.read(watch, PING_INTERVAL)) != b"":
-            quiet = quiet + PING_INTERVAL if data is None else 0.0
-            if quiet >= PULL_SILENCE:
-                raise EngineError(504, f"the Engine said nothing for {PULL_SILENCE:.0f} s")
+    rest, heard = b"", time.monotonic()
+    with answer:
+        while (data := answer.read(time.monotonic() + PING_INTERVAL)) != b"":
             if data is None:
+                if time.monotonic() - heard > PULL_SILENCE:
+                    raise EngineError(504, f"the Engine said nothing for {PULL_SILENCE:.0f} s")
                 yield None
                 continue
+            heard = time.monotonic()
             *lines, rest = (rest + data).split(b"\n")
             if len(rest) > MAX_LINE:
                 raise EngineError(502, "the Engine's answer has too long a line")
@@ -2076,6 +2000,7 @@ Line = tuple[bytes, int, int, bytes]  # stamp, its number among lines of that st
 
 STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
 FRAME_HEADER = struct.Struct(">BxxxL")
+NEWLINE, RETURN = b"\n\r"
 STAMP_SIZE = len("2026-02-21T10:00:00.000000000Z")
 
 
@@ -2094,21 +2019,18 @@ class Demultiplexer:
         if self._failure:
             raise self._failure
         data, position, entries = self._rest + data, 0, []
-        while len(data) - position >= 8:
+        last = len(data) - FRAME_HEADER.size
+        while position <= last:
             kind, size = FRAME_HEADER.unpack_from(data, position)
-            end = position + 8 + size
-            if kind > 3 or size > MAX_FRAME:
-                self._failure = EngineError(502, "the Engine's log is not made of frames")
+            start = position + FRAME_HEADER.size
+            payload = data[start : start + size]
+            if kind > 2 or size > MAX_LINE:
+                self._failure = frame_error(kind, payload)
                 break
-            if end > len(data):
-                break
-            payload = data[position + 8 : end]
-            if kind == 3:
-                message = payload.decode(errors="replace").strip()
-                self._failure = EngineError(502, f"the Engine failed to read the log: {message}")
+            if len(payload) < size:
                 break
             entries.append((kind, payload))
-            position = end
+            position = start + size
         self._rest = data[position:]
         return entries
 
@@ -2158,39 +2080,45 @@ class TtyDemultiplexer:
         return [(1, self._rest)] if LOG_STAMP.match(self._rest) else []
 
 
+def frame_error(kind: int, payload: bytes) -> EngineError:
+    """Return the error for a frame that holds no entry; kind 3 is the Engine's own word."""
+    if kind != 3:
+        return EngineError(502, "the Engine's log is not made of frames")
+    reason = payload.decode(errors="replace").strip()
+    return EngineError(502, f"the Engine failed to read the log: {reason}")
+
+
 class LineAssembler:
     """Puts entries together to whole lines, stdout and stderr apart, and numbers the lines."""
 
     def __init__(self) -> None:
         self.parts: dict[int, tuple[bytes, bytearray]] = {}  # type: stamp and text so far
-        self._latest: dict[int, bytes] = {}  # type: the stamp of its last line
-        self._counts: dict[bytes, int] = {}  # stamp: lines that had it, for the latest stamps
+        self._counts: dict[bytes, int] = {}  # stamp: lines that had it
 
     def feed(self, entries: list[Entry]) -> list[Line]:
         """Return the lines that are complete. Raises EngineError for an entry without a stamp."""
         lines: list[Line] = []
-        latest, counts, parts = self._latest, self._counts, self.parts
+        counts, parts = self._counts, self.parts
         for kind, payload in entries:
-            stamp, text = payload[:STAMP_SIZE], payload[STAMP_SIZE + 1 :]
             if payload[29:31] != b"Z ":
                 stamp, text = split_entry(payload)
-            if kind in parts or text[-1:] != b"\n" or len(text) > MAX_LINE:
-                lines += self._join(kind, stamp, text)
+                payload = b"%b %b" % (stamp, text)
+            stamp = payload[:STAMP_SIZE]
+            if payload[-1] != NEWLINE or kind in parts:
+                lines += self._join(kind, stamp, payload[STAMP_SIZE + 1 :])
                 continue
-            if latest.get(kind) != stamp:
-                self._forget(kind, stamp)
             counts[stamp] = number = counts.get(stamp, 0) + 1
-            lines.append((stamp, number, kind, text[: -2 if text[-2:] == b"\r\n" else -1]))
+            text = payload[STAMP_SIZE + 1 : -2 if payload[-2] == RETURN else -1]
+            lines.append((stamp, number, kind, text))
+        if len(counts) > 2 * RECENT_STAMPS:
+            kept = [*list(counts)[-RECENT_STAMPS:], *(stamp for stamp, _ in parts.values())]
+            self._counts = {stamp: counts.get(stamp, 0) for stamp in kept}
         return lines
 
     def end(self) -> list[Line]:
         """Return the lines that the end of the log left without a newline."""
-        return [
-            line
-            for kind, (stamp, text) in list(self.parts.items())
-            if text
-            for line in self._join(kind, stamp, b"\n")
-        ]
+        held = [(kind, stamp) for kind, (stamp, text) in self.parts.items() if text]
+        return [line for kind, stamp in held for line in self._join(kind, stamp, b"\n")]
 
     def _join(self, kind: int, stamp: bytes, text: bytes) -> list[Line]:
         """Add an entry to its line; return the line if complete, and what exceeds MAX_LINE."""
@@ -2199,30 +2127,21 @@ class LineAssembler:
         whole = held.endswith(b"\n")
         if whole:
             del held[-2 if held.endswith(b"\r\n") else -1 :]
-        lines = []
+        texts = []
         # Invariant: no line is held past MAX_LINE; two bytes more may be its CR LF.
         while len(held) > (MAX_LINE if whole else MAX_LINE + 2):
             size = MAX_LINE
             while size > MAX_LINE - 4 and held[size] & 0xC0 == 0x80:
                 size -= 1  # not in the middle of a UTF-8 character
-            lines.append(self._line(kind, stamp, bytes(held[:size])))
+            texts.append(bytes(held[:size]))
             del held[:size]
         if whole:
-            lines.append(self._line(kind, stamp, bytes(held)))
+            texts.append(bytes(held))
         else:
             self.parts[kind] = stamp, held
-        return lines
-
-    def _line(self, kind: int, stamp: bytes, text: bytes) -> Line:
-        self._forget(kind, stamp)
-        self._counts[stamp] = number = self._counts.get(stamp, 0) + 1
-        return stamp, number, kind, text
-
-    def _forget(self, kind: int, stamp: bytes) -> None:
-        """Note the stamp of a stream's line, and drop the count of the one before."""
-        old, self._latest[kind] = self._latest.get(kind, stamp), stamp
-        if old not in self._latest.values():
-            del self._counts[old]
+        number = self._counts.get(stamp, 0)
+        self._counts[stamp] = number + len(texts)
+        return [(stamp, number + i, kind, text) for i, text in enumerate(texts, 1)]
 
 
 def split_entry(payload: bytes) -> tuple[bytes, bytes]:
@@ -2260,10 +2179,10 @@ def engine_time(nanoseconds: int) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def unix_second(second: bytes) -> int:
-    """Return the Unix time of a stamp's first 19 bytes. Raises EngineError."""
+def unix_second(second: bytes) -> bytes:
+    """Return the Unix time of a stamp's first 20 bytes: b"1700000000.". Raises EngineError."""
     try:
-        return parse_timestamp(second.decode() + "Z") // 10**9
+        return b"%d." % (parse_timestamp(second[:-1].decode() + "Z") // 10**9)
     except ValueError as error:
         raise EngineError(502, "the Engine's log has no timestamps") from error
 
@@ -2325,19 +2244,23 @@ class ResumePoint:
 
 
 class LogReader:
-    """The lines of one container's log, from the Engine's stream."""
+    """The lines of one container's log, from the Engine's answer."""
 
-    def __init__(self, stream: EngineStream, tty: bool, skip: int, resume: str) -> None:
+    def __init__(self, answer: Answer, tty: bool, skip: int, resume: str) -> None:
         self.done = False
-        self._stream = stream
+        self.close = answer.release
+        self._answer = answer
         self._demultiplexer = TtyDemultiplexer() if tty else Demultiplexer()
         self._assembler = LineAssembler()
         self._skip = skip
         self._resume = ResumePoint(resume) if resume else None
 
-    def read(self, watch: Watch, seconds: float) -> list[Line] | None:
-        """Return the lines that came, None after `seconds` of silence; `done` tells the end."""
-        data = self._stream.read(watch, seconds)
+    def read(self, deadline: float) -> list[Line] | None:
+        """Return the lines that came, None if nothing did until deadline; `done` tells the end.
+
+        Raises EngineError, and what Watch.wait raises.
+        """
+        data = self._answer.read(deadline)
         if data is None:
             return None
         if data:
@@ -2348,15 +2271,16 @@ class LogReader:
         if self._resume:
             begun = [stamp for stamp, _ in self._assembler.parts.values()]
             lines = self._resume.after(lines, begun)
-        if self._skip:
-            skipped = min(self._skip, len(lines))
-            self._skip -= skipped
-            lines = lines[skipped:]
-        return lines
+        skipped = min(self._skip, len(lines))
+        self._skip -= skipped
+        return lines[skipped:] if skipped else lines
 
-    def close(self) -> None:
-        """Hang up on the Engine."""
-        self._stream.close()
+    def read_static(self) -> list[Line]:
+        """Return the next lines of a log that is not followed. Raises EngineError."""
+        lines = self.read(time.monotonic() + CALL_TIMEOUT)
+        if lines is None:
+            raise EngineError(504, "the Engine did not finish the log in time")
+        return lines
 
 
 class LogSource(NamedTuple):
@@ -2366,14 +2290,15 @@ class LogSource(NamedTuple):
     container: str  # the full id: a name may pass to another container
     tty: bool
     query: dict[str, Any]
+    watch: Watch
 
-    def open(self, watch: Watch, skip: int = 0, resume: str = "", **query: Any) -> LogReader:
+    def open(self, skip: int = 0, resume: str = "", **query: Any) -> LogReader:
         """Return a reader of the log, timestamps and all. Raises EngineError."""
         path = container_path(self.container, "logs")
-        stream = self.engine.stream("GET", path, {**self.query, **query}, watch)
-        return LogReader(stream, self.tty, skip, resume)
+        answer = self.engine.stream("GET", path, {**self.query, **query}, self.watch)
+        return LogReader(answer, self.tty, skip, resume)
 
-    def open_tail(self, watch: Watch, wanted: int, **query: Any) -> LogReader:
+    def open_tail(self, wanted: int) -> LogReader:
         """Return a reader of the last `wanted` lines. Raises EngineError.
 
         The Engine's own tail counts entries, of which a long line has several, and may begin in
@@ -2381,31 +2306,24 @@ class LogSource(NamedTuple):
         """
         entries, start = wanted + 1, b""
         while True:
-            stamp, _ = self._count(watch, 1, tail=entries)
+            stamp, _ = self._count(1, tail=entries)
             if not stamp:
-                return self.open(watch, **query)
-            since = engine_time(unix_second(stamp[:19]) * 10**9 + int(stamp[20:29]))
-            _, lines = self._count(watch, sys.maxsize, since=since)
+                return self.open()
+            since = (unix_second(stamp[:20]) + stamp[20:29]).decode()
+            _, lines = self._count(sys.maxsize, since=since)
             if lines > wanted or stamp == start:
-                return self.open(watch, max(0, lines - wanted), **{**query, "since": since})
+                return self.open(max(0, lines - wanted), since=since)
             start, entries = stamp, entries * 8
 
-    def _count(self, watch: Watch, enough: int, **query: Any) -> tuple[bytes, int]:
+    def _count(self, enough: int, **query: Any) -> tuple[bytes, int]:
         """Return the first line's stamp, b"" if there is none, and the number of lines."""
         first, count = b"", 0
-        with contextlib.closing(self.open(watch, follow=0, **query)) as reader:
+        with contextlib.closing(self.open(follow=0, **query)) as reader:
             while not reader.done and count < enough:
-                lines = reader.read(watch, CALL_TIMEOUT)
-                if lines is None:
-                    raise EngineError(504, "the Engine did not finish the log in time")
+                lines = reader.read_static()
                 first = first or (lines[0][0] if lines else b"")
                 count += len(lines)
         return first, count
-
-
-def utf8(data: bytes) -> bytes:
-    """Return data with U+FFFD for what is not UTF-8."""
-    return data.decode("utf-8", "replace").encode()
 
 
 def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
@@ -2429,23 +2347,15 @@ def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
 def render_events(lines: list[Line], stamps: bool, as_json: bool) -> bytes:
     """Return lines as server-sent events (HTML Standard, section 9.2.5), one each."""
     texts = line_texts(lines, stamps, as_json)
-    events = b"".join(
-        [
-            b"id: %d.%b-%d\ndata: %b\n\n" % (unix_second(stamp[:19]), stamp[20:29], number, text)
-            for (stamp, number, _, _), text in zip(lines, texts)
-        ]
-    )
     # Invariant: a CR ends a line of an event stream, so that a container could forge fields; it
-    # becomes one more data field. No LF is in a line.
-    if b"\r" in events:
-        events = b"".join(
-            [
-                b"id: %d.%b-%d\ndata: %b\n\n"
-                % (unix_second(stamp[:19]), stamp[20:29], number, text.replace(b"\r", b"\ndata: "))
-                for (stamp, number, _, _), text in zip(lines, texts)
-            ]
-        )
-    return utf8(events)
+    # becomes one more data field here, before any text is put in an event. No LF is in a line.
+    if b"\r" in b"".join(texts):
+        texts = [text.replace(b"\r", b"\ndata: ") for text in texts]
+    events: list[bytes] = []
+    for (stamp, number, _, _), text in zip(lines, texts):
+        data = b"-1\ndata: " if number == 1 else b"-%d\ndata: " % number
+        events += (b"id: ", unix_second(stamp[:20]), stamp[20:29], data, text, b"\n\n")
+    return b"".join(events).decode("utf-8", "replace").encode()
 
 
 def render_items(lines: list[Line], stamps: bool, as_json: bool) -> bytes:
@@ -2462,42 +2372,31 @@ def event(name: str, data: Any) -> bytes:
 
 
 def log_document(
-    reader: LogReader, watch: Watch, render: Callable[[list[Line]], bytes]
+    reader: LogReader, render: Callable[[list[Line]], bytes]
 ) -> Generator[bytes, None, None]:
     """Yield {"lines": [...]} as it is read. Raises EngineError, which leaves it broken off."""
     with contextlib.closing(reader):
-        yield b'{"lines":['
-        separator = b""
+        separator = b'{"lines":['
         while not reader.done:
-            lines = reader.read(watch, CALL_TIMEOUT)
-            if lines is None:
-                raise EngineError(504, "the Engine did not finish the log in time")
-            if lines:
+            if lines := reader.read_static():
                 yield separator + render(lines)
                 separator = b","
-        yield b"]}\n"
+        yield (b"" if separator == b"," else separator) + b"]}\n"
 
 
 def log_events(
-    reader: LogReader,
-    watch: Watch,
-    render: Callable[[list[Line]], bytes],
-    ending: Callable[[], dict[str, Any]],
+    reader: LogReader, render: Callable[[list[Line]], bytes], ending: Callable[[], dict[str, Any]]
 ) -> Generator[bytes, None, None]:
     """Yield the event stream of a log that is followed; ending says why it ended."""
     with contextlib.closing(reader):
-        yield f"retry: {RETRY}\n\n".encode()
-        due = time.monotonic() + PING_INTERVAL
         try:
+            yield f"retry: {RETRY}\n\n".encode()
+            due = time.monotonic() + PING_INTERVAL
             while not reader.done:
-                lines = reader.read(watch, due - time.monotonic())
-                if lines:
-                    yield render(lines)
-                elif time.monotonic() >= due:
-                    yield b": ping\n\n"
-                else:
-                    continue
-                due = time.monotonic() + PING_INTERVAL
+                lines = reader.read(due)
+                if lines or time.monotonic() >= due:
+                    yield render(lines) if lines else b": ping\n\n"
+                    due = time.monotonic() + PING_INTERVAL
             yield event("end", ending())
         except Stopping:
             yield event("shutdown", {"reason": "the agent is being stopped; reconnect"})
@@ -2592,55 +2491,58 @@ def inspect(call: Call) -> Response:
     return Response(body)
 
 
+def act(call: Call, action: str, query: Mapping[str, Any], seconds: float) -> None:
+    call.engine.call("POST", container_path(call.id, action), query, seconds=seconds)
+
+
 def stop(call: Call) -> Response:
-    return stop_or_restart(call, "stop", "container stopped")
+    stop_or_restart(call, "stop")
+    return Response({"message": "container stopped"})
 
 
 def restart(call: Call) -> Response:
-    return stop_or_restart(call, "restart", "container restarted")
+    stop_or_restart(call, "restart")
+    return Response({"message": "container restarted"})
 
 
-def stop_or_restart(call: Call, action: str, message: str) -> Response:
-    path = container_path(call.id, action)
+def stop_or_restart(call: Call, action: str) -> None:
+    """Have the Engine do either, which may take the container's own time. Raises ApiError."""
     query: dict[str, Any] = {}
-    if "timeout" in call.body:
-        query["t"] = wait = call.body["timeout"]
-    else:
-        config = call.engine.json("GET", container_path(call.id, "json"))["Config"]
-        wait = config.get("StopTimeout") or DEFAULT_STOP
     if "signal" in call.body:
         version = call.engine.version()
         if tuple(map(int, version.split("."))) < (1, 42):
             rule = f"this Engine (API {version}) cannot stop with a signal, which takes API 1.42"
             refuse("signal", f"{rule}; use /kill")
         query["signal"] = engine_signal(call.body["signal"])
-    call.engine.call("POST", path, query, seconds=wait + CALL_TIMEOUT)
-    return Response({"message": message})
+    if "timeout" in call.body:
+        query["t"] = wait = int(call.body["timeout"])
+    else:
+        config = call.engine.json("GET", container_path(call.id, "json"))["Config"]
+        wait = config.get("StopTimeout") or DEFAULT_STOP
+    act(call, action, query, wait + CALL_TIMEOUT)
 
 
 def engine_signal(name: str) -> str:
-    name = name.upper()
-    return name if name.startswith("SIG") else "SIG" + name
+    return name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
 
 
 def kill(call: Call) -> Response:
-    query = {"signal": engine_signal(call.body.get("signal", "SIGKILL"))}
-    call.engine.call("POST", container_path(call.id, "kill"), query)
+    act(call, "kill", {"signal": engine_signal(call.body.get("signal", "KILL"))}, CALL_TIMEOUT)
     return Response({"message": "container killed"})
 
 
 def start(call: Call) -> Response:
-    call.engine.call("POST", container_path(call.id, "start"), seconds=START_TIMEOUT)
+    act(call, "start", {}, START_TIMEOUT)
     return Response({"message": "container started"})
 
 
 def pause(call: Call) -> Response:
-    call.engine.call("POST", container_path(call.id, "pause"))
+    act(call, "pause", {}, CALL_TIMEOUT)
     return Response({"message": "container paused"})
 
 
 def unpause(call: Call) -> Response:
-    call.engine.call("POST", container_path(call.id, "unpause"))
+    act(call, "unpause", {}, CALL_TIMEOUT)
     return Response({"message": "container unpaused"})
 
 
@@ -2656,7 +2558,8 @@ def logs(call: Call) -> Response:
     if not (stdout or stderr):
         refuse("stdout", "and stderr cannot both be false")
     now, follow = time.time_ns(), asked.get("follow", False)
-    query = {"stdout": int(stdout), "stderr": int(stderr), "timestamps": 1, "follow": int(follow)}
+    query: dict[str, Any] = {"stdout": int(stdout), "stderr": int(stderr)}
+    query.update(timestamps=1, follow=int(follow))
     for name in ("since", "until"):
         if name in asked:
             query[name] = parse_moment(name, asked[name], now)
@@ -2665,20 +2568,18 @@ def logs(call: Call) -> Response:
     if last:
         query["since"] = ResumePoint(last).since
     found = call.engine.json("GET", container_path(call.id, "json"))
-    source = LogSource(call.engine, found["Id"], bool(found["Config"]["Tty"]), query)
     watch = call.watch if follow else call.watch._replace(stop=None)
+    source = LogSource(call.engine, found["Id"], bool(found["Config"]["Tty"]), query, watch)
     tail = asked.get("tail", "all")
-    if tail == "all" or last:
-        reader = source.open(watch, resume=last)
-    else:
-        reader = source.open_tail(watch, int(tail))
+    whole = tail == "all" or last
+    reader = source.open(resume=last) if whole else source.open_tail(int(tail))
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
     if not follow:
         render = functools.partial(render_items, **shape)
-        return Response(stream=log_document(reader, watch, render))
+        return Response(stream=log_document(reader, render))
     render = functools.partial(render_events, **shape)
     ending = functools.partial(log_ending, call.engine, source.container, "until" in query)
-    return event_stream(log_events(reader, watch, render, ending))
+    return event_stream(log_events(reader, render, ending))
 
 
 def event_stream(events: Generator[bytes, None, None]) -> Response:
@@ -2872,6 +2773,11 @@ def body_length(head: Head) -> int | None:
         raise ApiError(400, str(error)) from error
 
 
+def peer_address(client_address: Any) -> str:
+    """Return the IP address of a connection, "" for one over a Unix socket."""
+    return client_address[0] if isinstance(client_address, tuple) else ""
+
+
 class Handler(socketserver.BaseRequestHandler):
     """One connection: its requests one after the other, each logged.
 
@@ -2885,7 +2791,7 @@ class Handler(socketserver.BaseRequestHandler):
         self.buffer = b""
         self.keep = True
         self.answered = False  # so that the last answer is given time to be read
-        self.peer = self.client_address[0] if isinstance(self.client_address, tuple) else ""
+        self.peer = peer_address(self.client_address)
 
     def handle(self) -> None:
         tls = self.server.config.server_tls
@@ -3165,18 +3071,17 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False  # another process could share the port and take the keys
 
     def __init__(self, config: Config, engine: Engine, log: Log, listener: socket.socket) -> None:
+        super().__init__(("", 0), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
         self.config = config
         self.engine = engine
         self.log = log
         self.limiter = RateLimiter(config.rate_limit)
-        self.stopping, self._stop = socket.socketpair()
-        self._served = threading.Semaphore(config.max_connections)
-        self._active = 0
+        self.active = 0  # connections being served
+        self.stopping, self._stop = socket.socketpair()  # the first can be read once we stop
         self._lock = threading.Lock()
         self._refused: collections.deque[tuple[float, socket.socket]] = collections.deque()
-        super().__init__(("", 0), Handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listener
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
@@ -3188,14 +3093,17 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it, without blocking the next one."""
-        if not self._take_slot():
-            self.refuse(request, client_address)
-            return
+        with self._lock:
+            # Invariant: no more threads than MAX_CONNECTIONS, however many connect.
+            free = self.active < self.config.max_connections
+            self.active += free
         try:
-            super().process_request(request, client_address)
+            if free:
+                super().process_request(request, client_address)
+                return
         except RuntimeError:  # no thread to be had
             self._free_slot()
-            self.refuse(request, client_address)
+        self._refuse(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -3203,23 +3111,14 @@ class Server(http.server.ThreadingHTTPServer):
         finally:
             self._free_slot()
 
-    def _take_slot(self) -> bool:
-        with self._lock:
-            # Invariant: no more threads than MAX_CONNECTIONS, however many connect.
-            if self._active >= self.config.max_connections:
-                return False
-            self._active += 1
-            return True
-
     def _free_slot(self) -> None:
         with self._lock:
-            self._active -= 1
+            self.active -= 1
 
-    def refuse(self, request: socket.socket, client_address: Any) -> None:
+    def _refuse(self, request: socket.socket, client_address: Any) -> None:
         """Send a 503 without waiting, and leave the connection for a moment so that it is read."""
         request_id = secrets.token_hex(8)
-        message = "too many connections; try again later"
-        body = encode_json(envelope(503, message)) + b"\n"
+        body = encode_json(envelope(503, "too many connections; try again later")) + b"\n"
         head = (
             "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n"
@@ -3232,18 +3131,9 @@ class Server(http.server.ThreadingHTTPServer):
             request.shutdown(socket.SHUT_WR)
         self._refused.append((time.monotonic() + 1, request))
         self.service_actions()
-        peer = client_address[0] if isinstance(client_address, tuple) else ""
-        self.log(
-            "warning",
-            "request",
-            method="",
-            path="",
-            status=503,
-            latency_ms=0,
-            request_id=request_id,
-            client_ip=client_address and peer,
-            bytes=len(body),
-        )
+        fields = {"method": "", "path": "", "status": 503, "latency_ms": 0, "bytes": len(body)}
+        peer = peer_address(client_address)
+        self.log("warning", "request", **fields, request_id=request_id, client_ip=peer or "unix")
 
     def service_actions(self) -> None:
         """Close the refused connections that have had their moment; called twice a second."""
@@ -3255,112 +3145,103 @@ class Server(http.server.ThreadingHTTPServer):
         self.log("error", "bug", traceback=traceback.format_exc())
 
     def stop(self) -> None:
-        """Stop accepting, wake the streams and the idle connections."""
+        """Stop accepting; wake the streams and the idle connections."""
         self.shutdown()
-        self.server_close()
+        self.socket.close()
+        if self.config.listen_addr.path:
+            with contextlib.suppress(OSError):
+                os.unlink(self.config.listen_addr.path)
         self._stop.send(b"x")
 
-    def is_idle(self) -> bool:
-        return not self._active
+    def server_close(self) -> None:
+        """Close what the server has opened."""
+        super().server_close()
+        for sock in (*(sock for _, sock in self._refused), self.stopping, self._stop):
+            sock.close()
+        self.engine.close()
 
 
 # --------------------------------------------------------------------------------------------------
 # Command line: listen, signals, healthcheck, exit codes
 # --------------------------------------------------------------------------------------------------
 
-SIGNALS_TAKEN = {signal.SIGTERM, signal.SIGINT}
+ENDING = {signal.SIGTERM, signal.SIGINT}
 
 
 def listen(address: Address) -> socket.socket:
-    """Return a listening socket. Raises OSError."""
-    if address.path:
-        return listen_unix(address.path)
-    host, family = address.host, socket.AF_INET
-    if ":" in host or (not host and socket.has_dualstack_ipv6()):
-        family = socket.AF_INET6
-    listener = socket.socket(family)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1 if host else 0)
-        listener.bind((host, address.port))
-        listener.listen(Server.request_queue_size)
-    except OSError:
-        listener.close()
-        raise
-    return listener
-
-
-def listen_unix(path: str) -> socket.socket:
-    """Return a socket listening at path, mode 0660. Replaces a stale one only. Raises OSError."""
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise OSError(errno.EEXIST, "is there, and is no socket", path)
-        with socket.socket(socket.AF_UNIX) as probe:
+    """Return a listening socket; a Unix one has mode 0660. Raises OSError."""
+    dual = not address.host and socket.has_dualstack_ipv6()
+    with contextlib.ExitStack() as on_error:
+        if address.path:
+            remove_stale(address.path)
+            listener = on_error.enter_context(socket.socket(socket.AF_UNIX))
+            mask = os.umask(0o117)
             try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
-            else:
-                raise OSError(errno.EADDRINUSE, "another server listens there", path)
-    listener = socket.socket(socket.AF_UNIX)
-    mask = os.umask(0o117)
-    try:
-        listener.bind(path)
+                listener.bind(address.path)
+            finally:
+                os.umask(mask)
+        else:
+            family = socket.AF_INET6 if dual or ":" in address.host else socket.AF_INET
+            listener = on_error.enter_context(socket.socket(family))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not dual)
+            listener.bind((address.host, address.port))
         listener.listen(Server.request_queue_size)
-    except OSError:
-        listener.close()
-        raise
-    finally:
-        os.umask(mask)
+        on_error.pop_all()
     return listener
+
+
+def remove_stale(path: str) -> None:
+    """Remove a Unix socket that nobody listens at. Raises OSError for anything else there."""
+    with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise OSError(errno.EEXIST, "something other than a socket is there")
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+        else:
+            raise OSError(errno.EADDRINUSE, "another server listens there")
 
 
 def notify(state: str) -> None:
     """Tell systemd, if it started us with Type=notify: sd_notify(3)."""
-    path = os.environ.get("NOTIFY_SOCKET", "")
-    if path:
+    if path := os.environ.get("NOTIFY_SOCKET", ""):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-            sock.connect("\0" + path[1:] if path.startswith("@") else path)
-            sock.send(state.encode())
+            sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
 
 
-def raise_file_limit() -> None:
-    """Raise the soft limit on open files to the hard one."""
+def prepare_process() -> None:
+    """Set what the whole process shares: signals, umask, open files, stack size."""
+    # Blocked before the first thread starts, so that no handler ever runs inside other code.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    os.umask(0)  # every mode here is explicit
+    threading.stack_size(1024 * 1024)  # some C libraries give a thread too little
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def hold_standard_descriptors() -> None:
-    """Put /dev/null where standard descriptors are closed: a client's socket must not be one."""
-    while True:
-        descriptor = os.open(os.devnull, os.O_RDWR)
-        if descriptor > 2:
-            os.close(descriptor)
-            return
-
-
 def healthcheck(config: Config) -> int:
     """Return 0 if the server that this environment configures answers that it is well, else 1."""
     address = config.listen_addr
+    connection = http.client.HTTPConnection("localhost")
     try:
-        if address.path:
-            sock = socket.socket(socket.AF_UNIX)
-            sock.settimeout(CONNECT_TIMEOUT)
-            sock.connect(address.path)
-        else:
-            host = address.host or "localhost"
-            sock = socket.create_connection((host, address.port), CONNECT_TIMEOUT)
-        if config.server_tls:
-            # To ourselves: whether the certificate names this host does not matter.
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-            context.load_cert_chain(config.tls_cert_file, config.tls_key_file)
-            sock = context.wrap_socket(sock)
-        connection = http.client.HTTPConnection("localhost")
-        connection.sock = sock
         with contextlib.closing(connection):
+            if address.path:
+                connection.sock = socket.socket(socket.AF_UNIX)
+                connection.sock.settimeout(CONNECT_TIMEOUT)
+                connection.sock.connect(address.path)
+            else:
+                there = (address.host or "localhost", address.port)
+                connection.sock = socket.create_connection(there, CONNECT_TIMEOUT)
+            if config.server_tls:
+                # To ourselves: whether the certificate names this host does not matter.
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                context.load_cert_chain(config.tls_cert_file, config.tls_key_file)
+                connection.sock = context.wrap_socket(connection.sock)
             connection.request("GET", "/health")
             return 0 if connection.getresponse().status == 200 else 1
     except (OSError, http.client.HTTPException) as error:
@@ -3369,45 +3250,32 @@ def healthcheck(config: Config) -> int:
 
 
 def run(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT. Returns the exit status."""
-    # Blocked before the first thread starts, so that no handler ever runs inside other code.
-    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_TAKEN)
-    os.umask(0)  # every mode here is explicit
-    raise_file_limit()
-    threading.stack_size(1024 * 1024)
+    """Serve until SIGTERM or SIGINT; return the exit status."""
+    prepare_process()
+    address = config.listen_addr
     try:
-        listener = listen(config.listen_addr)
+        listener = listen(address)
     except (OSError, OverflowError) as error:
-        print(f"LISTEN_ADDR: {config.listen_addr}: {describe(error)}", file=sys.stderr)
+        print(f"LISTEN_ADDR: {address}: {describe(error)}", file=sys.stderr)
         return 2
-    log = Log(config.log_level)
+    if not address.path:
+        address = address._replace(port=listener.getsockname()[1])
+    log = Log(config.log_level, config.api_key)
     engine = Engine(config.docker_host, config.engine_tls, config.docker_api_version)
     if len(config.api_key) < 32:
-        log("warning", "API_KEY is shorter than 32 characters; try openssl rand -hex 32")
+        log("warning", "the key is shorter than 32 characters; try openssl rand -hex 32")
     with Server(config, engine, log, listener) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = config.listen_addr
-        if not address.path:
-            address = address._replace(port=listener.getsockname()[1])
-        log(
-            "info",
-            "listening",
-            version=VERSION,
-            address=str(address),
-            engine=str(config.docker_host),
-            engine_answers=engine.healthy(),
-        )
+        where = {"address": str(address), "engine": str(config.docker_host)}
+        log("info", "listening", version=VERSION, **where, engine_answers=engine.healthy())
         notify("READY=1")
-        signal.sigwait(SIGNALS_TAKEN)
+        signal.sigwait(ENDING)
         notify("STOPPING=1")
         log("info", "stopping")
         server.stop()
-        if config.listen_addr.path:
-            with contextlib.suppress(OSError):
-                os.unlink(config.listen_addr.path)
         deadline = time.monotonic() + GRACE
-        while not server.is_idle() and time.monotonic() < deadline:
-            if signal.sigtimedwait(SIGNALS_TAKEN, 0.05):
+        while server.active and time.monotonic() < deadline:
+            if signal.sigtimedwait(ENDING, 0.05):
                 log("warning", "stopped at once")
                 os._exit(1)
     log("info", "stopped")
@@ -3416,25 +3284,23 @@ def run(config: Config) -> int:
 
 def usage() -> str:
     """Return the text of --help."""
-    rows = "\n".join(
-        f"  {s.name:<20} {s.meaning}\n{'':<22} default: {s.default or '-'}" for s in SETTINGS
-    )
+    rows = [f"  {s.name:<20} {s.meaning}\n{'':<22} default: {s.default or '-'}" for s in SETTINGS]
     return (
         "usage: dockeragent.py [--help | --version | healthcheck]\n\n"
         "Serves a small HTTP API in front of a Docker Engine. With healthcheck, asks the running\n"
-        f"server's /health and exits 0 or 1. Configured by the environment:\n\n{rows}\n"
+        "server's /health and exits 0 or 1. Configured by the environment:\n\n" + "\n".join(rows)
     )
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; return the exit status: 2 for a wrong use or environment."""
-    hold_standard_descriptors()
+    # /dev/null where standard descriptors are closed: a client's socket must not become one.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
     arguments = sys.argv[1:] if argv is None else argv
-    if arguments in (["--help"], ["-h"]):
-        print(usage(), end="")
-        return 0
-    if arguments == ["--version"]:
-        print(f"dockeragent {VERSION}")
+    if arguments in (["--help"], ["-h"], ["--version"]):
+        print(f"dockeragent {VERSION}" if arguments == ["--version"] else usage())
         return 0
     if arguments not in ([], ["healthcheck"]):
         print(f"unknown arguments {' '.join(arguments)}; try --help", file=sys.stderr)
