@@ -110,6 +110,7 @@ MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
 HEALTH_CACHE = 1.0  # seconds
 
 MAX_LINE = 1024 * 1024  # bytes of one log line; the rest goes on as the next
+MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own hold up to 16 KiB and a timestamp
 RECENT_STAMPS = 2000  # whose lines are counted, for the ids
 ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into entries of this size
 RETRY = 3000  # milliseconds before an event stream's client reconnects
@@ -119,11 +120,13 @@ PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event strea
 BURST_PAUSE = 0.0002  # seconds
 # Resuming reads the log again from this long before the last line: an entry that was begun earlier
 # may have been finished later, and is stamped with its beginning.
-RESUME_MARGIN = 5  # seconds
+RESUME_MARGIN = 3600  # seconds
+REST_ENTRIES = 100  # read again at the end of a followed log
 RESUME_JITTER = 10_000_000  # nanoseconds by which stdout and stderr may be stored out of order
 
 MAX_LINKS = 40  # symbolic links in one path, as Linux has it
 MAX_PATH = 4096  # bytes, PATH_MAX
+PUBLISH_TRIES = 100  # against others who write the same file
 
 # RFC 9110 section 5.6.2 and 5.5, RFC 9112 section 3: no control but HTAB in a value, so a bare CR,
 # a bare LF or a NUL never matches; no white space before the colon, so no folded line does either.
@@ -157,7 +160,7 @@ DURATION_UNITS = {  # nanoseconds
     "m": 60 * 10**9,
     "h": 3600 * 10**9,
 }
-EVENT_ID = re.compile(r"([0-9]{1,11})\.([0-9]{9})-([0-9]{1,15})")
+EVENT_ID = re.compile(r"([0-9]{1,11})\.([0-9]{9})-([1-9][0-9]{0,14})")
 
 # A client that has gone: its end of the connection is shut, whatever is still to be read from it.
 GONE = select.POLLRDHUP
@@ -189,8 +192,11 @@ class ClientGone(Exception):
     """The client has hung up or stopped reading. Raised by what reads from and writes to it."""
 
 
-class Stopping(Exception):
-    """The agent is being stopped; raised in streams, which tell their clients."""
+class Stopping(ApiError):
+    """The agent is being stopped; raised in waits that would outlast it."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "the agent is being stopped; try again later")
 
 
 def envelope(status: int, message: str) -> dict[str, Any]:
@@ -646,10 +652,8 @@ TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
 }
 BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
-KEYWORDS = set(
-    "type properties required values items enum pattern minimum maximum maxLength raw unique"
-    " description".split()
-)
+KEYWORDS = {"type", "properties", "required", "values", "items", "enum", "pattern", "minimum"}
+KEYWORDS |= {"maximum", "maxLength", "raw", "unique", "description"}
 
 
 def check_schema(schema: Schema) -> Schema:
@@ -764,11 +768,11 @@ def decode_json(body: bytes) -> Any:
 
 def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return pairs as a dict. Raises ApiError (400) for a key that comes twice."""
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
-        refuse("", f"has the key {json.dumps(repeated)} more than once")
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            refuse("", f"has the key {json.dumps(name)} more than once")
+        result[name] = value
     return result
 
 
@@ -812,10 +816,12 @@ def decode_query(query: str, schema: Schema) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------
 
 SIGNALS = (
-    "ABRT ALRM BUS CHLD CONT FPE HUP ILL INT KILL PIPE PROF QUIT SEGV STOP SYS TERM TRAP TSTP TTIN"
-    " TTOU URG USR1 USR2 VTALRM WINCH XCPU XFSZ".split()
+    "ABRT|ALRM|BUS|CHLD|CONT|FPE|HUP|ILL|INT|KILL|PIPE|PROF|QUIT|SEGV|STOP|SYS|TERM|TRAP|TSTP|TTIN"
+    "|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ"
 )
-PORT = r"0*(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+PORT = (
+    "0{0,9}(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+)
 PORT_RULE = "a port from 1 to 65535, in ASCII digits"
 NAME_RULE = "letters, digits, '_', '.' or '-', beginning with a letter or digit"
 # The distribution project's reference grammar: [domain[:port]/]path[:tag][@digest]
@@ -827,142 +833,113 @@ IMAGE = (
 IMAGE_RULE = "an image such as nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
 
 
-def text(pattern: str = "", rule: str = "", longest: int = 4096) -> Schema:
-    """Return the schema of a string."""
-    schema = {"type": "string", "maxLength": longest}
-    return {**schema, "pattern": pattern, "description": rule} if pattern else schema
+def text(pattern: str = "(?s:.*)", rule: str = "a string", longest: int = 4096) -> Schema:
+    """Return the schema of a string that the pattern matches whole."""
+    return {"type": "string", "pattern": pattern, "description": rule, "maxLength": longest}
 
 
-def record(properties: dict[str, Schema], *required: str) -> Schema:
+def one_of(*words: str) -> Schema:
+    """Return the schema of one of several words."""
+    return {"type": "string", "enum": words}
+
+
+def whole(low: int, high: int) -> Schema:
+    """Return the schema of an integer."""
+    return {"type": "integer", "minimum": low, "maximum": high}
+
+
+def many(item: Schema, **more: Any) -> Schema:
+    """Return the schema of an array."""
+    return {"type": "array", "items": item, **more}
+
+
+def record(required: str, **properties: Schema) -> Schema:
     """Return the checked schema of an object with these members."""
-    return check_schema({"type": "object", "properties": properties, "required": required})
+    return check_schema({"type": "object", "properties": properties, "required": required.split()})
 
 
-STRINGS = {"type": "array", "items": {"type": "string"}}
+STRINGS = many({"type": "string"})
 BOOLEAN = {"type": "boolean"}
-SIGNAL = text(f"(?i:(?:SIG)?(?:{'|'.join(SIGNALS)}))", "a POSIX signal name such as SIGTERM or HUP")
-TIMEOUT = {"type": "integer", "minimum": 0, "maximum": MAX_STOP}
-USER_ID = {"type": "integer", "minimum": 0, "maximum": 2**32 - 2}  # 2**32 - 1 means "no change"
-IMAGE_FIELD = text(IMAGE, IMAGE_RULE, 512)
+PORT_NUMBER = {**text(PORT, PORT_RULE), **whole(1, 65535), "type": "string|integer"}
+SIGNAL = text(f"(?ai:(SIG)?({SIGNALS}))", "a POSIX signal name such as SIGTERM or HUP")
+USER_ID = whole(0, 2**32 - 2)  # one more means "no change"
 NETWORK = text(CONTAINER.pattern, f"a network's name: {NAME_RULE}", 255)
+MOMENT = text(longest=64)
+PLATFORM = text(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch such as linux/amd64", 64)
+EVENT = text(EVENT_ID.pattern, "an id that a log stream sent: 1700000000.000000000-1")
 
-PORT_FIELDS = record(
-    {
-        "container_port": {
-            "type": "string|integer",
-            "pattern": PORT,
-            "minimum": 1,
-            "maximum": 65535,
-            "description": PORT_RULE,
-        },
-        "host_port": {
-            "type": "string|integer",
-            "pattern": f"(?:{PORT})?",
-            "minimum": 1,
-            "maximum": 65535,
-            "description": PORT_RULE + '; "" lets the Engine pick one',
-        },
-        "protocol": {"type": "string", "enum": ("tcp", "udp", "sctp")},
-        "host_ip": text(longest=45),
-    },
+PORTS = record(
     "container_port",
+    container_port=PORT_NUMBER,
+    host_port={**PORT_NUMBER, "pattern": f"({PORT})?"},  # empty: the Engine picks one
+    protocol=one_of("tcp", "udp", "sctp"),
+    host_ip=text(longest=45),
 )
-VOLUME_FIELDS = record(
-    {
-        "source": text(".+", "a path or a volume's name"),
-        "target": text(r"/+[^/](?s:.*)", "an absolute path other than /"),
-        "read_only": BOOLEAN,
-        "type": {"type": "string", "enum": ("bind", "volume", "tmpfs")},
-    },
+VOLUMES = record(
     "target",
+    source=text("(?s:.+)", "a path or a volume's name"),
+    target=text(r"/+[^/](?s:.*)", "an absolute path other than /"),
+    read_only=BOOLEAN,
+    type=one_of("bind", "volume", "tmpfs"),
+)
+RESTART = record(
+    "name",
+    name=one_of("no", "always", "on-failure", "unless-stopped"),
+    max_retry_count=whole(0, 2**31 - 1),
+)
+RESOURCES = record(
+    "",
+    # A hundredth is the Engine's own floor; much less would round to "no limit".
+    cpus={"type": "number", "minimum": 0.01, "maximum": 1_000_000},
+    memory_mb=whole(6, 2**40),
+    cpu_shares=whole(2, 262_144),
 )
 CREATE = record(
-    {
-        "image": text(
-            f"{IMAGE}|(?:sha256:)?[0-9a-f]{{64}}", IMAGE_RULE + ", or an image's id", 512
-        ),
-        "name": text(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", f"at least two {NAME_RULE}", 255),
-        "cmd": STRINGS,
-        "entrypoint": STRINGS,
-        "env": {"type": "array", "items": text(r"(?s:[^=]+=.*)", "NAME=value", MAX_BODY)},
-        "labels": {"type": "object", "values": {"type": "string"}},
-        "working_dir": text("(?s:/.*)", "an absolute path"),
-        "user": text(r"[^\s:]+(?::[^\s:]+)?", "user, uid, user:group or uid:gid", 255),
-        "hostname": text(
-            r"[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?",
-            "a host name: letters, digits, '.' and '-', beginning and ending with one of the first",
-            64,
-        ),
-        "ports": {"type": "array", "items": PORT_FIELDS},
-        "volumes": {"type": "array", "items": VOLUME_FIELDS},
-        "networks": {"type": "array", "items": NETWORK, "unique": True},
-        "network_mode": text(
-            f"(?:container:)?{CONTAINER.pattern}",
-            "bridge, host, none, container:ID or a network's name",
-            255,
-        ),
-        "restart_policy": record(
-            {
-                "name": {
-                    "type": "string",
-                    "enum": ("no", "always", "on-failure", "unless-stopped"),
-                },
-                "max_retry_count": {"type": "integer", "minimum": 0, "maximum": 2**31 - 1},
-            },
-            "name",
-        ),
-        "resources": record(
-            {
-                # A hundredth is the Engine's own floor; much less would round to "no limit".
-                "cpus": {"type": "number", "minimum": 0.01, "maximum": 1_000_000},
-                "memory_mb": {"type": "integer", "minimum": 6, "maximum": 2**40},
-                "cpu_shares": {"type": "integer", "minimum": 2, "maximum": 262_144},
-            }
-        ),
-        "pull": {"type": "string", "enum": ("missing", "always", "never")},
-    },
     "image",
+    image=text(f"{IMAGE}|(?:sha256:)?[0-9a-f]{{64}}", f"{IMAGE_RULE}, or an image's id", 512),
+    name=text(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", f"at least two {NAME_RULE}", 255),
+    cmd=STRINGS,
+    entrypoint=STRINGS,
+    env=many(text("(?s:[^=]+=.*)", "NAME=value", MAX_BODY)),
+    labels={"type": "object", "values": {"type": "string"}},
+    working_dir=text("(?s:/.*)", "an absolute path"),
+    user=text(r"[^\s:]+(:[^\s:]+)?", "user, uid, user:group or uid:gid", 255),
+    hostname=text(r"[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?", "letters, digits, '.' and '-'", 64),
+    ports=many(PORTS),
+    volumes=many(VOLUMES),
+    networks=many(NETWORK, unique=True),
+    network_mode=text(f"(container:)?{CONTAINER.pattern}", "bridge, container:ID or a name", 255),
+    restart_policy=RESTART,
+    resources=RESOURCES,
+    pull=one_of("missing", "always", "never"),
 )
-PULL = record(
-    {
-        "image": IMAGE_FIELD,
-        "platform": text(r"[a-z0-9_]+(?:/[a-zA-Z0-9_.]+){0,2}", "os/arch such as linux/amd64", 64),
-    },
-    "image",
-)
-STOP = record({"timeout": TIMEOUT, "signal": SIGNAL})
-KILL = record({"signal": SIGNAL})
-NOTHING = record({})
+PULL = record("image", image=text(IMAGE, IMAGE_RULE, 512), platform=PLATFORM)
+STOP = record("", timeout=whole(0, MAX_STOP), signal=SIGNAL)
+KILL = record("", signal=SIGNAL)
+NOTHING = record("")
 FILE = record(
-    {
-        "path": text(longest=MAX_PATH),
-        "content": {"type": "string", "raw": True},
-        "encoding": {"type": "string", "enum": ("utf-8", "base64")},
-        "permission": text("0?[0-7]{1,4}", "an octal mode up to 7777, such as 0644"),
-        "uid": USER_ID,
-        "gid": USER_ID,
-        "atomic": BOOLEAN,
-    },
-    "path",
-    "content",
+    "path content",
+    path=text(longest=MAX_PATH),
+    content={"type": "string", "raw": True},
+    encoding=one_of("utf-8", "base64"),
+    permission=text("0?[0-7]{1,4}", "an octal mode up to 7777, such as 0644"),
+    uid=USER_ID,
+    gid=USER_ID,
+    atomic=BOOLEAN,
 )
-LIST_QUERY = record({"all": BOOLEAN})
-REMOVE_QUERY = record({"force": BOOLEAN, "v": BOOLEAN})
-MOMENT = text(longest=64)
+LIST_QUERY = record("", all=BOOLEAN)
+REMOVE_QUERY = record("", force=BOOLEAN, v=BOOLEAN)
 LOGS_QUERY = record(
-    {
-        "follow": BOOLEAN,
-        "tail": text("all|[0-9]{1,9}", "all or an integer of at least 0"),
-        "since": MOMENT,
-        "until": MOMENT,
-        "timestamps": BOOLEAN,
-        "stdout": BOOLEAN,
-        "stderr": BOOLEAN,
-        "format": {"type": "string", "enum": ("text", "json")},
-        "last_event_id": text(
-            EVENT_ID.pattern, "an id that a log stream sent: 1700000000.000000000-1"
-        ),
-    }
+    "",
+    follow=BOOLEAN,
+    tail=text("all|[0-9]{1,9}", "all or an integer of at least 0"),
+    since=MOMENT,
+    until=MOMENT,
+    timestamps=BOOLEAN,
+    stdout=BOOLEAN,
+    stderr=BOOLEAN,
+    format=one_of("text", "json"),
+    last_event_id=EVENT,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -1106,10 +1083,19 @@ class Watch(NamedTuple):
         return bool(ready)
 
 
-def receive(sock: socket.socket, deadline: float) -> bytes:
-    """Return what comes next, b"" at the end. Raises socket.timeout past deadline (monotonic)."""
-    sock.settimeout(max(1e-6, deadline - time.monotonic()))
-    return sock.recv(RECEIVE)
+NOBODY = Watch()
+
+
+def receive(sock: socket.socket, deadline: float, watch: Watch = NOBODY) -> bytes:
+    """Return what comes next, b"" at the end. Raises socket.timeout past deadline (monotonic).
+
+    A TLS socket can be readable with nothing in it for us, so it must not block.
+    """
+    sock.setblocking(False)
+    while watch.wait(sock, deadline):
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+            return sock.recv(RECEIVE)
+    raise socket.timeout("timed out")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1195,11 +1181,12 @@ class Answer:
         since = time.monotonic() - self._read_at
         if since < BURST_PAUSE and self._watch.client:
             time.sleep(BURST_PAUSE - since)
-        if not self._watch.wait(self._sock, deadline):
+        try:
+            return receive(self._sock, deadline, self._watch)
+        except socket.timeout:
             return None
-        data = self._sock.recv(RECEIVE)
-        self._read_at = time.monotonic()
-        return data
+        finally:
+            self._read_at = time.monotonic()
 
     def read_all(self) -> bytes:
         """Return the whole body. Raises EngineError past MAX_ANSWER or the deadline."""
@@ -1261,7 +1248,7 @@ class Engine:
 
         def attempt(version: str) -> bytes:
             target_there = f"/v{version}{target}"
-            answer = self._ask(method, target_there, data, headers, Watch(), seconds)
+            answer = self._ask(method, target_there, data, headers, NOBODY, seconds)
             with answer:
                 content = answer.read_all()
                 if answer.status not in (200, 201, 204, 304):
@@ -1270,9 +1257,10 @@ class Engine:
 
         return self._negotiated(attempt)
 
-    def json(self, method: str, path: str, *args: Any, **kwargs: Any) -> Any:
-        """Return the JSON of the Engine's answer; as `call` otherwise."""
-        return decode_answer(self.call(method, path, *args, **kwargs))
+    def json(self, method: str, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the JSON object the Engine answers with; as `call` otherwise."""
+        answer: dict[str, Any] = decode_answer(self.call(method, path, *args, **kwargs))
+        return answer
 
     def stream(
         self,
@@ -1298,10 +1286,13 @@ class Engine:
 
         return self._negotiated(attempt)
 
-    def version(self) -> str:
-        """Return the API version in use, such as "1.41". Raises EngineError."""
+    def version(self, again: bool = False) -> str:
+        """Return the API version in use, such as "1.41"; ask again if told to.
+
+        Raises EngineError.
+        """
         version = self._version
-        if not version:
+        if again or not version:
             version = self._version = self._negotiate()
         return version
 
@@ -1335,14 +1326,13 @@ class Engine:
         except EngineError as error:
             if error.status != 400 or self._pinned:
                 raise
-            self._version = fresh = self._negotiate()
-            if fresh == version:
+            if self.version(again=True) == version:
                 raise
-        return attempt(fresh)
+        return attempt(self.version())
 
     def _negotiate(self) -> str:
         """Return the API version both sides speak (Engine API, "Ping"). Raises EngineError."""
-        answer = self._ask("GET", "/_ping", None, {}, Watch(), PING_TIMEOUT)
+        answer = self._ask("GET", "/_ping", None, {}, NOBODY, PING_TIMEOUT)
         with answer:
             answer.read_all()
         offered = answer.fields.get("api-version", [""])[0]
@@ -1401,7 +1391,7 @@ class Engine:
         while self._idle:
             with contextlib.suppress(IndexError):  # another thread took the last one
                 connection = self._idle.pop()
-                if not Watch().wait(connection.sock, 0):
+                if not NOBODY.wait(connection.sock, 0):
                     return connection
                 connection.close()
                 self._version = self._pinned  # the Engine went away: perhaps for another one
@@ -1427,6 +1417,7 @@ class Engine:
             return connection
         except (OSError, ValueError) as error:
             connection.close()
+            self._version = self._pinned  # what comes back may be another version
             message = f"the Engine at {self.address} is not reachable: {describe(error)}"
             raise EngineError(503, message) from error
 
@@ -1440,12 +1431,22 @@ def engine_error(status: int, body: bytes) -> EngineError:
     return EngineError(status if status in KEPT else 502, str(message))
 
 
-def decode_answer(body: bytes) -> Any:
-    """Return the JSON in an answer of the Engine. Raises EngineError (502)."""
+def decode_answer(body: bytes, kind: type = dict) -> Any:
+    """Return the JSON object (or list) in an answer of the Engine. Raises EngineError (502)."""
     try:
-        return json.loads(body)
+        answer = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise EngineError(502, "the Engine's answer is not JSON") from error
+    if not isinstance(answer, kind):
+        raise EngineError(502, "the Engine's answer is not what was asked for")
+    return answer
+
+
+def member(answer: dict[str, Any], name: str, kind: type) -> Any:
+    """Return one member of an Engine's answer. Raises EngineError (502)."""
+    if not isinstance(answer.get(name), kind):
+        raise EngineError(502, f"the Engine's answer has no {name}")
+    return answer[name]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1568,7 +1569,7 @@ def create_container(
             raise
         pull_image(engine, body, auth, watch)
         created = create()
-    path = container_path(created["Id"])
+    path = container_path(member(created, "Id", str))
     try:
         for network in networks:
             target = f"/networks/{quote(network, safe='')}/connect"
@@ -1581,7 +1582,7 @@ def create_container(
             message = f"{error}; and container {created['Id'][:12]} is left behind: {left}"
             raise EngineError(error.status, message) from error
         raise
-    return dict(created)
+    return created
 
 
 def has_image(engine: Engine, image: str) -> bool:
@@ -1639,9 +1640,7 @@ def pull_progress(
 
 def pull_word(line: bytes) -> dict[str, Any]:
     """Return one object of a pull's stream. Raises EngineError if it tells of one."""
-    word = decode_answer(line)
-    if not isinstance(word, dict):
-        raise EngineError(502, "the Engine's answer is not made of JSON objects")
+    word: dict[str, Any] = decode_answer(line)
     if "error" in word:
         raise pull_error(500, str(word["error"]))
     return word
@@ -1668,31 +1667,36 @@ def pull_error(status: int, message: str) -> EngineError:
 
 def pull_image(engine: Engine, body: dict[str, Any], auth: str, watch: Watch) -> dict[str, Any]:
     """Pull an image; return {"image", "digest", "status"}. Raises EngineError."""
-    words = pull_progress(engine, body, auth, watch)
     status = ""
-    for word in words:
+    for word in pull_progress(engine, body, auth, watch):
         status = (word or {}).get("status") or status
-    return pull_result(engine, body["image"], status)
+    return {**pull_result(engine, body["image"]), "status": status}
 
 
-def pull_result(engine: Engine, image: str, status: str) -> dict[str, Any]:
-    """Return {"image", "digest", "status"} of a pulled image; the digest is the registry's."""
+def pull_result(engine: Engine, image: str) -> dict[str, Any]:
+    """Return {"image", "digest"} of a pulled image; the digest is its registry's."""
     name, tag = split_image(image)
-    full = image if tag in image else f"{name}:{tag}"
-    found = engine.json("GET", f"/images/{quote(full)}/json").get("RepoDigests") or [""]
-    digests = [entry.partition("@")[2] for entry in found]
-    return {"image": full, "digest": tag if tag in digests else digests[0], "status": status}
+    full = image if image.endswith((f":{tag}", f"@{tag}")) else f"{name}:{tag}"
+    found = engine.json("GET", f"/images/{quote(full)}/json").get("RepoDigests") or []
+    digests = {}
+    for entry in found:
+        repository, _, digest = entry.partition("@")
+        # The Engine may leave out, or add, the registry it takes by default.
+        if f"/{name}".endswith(f"/{repository}") or f"/{repository}".endswith(f"/{name}"):
+            digests[digest] = digest
+    return {"image": full, "digest": digests.get(tag, next(iter(digests), None))}
 
 
 def parse_auth(value: str) -> str:
-    """Return an X-Registry-Auth if it is what Docker sends, base64url of a JSON object.
+    """Return an X-Registry-Auth as the Engine takes it: base64url, padded, of a JSON object.
 
     Raises ApiError (400) without repeating the value.
     """
     try:
-        padded = value + "=" * (-len(value) % 4)
-        if isinstance(json.loads(base64.b64decode(padded, b"-_", validate=True)), dict):
-            return value
+        padded = value.rstrip("=") + "=" * (-len(value.rstrip("=")) % 4)
+        decoded = base64.b64decode(padded, b"-_", validate=True)
+        if isinstance(json.loads(decoded), dict):
+            return base64.urlsafe_b64encode(decoded).decode()
     except (ValueError, RecursionError):  # binascii.Error and UnicodeDecodeError are ValueErrors
         pass
     raise ApiError(400, "X-Registry-Auth: must be the base64url of a JSON object")
@@ -1917,8 +1921,13 @@ def set_owner_and_mode(descriptor: int, write: FileWrite, found: os.stat_result 
     if (uid, gid) != (now.st_uid, now.st_gid):
         os.fchown(descriptor, uid, gid)
     mode = stat.S_IMODE(found.st_mode) if found else 0o644
+    mode = mode if write.mode is None else write.mode
     # After the owner: fchown clears the set-id bits. By descriptor, so the umask has no say.
-    os.fchmod(descriptor, mode if write.mode is None else write.mode)
+    if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+        os.fchmod(descriptor, mode)
+        # Without CAP_FSETID the kernel drops a set-group-id bit and says nothing.
+        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
 def replace(parent: int, name: bytes, found: os.stat_result | None, write: FileWrite) -> None:
@@ -1927,33 +1936,62 @@ def replace(parent: int, name: bytes, found: os.stat_result | None, write: FileW
     The file has no name until it is complete, so that a killed agent leaves nothing; where the
     filesystem cannot do that (O_TMPFILE), it has a temporary one.
     """
-    temporary = b".dockeragent-" + secrets.token_hex(8).encode()
+    temporary = b""
     flags = os.O_WRONLY | os.O_CLOEXEC
-    named = False
     try:
         descriptor = os.open(b".", flags | os.O_TMPFILE, 0o600, dir_fd=parent)
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
             raise
+        temporary = b".dockeragent-" + secrets.token_hex(8).encode()
         # Invariant: O_EXCL opens nothing that somebody else has put there.
         flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
         descriptor = os.open(temporary, flags, 0o600, dir_fd=parent)
-        named = True
     try:
         write_all(descriptor, write.content)
         set_owner_and_mode(descriptor, write, found)
         os.fsync(descriptor)
-        if not named:
-            os.link(f"/proc/self/fd/{descriptor}", temporary, dst_dir_fd=parent)
-            named = True
-        os.replace(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
-        named = False
+        if not temporary:
+            publish(descriptor, parent, name, is_new=not found)
+        else:
+            os.replace(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+    except OSError:
+        if temporary:
+            os.unlink(temporary, dir_fd=parent)
+        raise
     finally:
         os.close(descriptor)
-        if named:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary, dir_fd=parent)
     sync_folder(parent)
+
+
+def publish(descriptor: int, parent: int, name: bytes, is_new: bool) -> None:
+    """Give a complete file that has no name this one, in one step. Raises OSError.
+
+    A file can only be renamed over another from a name. That name is made from the target's, so
+    that the next write clears away what an agent leaves if it is killed between these two calls.
+    """
+    source = f"/proc/self/fd/{descriptor}"
+    if is_new:
+        with contextlib.suppress(FileExistsError):
+            os.link(source, name, dst_dir_fd=parent)
+            return
+    temporary = b".dockeragent-%08x" % binascii.crc32(name)
+    for _ in range(PUBLISH_TRIES):
+        try:
+            os.link(source, temporary, dst_dir_fd=parent)
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=parent)
+            continue
+        try:
+            os.replace(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
+            return
+        except FileNotFoundError:
+            continue  # another writer of the same name has cleared it away, or put it in place
+        except OSError:
+            os.unlink(temporary, dir_fd=parent)
+            raise
+    raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
 
 
 def sync_folder(parent: int) -> None:
@@ -1977,18 +2015,29 @@ def overwrite(parent: int, name: bytes, write: FileWrite) -> None:
         check_regular(found)
         size = len(write.content)
         try:
-            # Room first: a full disk is found out while the old content is still whole.
-            if size > found.st_size:
-                os.posix_fallocate(descriptor, 0, size)
+            # Room, owner and mode first: a refusal comes while the old content is still whole.
+            reserve(descriptor, size)
+            set_owner_and_mode(descriptor, write, found)
         except OSError:
             os.ftruncate(descriptor, found.st_size)
             raise
         write_all(descriptor, write.content)
         os.ftruncate(descriptor, size)
-        set_owner_and_mode(descriptor, write, found)
+        set_owner_and_mode(descriptor, write, found)  # writing has cleared the set-id bits
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def reserve(descriptor: int, size: int) -> None:
+    """Have the filesystem set size bytes aside, if it can. Raises OSError for a full disk."""
+    try:
+        if size:
+            os.posix_fallocate(descriptor, 0, size)
+    except OSError as error:
+        # EBADF: the C library would imitate it by reading, which this descriptor cannot.
+        if error.errno not in (errno.EBADF, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2024,7 +2073,7 @@ class Demultiplexer:
             kind, size = FRAME_HEADER.unpack_from(data, position)
             start = position + FRAME_HEADER.size
             payload = data[start : start + size]
-            if kind > 2 or size > MAX_LINE:
+            if kind > 2 or size > MAX_FRAME:
                 self._failure = frame_error(kind, payload)
                 break
             if len(payload) < size:
@@ -2057,11 +2106,13 @@ class TtyDemultiplexer:
                 if newline < 0 and len(data) - position < 64:
                     break
                 raise EngineError(502, "the Engine's log has no timestamps")
-            # An entry of a long line ends where the very same stamp is put in again.
-            cut = stamp.end() + ENTRY_SIZE
+            # An entry of a long line ends where the very same stamp is put in again: after
+            # ENTRY_SIZE bytes of the container's, each of which the Engine may have made U+FFFD.
             line_end = newline if newline >= 0 else len(data)
-            if line_end >= cut + len(stamp[0]) and data.startswith(stamp[0], cut):
-                end = cut
+            cut = stamp.end() + ENTRY_SIZE
+            again = data.find(stamp[0], cut, min(line_end, cut + 2 * ENTRY_SIZE + len(stamp[0])))
+            if again >= 0:
+                end = again
             elif newline >= 0:
                 end = newline + 1
             elif len(data) - position > MAX_LINE:
@@ -2092,7 +2143,7 @@ class LineAssembler:
     """Puts entries together to whole lines, stdout and stderr apart, and numbers the lines."""
 
     def __init__(self) -> None:
-        self.parts: dict[int, tuple[bytes, bytearray]] = {}  # type: stamp and text so far
+        self.parts: dict[int, tuple[bytes, bytearray]] = {}  # a stream's stamp and text so far
         self._counts: dict[bytes, int] = {}  # stamp: lines that had it
 
     def feed(self, entries: list[Entry]) -> list[Line]:
@@ -2104,7 +2155,7 @@ class LineAssembler:
                 stamp, text = split_entry(payload)
                 payload = b"%b %b" % (stamp, text)
             stamp = payload[:STAMP_SIZE]
-            if payload[-1] != NEWLINE or kind in parts:
+            if payload[-1] != NEWLINE or kind in parts or len(payload) > MAX_LINE:
                 lines += self._join(kind, stamp, payload[STAMP_SIZE + 1 :])
                 continue
             counts[stamp] = number = counts.get(stamp, 0) + 1
@@ -2187,6 +2238,11 @@ def unix_second(second: bytes) -> bytes:
         raise EngineError(502, "the Engine's log has no timestamps") from error
 
 
+def unix_time(stamp: bytes) -> str:
+    """Return a stamp as the Engine's since takes it. Raises EngineError."""
+    return (unix_second(stamp[:20]) + stamp[20:29]).decode()
+
+
 def parse_moment(name: str, value: str, now: int) -> str:
     """Return since or until as the Engine takes it. now: Unix nanoseconds.
 
@@ -2212,14 +2268,14 @@ class ResumePoint:
 
     def __init__(self, event_id: str) -> None:
         match = EVENT_ID.fullmatch(event_id)
-        if not match or match[3] == "0":
+        if not match:
             raise ApiError(400, "Last-Event-ID: must be an id that a log stream sent")
         moment = int(match[1]) * 10**9 + int(match[2])
         self.since = engine_time(moment - RESUME_MARGIN * 10**9)
+        self.found = False  # the very line, or that the Engine has it no longer
         self._stamp, self._number = stamp_from(moment), int(match[3])
         self._late = stamp_from(moment + RESUME_JITTER)
         self._older = False
-        self._found = False
 
     def after(self, lines: list[Line], begun: list[bytes]) -> list[Line]:
         """Return those of lines that come after the point. begun: the stamps of unfinished lines.
@@ -2227,32 +2283,37 @@ class ResumePoint:
         Lines come in the order in which they were finished, so what comes before the last line
         seen was seen, whatever its stamp. A line that the Engine no longer has is not waited for.
         """
-        if self._found:
+        if self.found:
             return lines
         for index, (stamp, number, _, _) in enumerate(lines):
             if stamp == self._stamp and number == self._number:
-                self._found = True
+                self.found = True
                 return lines[index + 1 :]
         if self._stamp in begun:
             return []
         for index, (stamp, _, _, _) in enumerate(lines):
             if stamp > (self._late if self._older else self._stamp):
-                self._found = True
+                self.found = True
                 return lines[index:]
             self._older = True
         return []
 
 
 class LogReader:
-    """The lines of one container's log, from the Engine's answer."""
+    """The lines of one container's log, from the Engine's answer to a query."""
 
-    def __init__(self, answer: Answer, tty: bool, skip: int, resume: str) -> None:
+    def __init__(
+        self, answer: Answer, tty: bool, query: dict[str, Any], skip: int, resume: str
+    ) -> None:
         self.done = False
+        self.query = query
+        self.skip = skip  # lines still to be left out
+        self.entries = 0  # so far
+        self.last = resume  # the id of the last line that came
         self.close = answer.release
         self._answer = answer
         self._demultiplexer = TtyDemultiplexer() if tty else Demultiplexer()
         self._assembler = LineAssembler()
-        self._skip = skip
         self._resume = ResumePoint(resume) if resume else None
 
     def read(self, deadline: float) -> list[Line] | None:
@@ -2263,24 +2324,37 @@ class LogReader:
         data = self._answer.read(deadline)
         if data is None:
             return None
-        if data:
-            lines = self._assembler.feed(self._demultiplexer.feed(data))
-        else:
-            self.done = True
-            lines = self._assembler.feed(self._demultiplexer.end()) + self._assembler.end()
-        if self._resume:
-            begun = [stamp for stamp, _ in self._assembler.parts.values()]
-            lines = self._resume.after(lines, begun)
-        skipped = min(self._skip, len(lines))
-        self._skip -= skipped
-        return lines[skipped:] if skipped else lines
+        self.done = not data
+        entries = self._demultiplexer.feed(data) if data else self._demultiplexer.end()
+        self.entries += len(entries)
+        return self._passed(self._assembler.feed(entries))
 
     def read_static(self) -> list[Line]:
         """Return the next lines of a log that is not followed. Raises EngineError."""
         lines = self.read(time.monotonic() + CALL_TIMEOUT)
         if lines is None:
             raise EngineError(504, "the Engine did not finish the log in time")
-        return lines
+        return lines + self.unfinished() if self.done else lines
+
+    def unfinished(self) -> list[Line]:
+        """Return the lines that the end of the log left without a newline."""
+        return self._passed(self._assembler.end())
+
+    def _passed(self, lines: list[Line]) -> list[Line]:
+        """Return those of lines that were asked for."""
+        if lines:
+            stamp, number, _, _ = lines[-1]
+            self.last = f"{unix_time(stamp)}-{number}"
+        if self._resume:
+            begun = [stamp for stamp, _ in self._assembler.parts.values()]
+            lines = self._resume.after(lines, begun)
+        skipped = min(self.skip, len(lines))
+        self.skip -= skipped
+        return lines[skipped:] if skipped else lines
+
+    def is_resumed(self) -> bool:
+        """Return whether the line to resume after came."""
+        return bool(self._resume and self._resume.found)
 
 
 class LogSource(NamedTuple):
@@ -2295,8 +2369,30 @@ class LogSource(NamedTuple):
     def open(self, skip: int = 0, resume: str = "", **query: Any) -> LogReader:
         """Return a reader of the log, timestamps and all. Raises EngineError."""
         path = container_path(self.container, "logs")
-        answer = self.engine.stream("GET", path, {**self.query, **query}, self.watch)
-        return LogReader(answer, self.tty, skip, resume)
+        since = {"since": ResumePoint(resume).since} if resume else {}
+        query = {**self.query, **since, **query}
+        answer = self.engine.stream("GET", path, query, self.watch)
+        return LogReader(answer, self.tty, query, skip, resume)
+
+    def rest(self, reader: LogReader) -> Iterator[list[Line]]:
+        """Yield what a followed log had after the lines that came. Raises EngineError.
+
+        The Engine may end the stream of a container that exits before its last lines (seen with
+        20.10 and some 100 followers), so they are read from the log itself.
+        """
+        query = {**reader.query, "follow": 0}
+        if reader.last:
+            near = {**query, "tail": REST_ENTRIES}
+            with contextlib.closing(self.open(reader.skip, reader.last, **near)) as static:
+                lines = []
+                while not static.done:
+                    lines += static.read_static()
+                if static.is_resumed():
+                    yield lines
+                    return
+        with contextlib.closing(self.open(reader.skip, reader.last, **query)) as static:
+            while not static.done:
+                yield static.read_static()
 
     def open_tail(self, wanted: int) -> LogReader:
         """Return a reader of the last `wanted` lines. Raises EngineError.
@@ -2304,26 +2400,25 @@ class LogSource(NamedTuple):
         The Engine's own tail counts entries, of which a long line has several, and may begin in
         the middle of one. So ask it only for a stamp early enough, and count the lines since.
         """
-        entries, start = wanted + 1, b""
+        entries = wanted + 1
         while True:
-            stamp, _ = self._count(1, tail=entries)
-            if not stamp:
+            since, _, found = self._count(tail=entries)
+            if not found:
                 return self.open()
-            since = (unix_second(stamp[:20]) + stamp[20:29]).decode()
-            _, lines = self._count(sys.maxsize, since=since)
-            if lines > wanted or stamp == start:
+            _, lines, _ = self._count(since=since)
+            if lines > wanted or found < entries:
                 return self.open(max(0, lines - wanted), since=since)
-            start, entries = stamp, entries * 8
+            entries *= 8
 
-    def _count(self, enough: int, **query: Any) -> tuple[bytes, int]:
-        """Return the first line's stamp, b"" if there is none, and the number of lines."""
-        first, count = b"", 0
+    def _count(self, **query: Any) -> tuple[str, int, int]:
+        """Return the earliest line's time as since takes it, and the numbers of lines, entries."""
+        earliest, count = b"Z", 0
         with contextlib.closing(self.open(follow=0, **query)) as reader:
-            while not reader.done and count < enough:
+            while not reader.done:
                 lines = reader.read_static()
-                first = first or (lines[0][0] if lines else b"")
+                earliest = min([earliest, *(line[0] for line in lines)])
                 count += len(lines)
-        return first, count
+        return "" if earliest == b"Z" else unix_time(earliest), count, reader.entries
 
 
 def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
@@ -2385,9 +2480,9 @@ def log_document(
 
 
 def log_events(
-    reader: LogReader, render: Callable[[list[Line]], bytes], ending: Callable[[], dict[str, Any]]
+    source: LogSource, reader: LogReader, render: Callable[[list[Line]], bytes]
 ) -> Generator[bytes, None, None]:
-    """Yield the event stream of a log that is followed; ending says why it ended."""
+    """Yield the event stream of a log that is followed."""
     with contextlib.closing(reader):
         try:
             yield f"retry: {RETRY}\n\n".encode()
@@ -2397,27 +2492,31 @@ def log_events(
                 if lines or time.monotonic() >= due:
                     yield render(lines) if lines else b": ping\n\n"
                     due = time.monotonic() + PING_INTERVAL
-            yield event("end", ending())
+            ending = log_ending(source)
+            rest = [reader.unfinished()] if ending["reason"] == "removed" else source.rest(reader)
+            yield from map(render, filter(None, rest))
+            yield event("end", ending)
         except Stopping:
             yield event("shutdown", {"reason": "the agent is being stopped; reconnect"})
         except EngineError as error:
             yield event("error", envelope(error.status, error.message))
 
 
-def log_ending(engine: Engine, container: str, until: bool) -> dict[str, Any]:
+def log_ending(source: LogSource) -> dict[str, Any]:
     """Return why a followed log ended. Raises EngineError if nothing says that it should have."""
     try:
-        state = engine.json("GET", container_path(container, "json"))["State"]
+        found = source.engine.json("GET", container_path(source.container, "json"))
     except EngineError as error:
         if error.status != 404:
             raise
         return {"reason": "removed", "exit_code": None}
-    if state["Running"] or state.get("Restarting"):
-        if until:
+    state = member(found, "State", dict)
+    if state.get("Running") or state.get("Restarting"):
+        if "until" in source.query:
             return {"reason": "until", "exit_code": None}
         raise EngineError(502, "the Engine ended the log of a container that runs; reconnect")
     reason = "removed" if state.get("Status") in ("removing", "dead") else "exited"
-    return {"reason": reason, "exit_code": state["ExitCode"]}
+    return {"reason": reason, "exit_code": state.get("ExitCode")}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2481,7 +2580,7 @@ def registry_auth(call: Call) -> str:
 
 def list_containers(call: Call) -> Response:
     query = {"all": int(call.query.get("all", False))}
-    found = call.engine.json("GET", "/containers/json", query)
+    found = decode_answer(call.engine.call("GET", "/containers/json", query), list)
     return Response({"containers": [listed_container(container) for container in found]})
 
 
@@ -2509,7 +2608,7 @@ def stop_or_restart(call: Call, action: str) -> None:
     """Have the Engine do either, which may take the container's own time. Raises ApiError."""
     query: dict[str, Any] = {}
     if "signal" in call.body:
-        version = call.engine.version()
+        version = call.engine.version(again=True)
         if tuple(map(int, version.split("."))) < (1, 42):
             rule = f"this Engine (API {version}) cannot stop with a signal, which takes API 1.42"
             refuse("signal", f"{rule}; use /kill")
@@ -2517,8 +2616,8 @@ def stop_or_restart(call: Call, action: str) -> None:
     if "timeout" in call.body:
         query["t"] = wait = int(call.body["timeout"])
     else:
-        config = call.engine.json("GET", container_path(call.id, "json"))["Config"]
-        wait = config.get("StopTimeout") or DEFAULT_STOP
+        found = call.engine.json("GET", container_path(call.id, "json"))
+        wait = max(0, member(found, "Config", dict).get("StopTimeout") or DEFAULT_STOP)
     act(call, action, query, wait + CALL_TIMEOUT)
 
 
@@ -2566,10 +2665,11 @@ def logs(call: Call) -> Response:
     # The header first: a browser that reconnects sends it beside the URL it began with.
     last = call.field("Last-Event-ID") or asked.get("last_event_id", "")
     if last:
-        query["since"] = ResumePoint(last).since
+        ResumePoint(last)
     found = call.engine.json("GET", container_path(call.id, "json"))
     watch = call.watch if follow else call.watch._replace(stop=None)
-    source = LogSource(call.engine, found["Id"], bool(found["Config"]["Tty"]), query, watch)
+    tty = bool(member(found, "Config", dict).get("Tty"))
+    source = LogSource(call.engine, member(found, "Id", str), tty, query, watch)
     tail = asked.get("tail", "all")
     whole = tail == "all" or last
     reader = source.open(resume=last) if whole else source.open_tail(int(tail))
@@ -2578,8 +2678,7 @@ def logs(call: Call) -> Response:
         render = functools.partial(render_items, **shape)
         return Response(stream=log_document(reader, render))
     render = functools.partial(render_events, **shape)
-    ending = functools.partial(log_ending, call.engine, source.container, "until" in query)
-    return event_stream(log_events(reader, render, ending))
+    return event_stream(log_events(source, reader, render))
 
 
 def event_stream(events: Generator[bytes, None, None]) -> Response:
@@ -2601,19 +2700,16 @@ def pull_events(
     engine: Engine, image: str, words: Iterator[dict[str, Any] | None]
 ) -> Generator[bytes, None, None]:
     """Yield the event stream of a pull."""
-    status = ""
     try:
         yield f"retry: {RETRY}\n\n".encode()
         for word in words:
             if word is None:
                 yield b": ping\n\n"
                 continue
-            status = word.get("status") or status
             detail = word.get("progressDetail") or {}
-            progress = {"id": word.get("id"), "status": word.get("status")}
-            progress.update(current=detail.get("current"), total=detail.get("total"))
-            yield event("progress", progress)
-        yield event("done", pull_result(engine, image, status))
+            sizes = {name: detail.get(name) for name in ("current", "total")}
+            yield event("progress", {"id": word.get("id"), "status": word.get("status"), **sizes})
+        yield event("done", pull_result(engine, image))
     except Stopping:
         yield event("shutdown", {"reason": "the agent is being stopped; reconnect"})
     except EngineError as error:
@@ -2709,6 +2805,9 @@ def find_route(method: str, segments: list[str]) -> tuple[Route, str]:
 # --------------------------------------------------------------------------------------------------
 
 
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
 class Head(NamedTuple):
     """A request's head: method, target, minor version of HTTP/1, and fields by lower-case name."""
 
@@ -2718,24 +2817,26 @@ class Head(NamedTuple):
     fields: Fields
 
 
-def head_end(data: bytes) -> int:
+def head_end(data: bytes, scanned: int = 0) -> int:
     """Return the length of the head that data begins with, 0 if it goes on.
 
-    Raises ApiError (400, 414, 431) as soon as it can be no head, so that nobody waits for its end.
+    scanned: bytes of it that were here before, so that a head in tiny pieces costs no more.
+    Raises ApiError (400, 414, 431) as soon as it can be no head: nobody waits for its end.
     """
-    end = data.find(b"\r\n\r\n")
-    head = data[: end + 4] if end >= 0 else data
-    line = head.partition(b"\r\n")[0]
+    start = max(0, scanned - 3)
+    end = data.find(b"\r\n\r\n", start)
+    size = end + 4 if end >= 0 else len(data)
+    line = data.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
     # Invariant: the head is bounded before any of it is looked at.
-    if len(line) > MAX_REQUEST_LINE:
+    if line < 0 and size > MAX_REQUEST_LINE + data[: MAX_REQUEST_LINE + 1].endswith(b"\r"):
         raise ApiError(414, f"the request line is longer than {MAX_REQUEST_LINE} bytes")
-    if len(head) - len(line) - 4 > MAX_FIELD_BLOCK:
+    if size - max(line, 0) - 4 > MAX_FIELD_BLOCK:
         raise ApiError(431, f"the headers are longer than {MAX_FIELD_BLOCK} bytes")
-    if LONE_CONTROL.search(head):
+    if LONE_CONTROL.search(data, start, size):
         raise ApiError(400, "the head has a bare CR, a bare LF or a NUL in it")
-    if len(line) < len(head) and not REQUEST_LINE.fullmatch(line):
+    if line >= start and not REQUEST_LINE.fullmatch(data, 0, line):
         raise ApiError(400, "the request line is not of the form: GET /path HTTP/1.1")
-    return len(head) if end >= 0 else 0
+    return size if end >= 0 else 0
 
 
 def parse_head(data: bytes) -> Head:
@@ -2794,23 +2895,30 @@ class Handler(socketserver.BaseRequestHandler):
         self.peer = peer_address(self.client_address)
 
     def handle(self) -> None:
-        tls = self.server.config.server_tls
         if self.peer:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A client whose machine has died is given up after as long as one that reads nothing.
             timeout = int(WRITE_TIMEOUT * 1000)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-        if tls:
-            self.sock.settimeout(HANDSHAKE_TIMEOUT)
-            try:
-                self.sock = tls.wrap_socket(self.sock, server_side=True)
-            except (OSError, ValueError) as error:
-                self.server.log("debug", "handshake failed", error=describe(error))
-                return
         deadline = time.monotonic() + HEAD_TIMEOUT
+        tls = self.server.config.server_tls
+        if tls and not self.shake_hands(tls, deadline):
+            return
         while self.keep and self.wait_for_request(deadline):
             self.serve()
             deadline = time.monotonic() + IDLE_TIMEOUT
+
+    def shake_hands(self, tls: ssl.SSLContext, deadline: float) -> bool:
+        """Return whether the connection is a TLS one by now."""
+        try:
+            if not Watch(stop=self.server.stopping).wait(self.sock, deadline):
+                return False
+            self.sock.settimeout(HANDSHAKE_TIMEOUT)
+            self.sock = tls.wrap_socket(self.sock, server_side=True)
+        except (Stopping, OSError, ValueError) as error:
+            self.server.log("debug", "handshake failed", error=describe(error))
+            return False
+        return True
 
     def finish(self) -> None:
         """Half-close, then drain: no reset may take an answer away (RFC 9112 section 9.6)."""
@@ -2826,18 +2934,12 @@ class Handler(socketserver.BaseRequestHandler):
 
     def wait_for_request(self, deadline: float) -> bool:
         """Return whether a request begins before deadline; False too if the agent stops."""
-        if self.buffer:
-            return True
-        pending = isinstance(self.sock, ssl.SSLSocket) and self.sock.pending()
-        poll = select.poll()
-        poll.register(self.sock, select.POLLIN)
-        poll.register(self.server.stopping, select.POLLIN)
-        wait = max(0, math.ceil((deadline - time.monotonic()) * 1000))
-        ready = [] if pending else [descriptor for descriptor, _ in poll.poll(wait)]
-        if not pending and ready != [self.sock.fileno()]:
-            return False
-        with contextlib.suppress(OSError):
-            self.buffer = receive(self.sock, deadline)
+        with contextlib.suppress(OSError, Stopping):
+            while not self.buffer:
+                data = receive(self.sock, deadline, Watch(stop=self.server.stopping))
+                if not data:
+                    break
+                self.buffer = b"" if data == b"\r\n" else data  # some end a body with one more
         return bool(self.buffer)
 
     def serve(self) -> None:
@@ -2876,10 +2978,10 @@ class Handler(socketserver.BaseRequestHandler):
             bytes=self.sent,
         )
 
-    def fill(self, deadline: float, what: str) -> bytes:
+    def fill(self, deadline: float, what: str, watch: Watch) -> bytes:
         """Return more of the request. Raises ApiError (400, 408) or ClientGone."""
         try:
-            data = receive(self.sock, deadline)
+            data = receive(self.sock, deadline, watch)
         except socket.timeout as error:
             raise ApiError(408, f"the {what} did not arrive in time") from error
         except OSError as error:
@@ -2890,12 +2992,16 @@ class Handler(socketserver.BaseRequestHandler):
 
     def read_head(self) -> Head:
         """Return the next request's head and take it out of the buffer. Raises ApiError."""
-        deadline = time.monotonic() + HEAD_TIMEOUT
-        if self.buffer[:2] == b"\r\n":  # one empty line before it is allowed (RFC 9112, 2.2)
-            self.buffer = self.buffer[2:]
-        self.path = self.buffer.partition(b"\r\n")[0].decode("latin-1")
-        while not (end := head_end(self.buffer)):
-            self.buffer += self.fill(deadline, "head")
+        deadline, scanned, end = time.monotonic() + HEAD_TIMEOUT, 0, 0
+        while not end:
+            if scanned <= 1 and self.buffer[:2] == b"\r\n":  # one is allowed (RFC 9112, 2.2)
+                self.buffer, scanned = self.buffer[2:], 2
+            line, whole, _ = self.buffer[: MAX_REQUEST_LINE + 2].partition(b"\r\n")
+            if whole and not self.path and (match := REQUEST_LINE.fullmatch(line)):
+                self.method, self.path = match[1].decode(), match[2].decode()  # for the log
+            end, scanned = head_end(self.buffer, scanned), len(self.buffer)
+            if not end:
+                self.buffer += self.fill(deadline, "head", Watch(stop=self.server.stopping))
         # Invariant: the head is matched by the grammar before any other code sees it.
         head = parse_head(self.buffer[:end])
         self.buffer = self.buffer[end:]
@@ -2957,7 +3063,7 @@ class Handler(socketserver.BaseRequestHandler):
         data = b""
         if length != 0:
             if head.minor and expected and not self.buffer:
-                self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+                self.write(CONTINUE, len(CONTINUE))
             data = self.receive_body(Body(length))
         self.unread = False
         if not data.strip(b" \t\r\n") and not route.body["required"]:
@@ -2980,7 +3086,7 @@ class Handler(socketserver.BaseRequestHandler):
                 raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
             if body.done:
                 break
-            data = self.fill(deadline, "body")
+            data = self.fill(deadline, "body", NOBODY)
         self.buffer = body.rest
         return b"".join(pieces)
 
@@ -3115,7 +3221,7 @@ class Server(http.server.ThreadingHTTPServer):
         with self._lock:
             self.active -= 1
 
-    def _refuse(self, request: socket.socket, client_address: Any) -> None:
+    def _refuse(self, request: socket.socket, address: Any) -> None:
         """Send a 503 without waiting, and leave the connection for a moment so that it is read."""
         request_id = secrets.token_hex(8)
         body = encode_json(envelope(503, "too many connections; try again later")) + b"\n"
@@ -3132,8 +3238,8 @@ class Server(http.server.ThreadingHTTPServer):
         self._refused.append((time.monotonic() + 1, request))
         self.service_actions()
         fields = {"method": "", "path": "", "status": 503, "latency_ms": 0, "bytes": len(body)}
-        peer = peer_address(client_address)
-        self.log("warning", "request", **fields, request_id=request_id, client_ip=peer or "unix")
+        client = client_address(peer_address(address), "", ())
+        self.log("warning", "request", **fields, request_id=request_id, client_ip=client)
 
     def service_actions(self) -> None:
         """Close the refused connections that have had their moment; called twice a second."""
@@ -3244,6 +3350,10 @@ def healthcheck(config: Config) -> int:
                 connection.sock = context.wrap_socket(connection.sock)
             connection.request("GET", "/health")
             return 0 if connection.getresponse().status == 200 else 1
+    except ssl.SSLError as error:
+        # It asks for a certificate that this image may not have, so it is there.
+        print(f"{address}: {describe(error)}", file=sys.stderr)
+        return 0 if config.tls_client_ca_file else 1
     except (OSError, http.client.HTTPException) as error:
         print(f"{address}: {describe(error)}", file=sys.stderr)
         return 1

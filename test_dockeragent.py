@@ -6,14 +6,19 @@ Engine is skipped. How an Engine fails is shown by FakeEngine, scripted, on a Un
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import queue
+import random
 import re
 import secrets
+import select
+import shutil
 import signal
 import socket
 import socketserver
@@ -22,10 +27,12 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from typing import Any, Callable, NamedTuple
 
 import pytest
 
@@ -36,6 +43,7 @@ SOURCE = HERE / "dockeragent.py"
 KEY = "0123456789abcdef0123456789abcdef"
 ENGINE_HOST = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
 IMAGE = "busybox:test"
+LABEL = "dockeragent-test-" + secrets.token_hex(4)  # of what this session makes
 WAIT = 10.0  # seconds before a test that waits for something fails
 
 
@@ -294,7 +302,9 @@ class RealEngine:
     def __init__(self, url: str) -> None:
         self.path = url[len("unix://") :]
 
-    def call(self, method: str, path: str, body: Any = None, timeout: float = 60) -> tuple[int, Any]:
+    def call(
+        self, method: str, path: str, body: Any = None, timeout: float = 60
+    ) -> tuple[int, Any]:
         connection = UnixConnection(self.path, timeout)
         with contextlib.closing(connection):
             data = None if body is None else json.dumps(body)
@@ -322,7 +332,7 @@ class RealEngine:
             "Image": IMAGE,
             "Cmd": list(cmd),
             "Tty": tty,
-            "Labels": {"dockeragent-test": "1"},
+            "Labels": {LABEL: "1"},
             "HostConfig": {"NetworkMode": "none"},
             "StopTimeout": 0,
             **config,
@@ -350,7 +360,7 @@ def engine() -> Iterator[RealEngine]:
     if status != 200:
         pytest.skip(f"the Engine at {ENGINE_HOST} has no image {IMAGE}")
     yield real
-    filters = '{"label":["dockeragent-test=1"]}'
+    filters = json.dumps({"label": [LABEL]}, separators=(",", ":"))
     for container in real.call("GET", f"/containers/json?all=1&filters={filters}")[1]:
         real.remove(container["Id"])
 
@@ -390,12 +400,3837 @@ def name(engine: RealEngine) -> Iterator[str]:
     engine.remove(chosen)
 
 
-def test_smoke(agent, name):
-    r = agent.post("/api/v1/containers", {"image": IMAGE, "name": name, "cmd": ["sleep", "100"]})
-    assert r.status == 201
-    assert agent.get(f"/api/v1/containers/{name}").json()["State"]["Running"]
-def test_fake(fake_agent, fake_engine):
+def cases(*rows: tuple[Any, ...]) -> list[Any]:
+    """pytest parameters from rows whose first item is the id."""
+    return [pytest.param(*row[1:], id=row[0]) for row in rows]
+
+
+def command(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run dockeragent.py to its end, with env added to a working environment ("" takes out)."""
+    full = {"PATH": os.environ["PATH"], "API_KEY": KEY, "LISTEN_ADDR": "127.0.0.1:0", **env}
+    return subprocess.run(
+        [sys.executable, "-X", "dev", str(SOURCE), *arguments],
+        env={name: value for name, value in full.items() if value},
+        capture_output=True,
+        text=True,
+        timeout=WAIT,
+    )
+
+
+def split_replies(data: bytes) -> list[Reply]:
+    """The answers (with Content-Length, or none of a body) that these bytes are made of."""
+    found = []
+    while data:
+        head, end, data = data.partition(b"\r\n\r\n")
+        assert end and head.startswith(b"HTTP/1.1 "), head[:200]
+        status, *lines = head.decode().split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+        size = int(headers.get("content-length", 0))
+        assert len(data) >= size
+        found.append(Reply(int(status.split(" ")[1]), headers, data[:size]))
+        data = data[size:]
+    return found
+
+
+def send_in_pieces(agent: Agent, data: bytes, size: int, half_close: bool = False) -> bytes:
+    """Send data in pieces that arrive one by one; return all that comes until the agent closes."""
+    with agent.connect() as sock:
+        if agent.port:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for start in range(0, len(data), size):
+                sock.sendall(data[start : start + size])
+                time.sleep(0)  # let the agent read
+            if half_close:
+                sock.shutdown(socket.SHUT_WR)
+        return read_to_end(sock)
+
+
+def message(line: str, *fields: str, body: bytes = b"", key: str = KEY) -> bytes:
+    """One request's bytes, with Host and key."""
+    lines = [line + " HTTP/1.1", "Host: agent", *([f"X-API-Key: {key}"] if key else []), *fields]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+NO_CONTENT = b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"
+# What must never be answered or reach the Engine when it hides behind a refused request.
+SMUGGLED = message("DELETE /api/v1/containers/smuggled")
+LAST = "Connection: close"
+
+
+class Pair(NamedTuple):
+    agent: Agent
+    engine: FakeEngine
+
+
+@pytest.fixture(scope="session")
+def shared_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """An agent and its fake Engine, shared by the tables of what is refused before the Engine."""
+    folder = tmp_path_factory.mktemp("pair")
+    (folder / "host").mkdir()
+    with FakeEngine(folder / "engine.sock") as fake:
+        fake.script["POST /containers/web/kill"] = NO_CONTENT
+        fake.script["POST /containers/web/start"] = NO_CONTENT
+        fake.script["GET /containers/json"] = http_answer([])
+        with Agent(DOCKER_HOST=fake.url, HOST_ROOT=str(folder / "host")) as running:
+            yield Pair(running, fake)
+            assert KEY not in json.dumps(running.log)
+
+
+@pytest.fixture
+def pair(shared_pair: Pair) -> Pair:
+    """The shared pair, with nothing left of what reached the Engine in the test before."""
+    shared_pair.engine.requests()
+    return shared_pair
+
+
+# Configuration
+
+
+@pytest.mark.parametrize(
+    "variable, env, word",
+    cases(
+        ("no key at all", "API_KEY", {"API_KEY": ""}, "required"),
+        ("key with a newline", "API_KEY", {"API_KEY": "a\nb" * 20}, "control"),
+        ("key with a space at its end", "API_KEY", {"API_KEY": KEY + " "}, "space"),
+        ("both keys", "API_KEY_FILE", {"API_KEY_FILE": str(SOURCE.parent / "key")}, ""),
+        ("key file missing", "API_KEY_FILE", {"API_KEY": "", "API_KEY_FILE": "/none"}, "No such"),
+        ("key file a folder", "API_KEY_FILE", {"API_KEY": "", "API_KEY_FILE": "/"}, "directory"),
+        ("key file empty", "API_KEY_FILE", {"API_KEY": "", "API_KEY_FILE": "/dev/null"}, "no key"),
+        ("no colon", "LISTEN_ADDR", {"LISTEN_ADDR": "3000"}, ""),
+        ("no port", "LISTEN_ADDR", {"LISTEN_ADDR": "127.0.0.1:"}, "port"),
+        ("port too high", "LISTEN_ADDR", {"LISTEN_ADDR": ":65536"}, "65535"),
+        ("port with a sign", "LISTEN_ADDR", {"LISTEN_ADDR": ":+80"}, "port"),
+        ("port in Arabic digits", "LISTEN_ADDR", {"LISTEN_ADDR": ":٣٠٠٠"}, "port"),
+        ("IPv6 without brackets", "LISTEN_ADDR", {"LISTEN_ADDR": "::1:3000"}, ""),
+        ("not an address", "LISTEN_ADDR", {"LISTEN_ADDR": "999.0.0.1:3000"}, ""),
+        ("relative socket", "LISTEN_ADDR", {"LISTEN_ADDR": "unix://a.sock"}, "unix:///"),
+        ("folder of the socket missing", "LISTEN_ADDR", {"LISTEN_ADDR": "unix:///none/s"}, ""),
+        ("no socket there", "LISTEN_ADDR", {"LISTEN_ADDR": "unix:///dev/null"}, "no socket"),
+        ("foreign address", "LISTEN_ADDR", {"LISTEN_ADDR": "192.0.2.1:0"}, ""),
+        ("ssh", "DOCKER_HOST", {"DOCKER_HOST": "ssh://host"}, "ssh://"),
+        ("npipe", "DOCKER_HOST", {"DOCKER_HOST": "npipe:////./pipe/x"}, "npipe://"),
+        ("bare path", "DOCKER_HOST", {"DOCKER_HOST": "/run/docker.sock"}, ""),
+        ("Engine without a host", "DOCKER_HOST", {"DOCKER_HOST": "tcp://:2375"}, ""),
+        ("Engine port too high", "DOCKER_HOST", {"DOCKER_HOST": "tcp://h:65536"}, ""),
+        (
+            "no certificates for the Engine",
+            "DOCKER_CERT_PATH",
+            {"DOCKER_HOST": "tcp://h:1", "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": "/none"},
+            "No such",
+        ),
+        ("Engine version", "DOCKER_API_VERSION", {"DOCKER_API_VERSION": "v1.41"}, "1.41"),
+        ("relative root", "HOST_ROOT", {"HOST_ROOT": "host"}, "absolute"),
+        ("negative limit", "RATE_LIMIT", {"RATE_LIMIT": "-1"}, "integer"),
+        ("limit as a float", "RATE_LIMIT", {"RATE_LIMIT": "1.5"}, "integer"),
+        ("limit with an underscore", "RATE_LIMIT", {"RATE_LIMIT": "1_0"}, "integer"),
+        ("proxy by name", "TRUSTED_PROXIES", {"TRUSTED_PROXIES": "10.0.0.0/8,proxy"}, "proxy"),
+        ("proxy with host bits", "TRUSTED_PROXIES", {"TRUSTED_PROXIES": "10.0.0.1/8"}, "host bits"),
+        ("certificate alone", "TLS_KEY_FILE", {"TLS_CERT_FILE": "/dev/null"}, "required"),
+        ("TLS key alone", "TLS_CERT_FILE", {"TLS_KEY_FILE": "/dev/null"}, "required"),
+        ("client CA alone", "TLS_CLIENT_CA_FILE", {"TLS_CLIENT_CA_FILE": "/dev/null"}, ""),
+        (
+            "certificate missing",
+            "TLS_CERT_FILE",
+            {"TLS_CERT_FILE": "/none", "TLS_KEY_FILE": "/none"},
+            "No such",
+        ),
+        (
+            "certificate that is none",
+            "TLS_CERT_FILE",
+            {"TLS_CERT_FILE": str(SOURCE), "TLS_KEY_FILE": str(SOURCE)},
+            "",
+        ),
+        ("no connections", "MAX_CONNECTIONS", {"MAX_CONNECTIONS": "0"}, "at least 1"),
+        ("unknown level", "LOG_LEVEL", {"LOG_LEVEL": "trace"}, "debug, info, warning, error"),
+    ),
+)
+def test_wrong_value_is_one_line_that_names_its_variable(variable, env, word, tmp_path):
+    if env.get("API_KEY_FILE", "").endswith("/key"):
+        (tmp_path / "key").write_text(KEY)
+        env = {"API_KEY_FILE": str(tmp_path / "key")}
+    done = command(**env)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{variable}: ") and done.stderr.count("\n") == 1
+    assert word in done.stderr
+    assert KEY not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_port_in_use_is_one_line_and_status_2():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = command(LISTEN_ADDR=f"127.0.0.1:{taken.getsockname()[1]}")
+    assert done.returncode == 2
+    assert done.stderr.startswith("LISTEN_ADDR: ") and done.stderr.count("\n") == 1
+    assert "in use" in done.stderr
+
+
+def test_help_names_every_variable_and_wrong_usage_is_refused():
+    done = command("--help", API_KEY="")
+    assert (done.returncode, done.stderr) == (0, "")
+    for setting in da.SETTINGS:
+        assert setting.name in done.stdout
+        assert setting.default in done.stdout
+    assert command("--version", API_KEY="").stdout.strip() == f"dockeragent {da.VERSION}"
+    for arguments in (["--nonsense"], ["healthcheck", "--help"], ["serve"]):
+        done = command(*arguments)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "content, sent",
+    cases(
+        ("one newline is dropped", b"s3cret\n", "s3cret"),
+        ("no newline is needed", b"s3cret", "s3cret"),
+        ("bytes that are not ASCII", "clé-ß\n".encode(), "clé-ß".encode().decode("latin-1")),
+    ),
+)
+def test_key_file(content, sent, fake_engine, tmp_path):
+    (tmp_path / "key").write_bytes(content)
     fake_engine.script["GET /containers/json"] = http_answer([])
-    assert fake_agent.get("/api/v1/containers").json() == {"containers": []}
-    assert_envelope(fake_agent.get("/api/v1/containers", key=""), 401)
-    assert fake_engine.requests()[0].target == "/containers/json?all=0"
+    with Agent(DOCKER_HOST=fake_engine.url, API_KEY="", API_KEY_FILE=str(tmp_path / "key")) as it:
+        assert it.get("/api/v1/containers", key=sent).status == 200
+        assert it.get("/api/v1/containers", key=sent + "x").status == 401
+        assert it.get("/api/v1/containers", key=sent[:-1]).status == 401
+        # Shorter than 32 characters: it starts, with a warning.
+        assert [line for line in it.log if line["level"] == "warning" and "32" in line["msg"]]
+    assert len(fake_engine.requests()) == 1
+
+
+def test_second_newline_of_a_key_file_is_an_error(tmp_path):
+    (tmp_path / "key").write_text(KEY + "\n\n")
+    done = command(API_KEY="", API_KEY_FILE=str(tmp_path / "key"))
+    assert done.returncode == 2 and done.stderr.startswith("API_KEY_FILE: ")
+    assert KEY not in done.stderr
+
+
+# Logging
+
+
+def test_every_request_is_one_json_line(fake_agent):
+    fake_agent.get("/health", headers={"X-Request-ID": "my-id.1_2"})
+    body = fake_agent.get("/api/v1/containers/none?x=1").body
+    fake_agent.raw(b"GET /a\r\n\r\n")
+    lines = until(
+        lambda: len(fake_agent.lines("request")) == 3 and fake_agent.lines("request"), "3"
+    )
+    fields = "time level msg method path status latency_ms request_id client_ip bytes".split()
+    for line in lines:
+        assert set(line) == set(fields)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
+        assert line["client_ip"] == "127.0.0.1"
+    assert [(line["method"], line["status"]) for line in lines] == [
+        ("GET", 200),
+        ("GET", 400),
+        ("", 400),
+    ]
+    assert lines[0]["request_id"] == "my-id.1_2"
+    assert lines[1]["bytes"] == len(body)
+    assert len({line["request_id"] for line in lines}) == 3
+
+
+@pytest.mark.parametrize(
+    "data",
+    cases(
+        ("quotes and a brace in the path", message('GET /"},{"msg":"forged"')),
+        ("percent-coded newline in the path", message("GET /%0a%7b%22msg%22:%22forged%22%7d")),
+        ("quotes in a refused request id", message("GET /", 'X-Request-ID: ","msg":"forged')),
+        ("escape sequence in a bad request line", b'GET /\x1b[2J"\\ \r\n\r\n'),
+        ("bytes over 127 in a bad request line", b'GET /\xff\xe2\x80\xa8"forged" HTTP/1.1\r\n\r\n'),
+        ("newline in a bad request line", b'GET /x\n{"msg":"forged"} HTTP/1.1\r\n\r\n'),
+        ("longer than a pipe takes at once", b"GET /" + b'"' * 60_000 + b"\r\n\r\n"),
+    ),
+)
+def test_client_cannot_forge_a_log_line(data, pair):
+    before = len(pair.agent.log)
+    for reply in split_replies(pair.agent.raw(data, half_close=True)):
+        assert reply.status in (400, 404, 414)
+    until(lambda: len(pair.agent.log) > before, "the log line")
+    assert [line["msg"] for line in pair.agent.log[before:]] == ["request"]
+    assert len(json.dumps(pair.agent.log[before])) < 4096
+
+
+@pytest.mark.parametrize(
+    "data",
+    cases(
+        ("empty line in the middle of a head", message("GET /health", key="") + b"X-API-Key: %b"),
+        ("body longer than its length", message("GET /health", key="") + b'{"env":["A=%b"]}'),
+        ("key on the request line", b"GET / X-API-Key: %b"),
+    ),
+)
+def test_secret_in_a_malformed_request_is_not_logged(data, pair):
+    secret = secrets.token_hex(16)
+    data = data.replace(b"%b", secret.encode()) + b"\r\n\r\n"
+    before = len(pair.agent.lines("request"))
+    assert split_replies(pair.agent.raw(data))[-1].status == 400
+    sent = data.count(b"HTTP/1.1") + 1
+    until(lambda: len(pair.agent.lines("request")) == before + sent, "the log lines")
+    assert secret not in json.dumps(pair.agent.log)
+
+
+@pytest.mark.parametrize("kind", ["closed by its reader", "full", "full disk", "not open at all"])
+def test_dead_stdout_never_takes_the_server_down(kind, fake_engine, tmp_path):
+    path = str(tmp_path / "agent.sock")
+    reader, writer = os.pipe()
+    stdout = os.open("/dev/full", os.O_WRONLY) if kind == "full disk" else writer
+    code = f"import os; os.close(1); os.execv({sys.executable!r}, {[sys.executable, str(SOURCE)]})"
+    process = subprocess.Popen(
+        [sys.executable, *(["-c", code] if kind == "not open at all" else [str(SOURCE)])],
+        env={"API_KEY": KEY, "LISTEN_ADDR": f"unix://{path}", "DOCKER_HOST": fake_engine.url},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+    )
+    os.close(writer)
+    try:
+        until(lambda: os.path.exists(path), "a start")
+        if kind == "closed by its reader":
+            os.close(reader)
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.settimeout(WAIT)
+            sock.connect(path)
+            sender = threading.Thread(
+                target=sock.sendall, args=(message("GET /x") * 999 + message("GET /x", LAST),)
+            )
+            sender.start()
+            assert [reply.status for reply in split_replies(read_to_end(sock))] == [404] * 1000
+            sender.join()
+        if kind == "full":  # what is in the pipe are whole lines; the next one tells of the rest
+            os.set_blocking(reader, False)
+            lines = os.read(reader, 1 << 20).splitlines(keepends=True)
+            assert 10 < len(lines) < 1000
+            assert all(json.loads(line) and line.endswith(b"\n") for line in lines)
+            with contextlib.closing(UnixConnection(path)) as connection:
+                connection.request("GET", "/x")
+                assert connection.getresponse().status == 404
+            until(lambda: select_readable(reader), "a line")
+            assert json.loads(os.read(reader, 4096).splitlines()[0])["dropped"] > 0
+        process.terminate()
+        assert process.wait(WAIT) == 0
+        assert process.stderr.read() == b""
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        if stdout != writer:
+            os.close(stdout)
+        if kind != "closed by its reader":
+            os.close(reader)
+
+
+def select_readable(descriptor: int) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+# Rate limiter
+
+
+def test_no_minute_ever_admits_more_than_the_limit():
+    now, admitted, chance = [1000.0], [], random.Random(7)
+    limiter = da.RateLimiter(5, lambda: now[0])
+    for _ in range(3000):
+        now[0] += chance.choice([0.0, 0.01, 1.0, 7.0, 11.999, 12.0, 59.99])
+        try:
+            left = limiter.admit("192.0.2.1", True)
+        except da.ApiError as error:
+            # Refused for as long as it says, and not a second longer.
+            assert error.status == 429
+            wait = int(error.headers["Retry-After"])
+            assert 1 <= wait <= 60
+            assert admitted[-5] + 60 - now[0] <= wait < admitted[-5] + 61 - now[0]
+        else:
+            admitted.append(now[0])
+            recent = [moment for moment in admitted if moment > now[0] - 60]
+            assert int(left["X-RateLimit-Remaining"]) == 5 - len(recent)
+    assert all(later - early >= 60 for early, later in zip(admitted, admitted[5:]))
+    assert len(admitted) > 1000
+
+
+@pytest.mark.parametrize(
+    "first, second, shared",
+    cases(
+        ("two IPv4 clients", ("192.0.2.1", True), ("192.0.2.2", True), False),
+        (
+            "stranger behind a key holder's address",
+            ("192.0.2.1", False),
+            ("192.0.2.1", True),
+            False,
+        ),
+        ("another address of one /64", ("2001:db8::1", True), ("2001:db8::ffff:2", True), True),
+        ("another /64", ("2001:db8::1", True), ("2001:db8:0:1::1", True), False),
+        ("two clients on a Unix socket", ("unix", True), ("unix", True), True),
+    ),
+)
+def test_who_shares_a_window(first, second, shared):
+    limiter = da.RateLimiter(1, lambda: 1000.0)
+    limiter.admit(*first)
+    with pytest.raises(da.ApiError) if shared else contextlib.nullcontext():
+        limiter.admit(*second)
+
+
+def test_table_of_clients_is_bounded_but_holds_10000():
+    now = [1000.0]
+    limiter = da.RateLimiter(1, lambda: now[0])
+    clients = [f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}" for i in range(10_001)]
+    for client in clients[:10_000]:
+        limiter.admit(client, False)
+    with pytest.raises(da.ApiError):
+        limiter.admit(clients[1], False)  # still known
+    limiter.admit(clients[10_000], False)
+    limiter.admit(clients[0], False)  # the least recently seen had to make room
+
+
+@pytest.mark.parametrize(
+    "peer, forwarded, client",
+    cases(
+        ("no proxy", "192.0.2.1", "", "192.0.2.1"),
+        ("spoofed by a stranger", "192.0.2.1", "198.51.100.1", "192.0.2.1"),
+        ("one proxy", "10.0.0.1", "192.0.2.1", "192.0.2.1"),
+        ("spoofed through the proxy", "10.0.0.1", "127.0.0.1, 192.0.2.1", "192.0.2.1"),
+        ("two proxies", "10.0.0.1", "203.0.113.9, 192.0.2.1, 10.9.9.9", "192.0.2.1"),
+        ("all trusted", "10.0.0.1", "10.0.0.3,10.0.0.2", "10.0.0.3"),
+        ("nonsense", "10.0.0.1", "192.0.2.1, unknown", "10.0.0.1"),
+        ("nonsense further left", "10.0.0.1", "<script>, 10.0.0.2", "10.0.0.2"),
+        ("empty", "10.0.0.1", " , ", "10.0.0.1"),
+        ("mapped peer that is a proxy", "::ffff:10.0.0.1", "::ffff:192.0.2.1", "192.0.2.1"),
+        ("IPv6 proxy and client", "2001:db8::1", "2001:DB8:1::0001", "2001:db8:1::1"),
+        ("link-local with a zone", "fe80::1%eth0", "", "fe80::1"),
+        ("Unix socket", "", "192.0.2.1", "unix"),
+    ),
+)
+def test_client_behind_proxies(peer, forwarded, client):
+    trusted = da.load_config({"API_KEY": KEY, "TRUSTED_PROXIES": "10.0.0.0/8, 2001:db8::/64"})
+    assert da.client_address(peer, forwarded, trusted.trusted_proxies) == client
+
+
+def test_limit_over_http_with_its_headers(fake_engine):
+    fake_engine.script["GET /containers/json"] = http_answer([])
+    with Agent(DOCKER_HOST=fake_engine.url, RATE_LIMIT="2", LISTEN_ADDR=":0") as agent:
+        path, spoofed = "/api/v1/containers", {"X-Forwarded-For": "192.0.2.77"}
+        for left in ("1", "0"):
+            reply = agent.get(path)
+            assert reply.status == 200
+            assert reply.headers["x-ratelimit-limit"] == "2"
+            assert reply.headers["x-ratelimit-remaining"] == left
+            assert 1 <= int(reply.headers["x-ratelimit-reset"]) <= 60
+        for headers in ({}, spoofed):
+            reply = agent.get(path, headers=headers)
+            assert_envelope(reply, 429)
+            assert reply.headers["x-ratelimit-remaining"] == "0"
+            assert 1 <= int(reply.headers["retry-after"]) <= 60
+        # Without the key, another window; 401s and what has no route count too.
+        reply = agent.get(path, key="")
+        assert reply.status == 401 and reply.headers["x-ratelimit-remaining"] == "1"
+        assert agent.get("/api/v1/nonsense", key="wrong").status == 401
+        assert agent.get(path, key="").status == 429
+        for _ in range(5):
+            assert agent.get("/health", key="").status == 200
+        # The same machine over IPv6 is another client, over a mapped address it is not.
+        assert {line["client_ip"] for line in agent.lines("request")} == {"127.0.0.1"}
+    assert len(fake_engine.requests()) == 2
+
+
+def test_trusted_proxy_is_believed_over_http(fake_engine):
+    env = {"TRUSTED_PROXIES": "127.0.0.0/8", "RATE_LIMIT": "1"}
+    with Agent(DOCKER_HOST=fake_engine.url, **env) as agent:
+        for client, status in (("192.0.2.1", 404), ("192.0.2.1", 429), ("192.0.2.2", 404)):
+            forwarded = {"X-Forwarded-For": f"203.0.113.1, {client}"}
+            assert agent.get("/api/v1/x", headers=forwarded).status == status
+        # Two header lines are one list.
+        two = message(
+            "GET /api/v1/x", "X-Forwarded-For: 1.1.1.1", "X-Forwarded-For: 192.0.2.1", LAST
+        )
+        assert split_replies(agent.raw(two))[0].status == 429
+    assert [line["client_ip"] for line in agent.lines("request")][::3] == ["192.0.2.1"] * 2
+
+
+# Strict JSON and query strings
+
+CREATE, STOP, KILL = (
+    "/api/v1/containers",
+    "/api/v1/containers/web/stop",
+    "/api/v1/containers/web/kill",
+)
+PULL, FILES = "/api/v1/images/pull", "/api/v1/files"
+
+
+def image(**fields: Any) -> dict[str, Any]:
+    return {"image": "a", **fields}
+
+
+def port(number: Any, **fields: Any) -> dict[str, Any]:
+    return image(ports=[{"container_port": number, **fields}])
+
+
+def volume(**fields: Any) -> dict[str, Any]:
+    return image(volumes=[fields])
+
+
+PORT_PATH = "ports[0].container_port: "
+
+
+@pytest.mark.parametrize(
+    "path, body, word",
+    cases(
+        ("no body", CREATE, b"", "JSON"),
+        ("not JSON", CREATE, b"image=nginx", "JSON"),
+        ("two values", KILL, b"{}{}", "JSON"),
+        ("comma at the end", KILL, b'{"signal":"HUP",}', "JSON"),
+        ("single quotes", KILL, b"{'signal':'HUP'}", "JSON"),
+        ("byte order mark", KILL, b"\xef\xbb\xbf{}", "JSON"),
+        ("list", KILL, b"[]", "body: must be an object"),
+        ("string", CREATE, b'"nginx"', "body: must be an object"),
+        ("UTF-16", KILL, '{"signal":"HUP"}'.encode("utf-16"), "UTF-8"),
+        ("invalid UTF-8", FILES, b'{"path":"/a","content":"\xff"}', "UTF-8"),
+        ("overlong UTF-8", FILES, b'{"path":"/a","content":"\xc0\xaf"}', "UTF-8"),
+        ("surrogate as UTF-8", FILES, b'{"path":"/a","content":"\xed\xa0\x80"}', "UTF-8"),
+        ("lone surrogate", FILES, b'{"path":"/a","content":"\\ud800"}', "content"),
+        (
+            "lone surrogate in a label's name",
+            CREATE,
+            b'{"image":"a","labels":{"\\udfff":""}}',
+            "labels",
+        ),
+        ("unknown field with a surrogate", KILL, b'{"\\ud800":1}', "unknown field"),
+        ("NUL", CREATE, image(env=["A=\0"]), "env[0]: "),
+        ("NUL in a label's name", CREATE, image(labels={"\0": ""}), "labels"),
+        ("NUL in a path", FILES, {"path": "/a\0", "content": ""}, "path: "),
+        ("control character in a string", FILES, b'{"path":"/a\n","content":""}', "JSON"),
+        ("NaN", CREATE, b'{"image":"a","resources":{"cpus":NaN}}', "NaN"),
+        ("infinity", CREATE, b'{"image":"a","resources":{"cpus":-Infinity}}', "Infinity"),
+        (
+            "more than a double holds",
+            CREATE,
+            b'{"image":"a","resources":{"cpus":1e999}}',
+            "resources.cpus: ",
+        ),
+        ("number of a million digits", STOP, b'{"timeout":' + b"1" * 1_000_000 + b"}", "digits"),
+        ("repeated key", KILL, b'{"signal":"HUP","signal":"KILL"}', '"signal"'),
+        (
+            "repeated key, written in two ways",
+            KILL,
+            b'{"signal":"HUP","sign\\u0061l":"KILL"}',
+            '"signal"',
+        ),
+        ("repeated key further down", CREATE, b'{"image":"a","labels":{"a":"","a":""}}', '"a"'),
+        ("arrays nested too deep", KILL, b"[" * 100_000 + b"]" * 100_000, "deep"),
+        ("objects nested too deep", KILL, b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "deep"),
+        ("deep behind an escaped quote", KILL, b'["\\"",' + b"[" * 50_000, "deep"),
+        ("unknown field", CREATE, image(imge="x"), 'unknown field "imge"'),
+        ("misspelt read_only", CREATE, volume(target="/a", read_onyl=True), "volumes[0]: unknown"),
+        ("null for what is required", CREATE, {"image": None}, "image: is required"),
+        ("null in a list", CREATE, image(cmd=[None]), "cmd[0]: "),
+        ("empty image", CREATE, {"image": ""}, "image: "),
+        ("image with a query in it", CREATE, {"image": "a?tag=b"}, "image: "),
+        ("image in capitals", CREATE, {"image": "Nginx:1"}, "image: "),
+        ("name with a slash", CREATE, image(name="a/b"), "name: "),
+        ("name with a newline at its end", CREATE, image(name="ab\n"), "name: "),
+        ("cmd as a string", CREATE, image(cmd="ls -l"), "cmd: must be an array"),
+        ("number in cmd", CREATE, image(cmd=["sleep", 1]), "cmd[1]: must be a string"),
+        ("environment without =", CREATE, image(env=["A"]), "env[0]: "),
+        ("label that is no string", CREATE, image(labels={"k": 1}), "labels.k: "),
+        ("relative folder", CREATE, image(working_dir="srv"), "working_dir: "),
+        ("port 0", CREATE, port(0), PORT_PATH),
+        ("port 65536", CREATE, port("65536"), PORT_PATH),
+        ("port in Arabic digits", CREATE, port("٨٠"), PORT_PATH),
+        ("port as a float", CREATE, port(80.0), PORT_PATH),
+        ("port true", CREATE, port(True), PORT_PATH),
+        ("port with a sign", CREATE, port("+80"), PORT_PATH),
+        ("port of 5,000 digits", CREATE, port("0" * 5000 + "1"), PORT_PATH),
+        ("range of ports", CREATE, port("80-90"), PORT_PATH),
+        (
+            "host port 0",
+            CREATE,
+            image(ports=[{"container_port": 1, "host_port": 0}]),
+            "ports[0].host_port: ",
+        ),
+        (
+            "protocol",
+            CREATE,
+            image(ports=[{"container_port": 1, "protocol": "TCP"}]),
+            "ports[0].protocol: ",
+        ),
+        (
+            "host address",
+            CREATE,
+            image(ports=[{"container_port": 1}, {"container_port": 2, "host_ip": "1.2.3"}]),
+            "ports[1].host_ip: ",
+        ),
+        (
+            "option in a bind's source",
+            CREATE,
+            volume(source="a:/etc", target="/a"),
+            "volumes[0].source: ",
+        ),
+        (
+            "relative bind",
+            CREATE,
+            volume(source="a", target="/a", type="bind"),
+            "volumes[0].source: ",
+        ),
+        (
+            "tmpfs with a source",
+            CREATE,
+            volume(source="/a", target="/a", type="tmpfs"),
+            "volumes[0].source: ",
+        ),
+        ("relative target", CREATE, volume(source="/a", target="a"), "volumes[0].target: "),
+        (
+            "read_only as a string",
+            CREATE,
+            volume(source="/a", target="/a", read_only="false"),
+            "volumes[0].read_only: ",
+        ),
+        (
+            "retries without on-failure",
+            CREATE,
+            image(restart_policy={"name": "always", "max_retry_count": 1}),
+            "restart_policy.max_retry_count: ",
+        ),
+        (
+            "restart policy",
+            CREATE,
+            image(restart_policy={"name": "never"}),
+            "restart_policy.name: ",
+        ),
+        ("no cpus", CREATE, image(resources={"cpus": 0}), "resources.cpus: "),
+        ("cpus as a string", CREATE, image(resources={"cpus": "1"}), "resources.cpus: "),
+        ("too little memory", CREATE, image(resources={"memory_mb": 5}), "resources.memory_mb: "),
+        ("half a megabyte", CREATE, image(resources={"memory_mb": 6.5}), "resources.memory_mb: "),
+        ("too few shares", CREATE, image(resources={"cpu_shares": 1}), "resources.cpu_shares: "),
+        ("pull", CREATE, image(pull="sometimes"), "pull: "),
+        ("network twice", CREATE, image(networks=["a", "a"]), "networks: "),
+        ("wait for ever", STOP, {"timeout": -1}, "timeout: "),
+        ("wait for days", STOP, {"timeout": 86_401}, "timeout: "),
+        ("timeout as a string", STOP, {"timeout": "10"}, "timeout: "),
+        ("timeout true", STOP, {"timeout": True}, "timeout: "),
+        ("timeout as a float", STOP, {"timeout": 1.0}, "timeout: "),
+        ("signal by number", KILL, {"signal": "9"}, "signal: "),
+        ("number as a signal", KILL, {"signal": 9}, "signal: "),
+        ("unknown signal", KILL, {"signal": "SIGFOO"}, "signal: "),
+        ("long s, which is S in capitals", KILL, {"signal": "\u017fIGKILL"}, "signal: "),
+        ("kelvin sign, which is k in small letters", KILL, {"signal": "\u212aILL"}, "signal: "),
+        ("dotless i, which is I in capitals", KILL, {"signal": "K\u0131LL"}, "signal: "),
+        ("field of another endpoint", KILL, {"timeout": 1}, 'unknown field "timeout"'),
+        (
+            "field where none is known",
+            "/api/v1/containers/web/start",
+            {"a": 1},
+            'unknown field "a"',
+        ),
+        ("pull without an image", PULL, {"platform": "linux/amd64"}, "image: is required"),
+        ("platform", PULL, image(platform="linux/amd64&a=b"), "platform: "),
+        ("path that climbs", FILES, {"path": "/a/../b", "content": ""}, "path: "),
+        ("relative path", FILES, {"path": "a", "content": ""}, "path: "),
+        (
+            "mode past 7777",
+            FILES,
+            {"path": "/a", "content": "", "permission": "17777"},
+            "permission: ",
+        ),
+        (
+            "mode as a number",
+            FILES,
+            {"path": "/a", "content": "", "permission": 644},
+            "permission: ",
+        ),
+        ("no base64", FILES, {"path": "/a", "content": "_-", "encoding": "base64"}, "content: "),
+        ("encoding", FILES, {"path": "/a", "content": "", "encoding": "latin-1"}, "encoding: "),
+        ("owner below 0", FILES, {"path": "/a", "content": "", "uid": -1}, "uid: "),
+        (
+            "owner that means no change",
+            FILES,
+            {"path": "/a", "content": "", "gid": 2**32 - 1},
+            "gid: ",
+        ),
+        ("atomic as a number", FILES, {"path": "/a", "content": "", "atomic": 1}, "atomic: "),
+    ),
+)
+def test_bad_body_is_400_with_the_path_and_reaches_nothing(path, body, word, pair):
+    assert_envelope(pair.agent.post(path, body), 400, word)
+    assert pair.engine.requests() == []
+    assert os.listdir(pair.agent.env["HOST_ROOT"]) == []
+
+
+def test_repeated_key_among_many_is_found_in_one_pass():
+    body = ",".join(f'"{i}":1' for i in range(500_000)) + ',"499999":1'
+    found: queue.Queue[da.ApiError] = queue.Queue()
+
+    def decode() -> None:
+        with pytest.raises(da.ApiError) as caught:
+            da.decode_json(b"{" + body.encode() + b"}")
+        found.put(caught.value)
+
+    # In a process of its own, as a thread that never ends cannot be stopped.
+    with contextlib.closing(os.fdopen(os.dup(2), "wb", 0)):
+        child = os.fork()
+        if not child:
+            signal.alarm(int(WAIT))
+            decode()
+            os._exit(0 if '"499999"' in found.get().message else 1)
+        assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    "body, target",
+    cases(
+        ("none", b"", "SIGKILL"),
+        ("white space", b" \r\n", "SIGKILL"),
+        ("no fields", {}, "SIGKILL"),
+        ("null is absent", {"signal": None}, "SIGKILL"),
+        ("any case, no SIG", {"signal": "uSr1"}, "SIGUSR1"),
+        ("escaped letters", b'{"signal":"\\u0048UP"}', "SIGHUP"),
+    ),
+)
+def test_good_body(body, target, pair):
+    assert pair.agent.post(KILL, body, headers={"Content-Type": "x/y"}).status == 200
+    assert [seen.target for seen in pair.engine.requests()] == [
+        f"/containers/web/kill?signal={target}"
+    ]
+
+
+@pytest.mark.parametrize(
+    "path, word",
+    cases(
+        ("unknown", "/api/v1/containers?al=1", '"al"'),
+        ("unknown, where none is known", "/api/v1/containers/web?size=1", '"size"'),
+        ("unknown, on the public path", "/health?x", '"x"'),
+        ("repeated", "/api/v1/containers?all=1&all=0", "all"),
+        ("repeated, written in two ways", "/api/v1/containers?all=1&%61ll=1", "all"),
+        ("boolean without a value", "/api/v1/containers?all", "all: "),
+        ("boolean yes", "/api/v1/containers?all=yes", "all: "),
+        ("boolean with a space", "/api/v1/containers?all=1%20", "all: "),
+        ("tail below 0", "/api/v1/containers/web/logs?tail=-1", "tail: "),
+        ("tail in Arabic digits", "/api/v1/containers/web/logs?tail=%D9%A3", "tail: "),
+        ("NUL", "/api/v1/containers/web/logs?since=%00", "since: "),
+        ("invalid UTF-8", "/api/v1/containers/web/logs?since=%ff", "since: "),
+        ("nothing to show", "/api/v1/containers/web/logs?stdout=0&stderr=F", "stdout"),
+    ),
+)
+def test_bad_query_is_400_and_named(path, word, pair):
+    assert_envelope(pair.agent.get(path), 400, word)
+    assert pair.engine.requests() == []
+
+
+@pytest.mark.parametrize(
+    "value, sent", [("T", 1), ("TRUE", 1), ("1", 1), ("f", 0), ("False", 0), ("0", 0)]
+)
+def test_booleans_in_any_case(value, sent, pair):
+    assert pair.agent.get(f"/api/v1/containers?all={value}").status == 200
+    assert [seen.target for seen in pair.engine.requests()] == [f"/containers/json?all={sent}"]
+
+
+# Routes
+
+
+@pytest.mark.parametrize(
+    "method, path, key, status, allow",
+    cases(
+        ("unknown path", "GET", "/", "", 404, None),
+        ("slash at the end", "GET", "/health/", "", 404, None),
+        ("unknown path under the API, no key", "GET", "/api/v1/x", "", 401, None),
+        ("unknown method under the API, no key", "PUT", "/api/v1/containers", "", 401, None),
+        ("API path in percent codes, no key", "GET", "/%61pi/v1/containers", "", 401, None),
+        ("API path behind a host, no key", "GET", "http://x/api/v1/containers", "", 401, None),
+        ("two slashes are another path", "GET", "//api/v1/containers", KEY, 404, None),
+        ("other version", "GET", "/api/v2/containers", KEY, 404, None),
+        ("wrong key", "GET", "/api/v1/containers", KEY[:-1], 401, None),
+        ("key and a bit", "GET", "/api/v1/containers", KEY + ", " + KEY, 401, None),
+        ("wrong method", "POST", "/health", "", 405, "GET, HEAD"),
+        ("wrong method of two", "PUT", "/api/v1/containers", KEY, 405, "POST, GET, HEAD"),
+        ("wrong method with an id", "GET", "/api/v1/containers/x/stop", KEY, 405, "POST"),
+        ("HEAD where only POST goes", "HEAD", "/api/v1/files", KEY, 405, "POST"),
+        ("method in small letters", "get", "/health", "", 405, "GET, HEAD"),
+        ("empty id", "DELETE", "/api/v1/containers/", KEY, 400, None),
+        ("dots", "DELETE", "/api/v1/containers/..", KEY, 400, None),
+        ("dots in percent codes", "DELETE", "/api/v1/containers/%2e%2e", KEY, 400, None),
+        ("slash in percent codes", "DELETE", "/api/v1/containers/a%2Fb", KEY, 400, None),
+        ("query in percent codes", "DELETE", "/api/v1/containers/a%3Fforce=1", KEY, 400, None),
+        ("decoded twice it would be an a", "DELETE", "/api/v1/containers/%2561", KEY, 400, None),
+        ("newline at the end of an id", "DELETE", "/api/v1/containers/a%0A", KEY, 400, None),
+        ("id of invalid UTF-8", "DELETE", "/api/v1/containers/a%ff", KEY, 400, None),
+        ("half a percent code", "DELETE", "/api/v1/containers/a%6", KEY, 400, None),
+    ),
+)
+def test_route_refused(method, path, key, status, allow, pair):
+    reply = split_head(pair.agent.raw(message(f"{method} {path}", LAST, key=key)))
+    assert reply.status == status
+    assert reply.headers.get("allow") == allow
+    assert ("www-authenticate" in reply.headers) == (status == 401)
+    assert (reply.body == b"") == (method == "HEAD")
+    assert pair.engine.requests() == []
+
+
+def split_head(data: bytes) -> Reply:
+    """The one answer in data, whatever its body's length."""
+    head, _, body = data.partition(b"\r\n\r\n")
+    reply = split_replies(re.sub(rb"(?i)content-length", b"X-Length", head) + b"\r\n\r\n")[0]
+    return reply._replace(body=body)
+
+
+def test_repeated_key_header_is_401(pair):
+    data = message("GET /api/v1/containers", f"X-API-Key: {KEY}", LAST)
+    assert [reply.status for reply in split_replies(pair.agent.raw(data))] == [401]
+    assert pair.engine.requests() == []
+
+
+def test_id_is_decoded_once_and_head_is_get_without_a_body(pair):
+    assert pair.agent.post("/api/v1/containers/%77%65b/start").status == 200
+    reply = split_head(pair.agent.raw(message("HEAD /api/v1/containers", LAST)))
+    assert (reply.status, reply.body) == (200, b"") and int(reply.headers["x-length"]) > 2
+    assert [seen.target for seen in pair.engine.requests()] == [
+        "/containers/web/start",
+        "/containers/json?all=0",
+    ]
+
+
+@pytest.mark.parametrize(
+    "sent, kept",
+    [
+        ("a.B-c_9", True),
+        ("x" * 64, True),
+        ("x" * 65, False),
+        ("a b", False),
+        ("é", False),
+        ("", False),
+    ],
+)
+def test_request_id(sent, kept, pair):
+    for line in ("GET /x", "GET /api/v1/containers?x=1", "GET /health"):
+        reply = split_replies(pair.agent.raw(message(line, f"X-Request-ID: {sent}", LAST)))[0]
+        assert (reply.headers["x-request-id"] == sent) is kept
+        assert re.fullmatch("[A-Za-z0-9._-]{1,64}", reply.headers["x-request-id"])
+
+
+# Heads
+
+HEAD = message("POST /api/v1/containers/web/start")
+HOST = b"Host: agent\r\n"
+
+
+@pytest.mark.parametrize(
+    "old, new, status",
+    cases(
+        ("bare LF after the request line", b"1.1\r\n", b"1.1\n", 400),
+        ("bare LF after a header", HOST, b"Host: agent\n", 400),
+        ("bare LF alone ends the head", b"\r\n\r\n", b"\n\n", 400),
+        ("bare CR in a value", HOST, b"Host: agent\rX: y\r\n", 400),
+        ("bare CR before CRLF", HOST, b"Host: agent\r\r\n", 400),
+        ("bare CR in the request line", b" HTTP", b"\r HTTP", 400),
+        ("NUL in a value", HOST, b"Host: ag\0ent\r\n", 400),
+        ("NUL in a name", HOST, HOST + b"X\0: y\r\n", 400),
+        ("vertical tab in a value", HOST, HOST + b"X: a\x0bb\r\n", 400),
+        ("folded line", HOST, b"Host: agent\r\n folded\r\n", 400),
+        ("folded line with a tab", HOST, b"X: y\r\n\tfolded\r\n" + HOST, 400),
+        ("first header begins with a space", HOST, b" " + HOST, 400),
+        ("space before the colon", HOST, b"Host : agent\r\n", 400),
+        ("tab before the colon", HOST, HOST + b"Content-Length\t: 5\r\n", 400),
+        ("no colon", HOST, HOST + b"Content-Length 5\r\n", 400),
+        ("no name", HOST, HOST + b": 5\r\n", 400),
+        ("name that is no token", HOST, HOST + b"Content(Length): 5\r\n", 400),
+        ("no Host", HOST, b"", 400),
+        ("two Hosts", HOST, HOST * 2, 400),
+        ("Host that is two", HOST, b"Host: a b\r\n", 400),
+        ("Host with a path", HOST, b"Host: agent/x\r\n", 400),
+        ("two lengths", HOST, HOST + b"Content-Length: 5\r\nContent-Length: 5\r\n", 400),
+        ("two different lengths", HOST, HOST + b"Content-Length: 5\r\ncontent-length: 6\r\n", 400),
+        *(
+            (f"length {value!r}", HOST, HOST + b"Content-Length: " + value + b"\r\n", 400)
+            for value in (
+                b"+5",
+                b"-1",
+                b"0x5",
+                b"5, 5",
+                b"",
+                b"5 5",
+                b"1_0",
+                b"5.0",
+                b"\xb2",
+                b"five",
+            )
+        ),
+        (
+            "coding and length",
+            HOST,
+            HOST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
+            400,
+        ),
+        (
+            "length and coding",
+            HOST,
+            HOST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
+            400,
+        ),
+        ("coding twice", HOST, HOST + b"Transfer-Encoding: chunked\r\n" * 2, 400),
+        ("coding in HTTP/1.0", b"1.1\r\n", b"1.0\r\nTransfer-Encoding: chunked\r\n", 400),
+        *(
+            (f"coding {value!r}", HOST, HOST + b"Transfer-Encoding: " + value + b"\r\n", 501)
+            for value in (
+                b"gzip",
+                b"gzip, chunked",
+                b"chunked, gzip",
+                b"identity",
+                b"xchunked",
+                b"chunked;a=b",
+                b"",
+            )
+        ),
+        ("no version", b" HTTP/1.1", b"", 400),
+        ("small letters in the version", b"HTTP/1.1", b"http/1.1", 400),
+        ("space after the version", b"1.1\r\n", b"1.1 \r\n", 400),
+        ("long version", b"HTTP/1.1", b"HTTP/1.10", 400),
+        ("HTTP/2.0", b"HTTP/1.1", b"HTTP/2.0", 505),
+        ("two spaces", b" HTTP", b"  HTTP", 400),
+        ("tab for a space", b"POST ", b"POST\t", 400),
+        ("space before the method", b"POST", b" POST", 400),
+        ("no target", b"/api/v1/containers/web/start ", b"", 400),
+        ("target that is not ASCII", b"web", b"w\xc3\xa9b", 400),
+        ("control character in the target", b"web", b"w\x7fb", 400),
+        ("two empty lines first", b"POST", b"\r\n\r\nPOST", 400),
+        ("target of 9,000 bytes", b"web", b"w" * 9000, 414),
+        ("101 headers", HOST, HOST + b"X: y\r\n" * 99, 431),
+        ("33 KiB of headers", HOST, HOST + b"X: " + b"y" * 33 * 1024 + b"\r\n", 431),
+        ("33 KiB of a header's name", HOST, HOST + b"X" * 33 * 1024, 431),
+        ("TLS", b"POST", bytes.fromhex("160301020001"), 400),
+    ),
+)
+def test_hostile_head_has_one_answer_and_is_the_last(old, new, status, pair):
+    assert old in HEAD
+    head = HEAD.replace(old, new, 1)
+    for size in (1 << 20, 1 if len(head) < 2000 else 1000):
+        # A valid request behind it must not be answered either.
+        replies = split_replies(send_in_pieces(pair.agent, head + SMUGGLED, size, half_close=True))
+        assert len(replies) == 1
+        assert_envelope(replies[0], status)
+        assert replies[0].headers["connection"] == "close" and "x-request-id" in replies[0].headers
+    assert pair.engine.requests() == []
+
+
+@pytest.mark.parametrize("size", [3, len(HEAD) // 2, len(HEAD) - 2, len(HEAD) - 1])
+def test_end_within_the_head(size, pair):
+    assert_envelope(split_replies(pair.agent.raw(HEAD[:size], half_close=True))[0], 400)
+    assert pair.engine.requests() == []
+
+
+LONG_LINE = len(message("GET /?", key="").partition(b"\r\n")[0])
+
+
+@pytest.mark.parametrize(
+    "data, status",
+    cases(
+        ("as it is", message("GET /x", LAST), 404),
+        ("white space around values", message("GET /x", "Connection: \t close \t"), 404),
+        ("empty line first", b"\r\n" + message("GET /x", LAST), 404),
+        ("HTTP/1.0 without a Host", b"GET /x HTTP/1.0\r\n\r\n", 404),
+        ("bytes over 127 in a value", message("GET /x", "X: é", LAST), 404),
+        ("request line of 8 KiB", message("GET /?" + "a" * (8192 - LONG_LINE), LAST, key=""), 404),
+        (
+            "request line of a byte more",
+            message("GET /?" + "a" * (8193 - LONG_LINE), LAST, key=""),
+            414,
+        ),
+        ("100 headers", message("GET /x", *["X: y"] * 97, LAST), 404),
+        (
+            "32 KiB of headers",
+            b"GET /x HTTP/1.0\r\nX: " + b"y" * (32 * 1024 - 5) + b"\r\n\r\n",
+            404,
+        ),
+        (
+            "32 KiB and a byte",
+            b"GET /x HTTP/1.0\r\nX: " + b"y" * (32 * 1024 - 4) + b"\r\n\r\n",
+            431,
+        ),
+    ),
+)
+def test_head_at_its_limits_however_it_is_cut(data, status, pair):
+    ends = [data.find(b"\r\n") + 1, data.find(b"\r\n") + 2, len(data) - 3, len(data) - 1]
+    for cuts in ([0], *([end] for end in ends), range(len(data) if len(data) < 500 else 0)):
+        with pair.agent.connect() as sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for start, end in zip([0, *cuts], [*cuts, len(data)]):
+                with contextlib.suppress(OSError):
+                    sock.sendall(data[start:end])
+                time.sleep(0.001 if len(cuts) > 1 else 0.05)  # so that it is read before the rest
+            replies = split_replies(read_to_end(sock))
+            assert [reply.status for reply in replies] == [status], list(cuts)[:2]
+
+
+# Bodies
+
+CHUNKED = message("POST /api/v1/containers/web/kill", "Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize(
+    "body",
+    cases(
+        ("one chunk", b'10\r\n{"signal":"HUP"}\r\n0\r\n\r\n'),
+        ("many chunks", b'1\r\n{\r\nF\r\n"signal":"HUP"}\r\n0\r\n\r\n'),
+        (
+            "zeros, capitals, extensions",
+            b'00000001\r\n{\r\n0f;a="b" ; c\r\n"signal":"HUP"}\r\n000;x\r\n\r\n',
+        ),
+        ("trailer", b'10\r\n{"signal":"HUP"}\r\n0\r\nX-API-Key: a\r\nY:\r\n\r\n'),
+    ),
+)
+def test_good_chunks(body, pair):
+    for size in (1 << 20, 1):
+        data = CHUNKED + body + message("GET /next", LAST)
+        assert [r.status for r in split_replies(send_in_pieces(pair.agent, data, size))] == [
+            200,
+            404,
+        ]
+        assert [seen.target for seen in pair.engine.requests()] == [
+            "/containers/web/kill?signal=SIGHUP"
+        ]
+
+
+@pytest.mark.parametrize(
+    "body",
+    cases(
+        ("no size", b"\r\n{}\r\n0\r\n\r\n"),
+        ("size with 0x", b"0x2\r\n{}\r\n0\r\n\r\n"),
+        ("size with a sign", b"+2\r\n{}\r\n0\r\n\r\n"),
+        ("size below 0", b"-2\r\n{}\r\n0\r\n\r\n"),
+        ("size with an underscore", b"0_2\r\n{}\r\n0\r\n\r\n"),
+        ("space before the size", b" 2\r\n{}\r\n0\r\n\r\n"),
+        ("space after the size", b"2 \r\n{}\r\n0\r\n\r\n"),
+        ("size that overflows", b"10000000000000002\r\n{}\r\n0\r\n\r\n"),
+        ("bare LF after the size", b"2\n{}\r\n0\r\n\r\n"),
+        ("bare LF in an extension", b"2;a\nb\r\n{}\r\n0\r\n\r\n"),
+        ("bare CR in an extension", b"2;a\rb\r\n{}\r\n0\r\n\r\n"),
+        ("bare LF after the data", b"2\r\n{}\n0\r\n\r\n"),
+        ("data longer than its size", b"2\r\n{}}\r\n0\r\n\r\n"),
+        ("data shorter than its size", b"3\r\n{}\r\n0\r\n\r\n"),
+        ("extension without an end", b"2;" + b"a" * 2000),
+        ("trailer that is none", b"2\r\n{}\r\n0\r\nno colon\r\n\r\n"),
+        ("folded trailer", b"2\r\n{}\r\n0\r\nA: b\r\n c\r\n\r\n"),
+        ("trailer without an end", b"2\r\n{}\r\n0\r\n" + b"A: b\r\n" * 2000),
+        ("end within a chunk", b"20\r\n{}"),
+        ("end before the last chunk", b"2\r\n{}\r\n"),
+        ("end before the last line", b"2\r\n{}\r\n0\r\n"),
+    ),
+)
+def test_bad_chunks_are_400_and_the_last(body, pair):
+    tail = b"" if body.endswith((b"{}", b"{}\r\n", b"}\r\n0\r\n")) else SMUGGLED
+    for size in (1 << 20, 1 if len(body) < 500 else 700):
+        data = CHUNKED + body + tail
+        replies = split_replies(send_in_pieces(pair.agent, data, size, half_close=True))
+        assert len(replies) == 1
+        assert_envelope(replies[0], 400)
+    assert pair.engine.requests() == []
+
+
+@pytest.mark.parametrize(
+    "head, status",
+    cases(
+        ("wrong key", message("POST /api/v1/files", "Content-Length: %d", key="x"), 401),
+        ("unknown path", message("POST /nowhere", "Content-Length: %d"), 404),
+        ("wrong method", message("PUT /api/v1/files", "Content-Length: %d"), 405),
+        ("bad query", message("POST /api/v1/files?a=b", "Content-Length: %d"), 400),
+        ("where no body is taken", message("GET /health", "Content-Length: %d"), 400),
+        (
+            "unknown expectation",
+            message("POST /api/v1/files", "Content-Length: %d", "Expect: x"),
+            417,
+        ),
+    ),
+)
+def test_request_behind_an_unread_body_is_never_answered(head, status, pair):
+    data = head.replace(b"%d", b"%d" % len(SMUGGLED)) + SMUGGLED
+    for size in (1 << 20, 1):
+        replies = split_replies(send_in_pieces(pair.agent, data + SMUGGLED, size))
+        assert [reply.status for reply in replies] == [status]
+        assert replies[0].headers["connection"] == "close"
+    assert pair.engine.requests() == []
+
+
+def test_body_too_large(pair):
+    declared = message("POST /api/v1/files", "Content-Length: 10485761", "Expect: 100-continue")
+    assert [reply.status for reply in split_replies(pair.agent.raw(declared))] == [413]
+    huge = message("POST /api/v1/files", "Content-Length: " + "9" * 5000)
+    assert [reply.status for reply in split_replies(pair.agent.raw(huge))] == [413]
+    # Whoever sends all of it gets the answer, and no reset takes it away.
+    assert_envelope(pair.agent.post("/api/v1/files", b"x" * 30_000_000), 413)
+    chunked = message("POST /api/v1/files", "Transfer-Encoding: chunked")
+    data = chunked + b"ffffff\r\n" + b"x" * 0xFFFFFF + b"\r\n0\r\n\r\n"
+    assert [reply.status for reply in split_replies(pair.agent.raw(data))] == [413]
+    largest = json.dumps({"path": "/../x", "content": ""}).encode()
+    assert_envelope(pair.agent.post("/api/v1/files", largest.ljust(10_485_760)), 400, "path")
+
+
+@pytest.mark.parametrize(
+    "line, key, first",
+    cases(
+        ("wanted", "POST /api/v1/containers/web/kill", KEY, 100),
+        ("without the key", "POST /api/v1/containers/web/kill", "", 401),
+        ("no such path", "POST /api/v1/x", KEY, 404),
+    ),
+)
+def test_continue_comes_only_once_the_key_has_passed(line, key, first, pair):
+    with pair.agent.connect() as sock:
+        sock.sendall(message(line, "Content-Length: 2", "Expect: 100-Continue", LAST, key=key))
+        assert int(sock.recv(12).split(b" ")[1]) == first
+        if first == 100:
+            assert pair.engine.requests() == []
+            sock.sendall(b"{}")
+        read_to_end(sock)
+    assert len(pair.engine.requests()) == (first == 100)
+
+
+# Connections
+
+
+def test_pipelined_requests_are_answered_in_order(pair):
+    kill = message("POST " + KILL, "Content-Length: 2", body=b"{}")
+    data = (message("GET /a") + kill) * 50
+    data += message("GET /last", "X-Request-ID: last", LAST) + SMUGGLED
+    for size in (1 << 20, 1000, 7):
+        replies = split_replies(send_in_pieces(pair.agent, data, size))
+        assert [reply.status for reply in replies] == [404, 200] * 50 + [404]
+        assert replies[-1].headers["x-request-id"] == "last"
+        assert len(pair.engine.requests()) == 50
+
+
+def test_http_1_0_is_answered_and_closed(pair):
+    data = b"GET /x HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" + SMUGGLED
+    assert [reply.status for reply in split_replies(pair.agent.raw(data))] == [404]
+    assert pair.engine.requests() == []
+
+
+def test_connection_past_the_cap_gets_503(fake_engine):
+    with Agent(DOCKER_HOST=fake_engine.url, MAX_CONNECTIONS="2", LISTEN_ADDR=":0") as agent:
+        with agent.connect() as first, agent.connect():
+            first.sendall(message("GET /x"))
+            assert first.recv(12) == b"HTTP/1.1 404"
+            reply = split_replies(agent.raw(b""))[0]
+            assert_envelope(reply, 503)
+            assert reply.headers["connection"] == "close" and reply.headers["x-request-id"]
+            line = until(lambda: agent.lines("request")[1:], "the log line")[0]
+            assert (line["status"], line["client_ip"]) == (503, "127.0.0.1")
+        until(lambda: agent.get("/x").status == 404, "a free slot")
+
+
+def test_drips_and_silence_are_cut_off(pki, fake_engine):
+    def drip(agent: Agent, data: bytes, more: bytes) -> bytes:
+        """Send data, then more every 0.4 s, until the agent answers or hangs up."""
+        deadline = time.monotonic() + 3 * WAIT
+        with agent.connect() as sock:
+            sock.sendall(data)
+            sock.settimeout(0.4)
+            while time.monotonic() < deadline:
+                try:
+                    return sock.recv(65536)
+                except ConnectionResetError:
+                    return b""
+                except OSError:  # nothing yet
+                    with contextlib.suppress(OSError):
+                        sock.sendall(more)
+        return b"was never cut off"
+
+    with Agent(DOCKER_HOST=fake_engine.url) as plain, pki.agent(fake_engine) as tls:
+        found: dict[str, bytes] = {}
+        jobs = {
+            "head": lambda: drip(plain, b"GET /x HTTP/1.1\r\nHost: ", b"a"),
+            "line": lambda: drip(plain, b"G", b"E"),
+            "silent": lambda: drip(plain, b"", b""),
+            "handshake": lambda: drip(tls, b"\x16\x03\x01\x02\x00\x01", b"a"),
+        }
+        threads = [
+            threading.Thread(target=lambda n=name, j=job: found.__setitem__(n, j()))
+            for name, job in jobs.items()
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert [reply.status for reply in split_replies(found["head"])] == [408]
+    assert [reply.status for reply in split_replies(found["line"])] == [408]
+    assert found["silent"] == b"" and not found["handshake"].startswith(b"HTTP")
+    assert fake_engine.requests() == []
+
+
+# TLS
+
+
+class Pki(NamedTuple):
+    """Certificates: a server's, a client CA and a client of it, made with openssl."""
+
+    folder: Path
+
+    def file(self, name: str) -> str:
+        return str(self.folder / name)
+
+    def agent(self, fake: FakeEngine, **env: str) -> Agent:
+        files = {"TLS_CERT_FILE": self.file("server.pem"), "TLS_KEY_FILE": self.file("server.key")}
+        return Agent(DOCKER_HOST=fake.url, **{**files, **env})
+
+    def connect(self, agent: Agent, client: str = "") -> ssl.SSLSocket:
+        context = ssl.create_default_context(cafile=self.file("server.pem"))
+        if client:
+            context.load_cert_chain(self.file(f"{client}.pem"), self.file(f"{client}.key"))
+        return context.wrap_socket(agent.connect(), server_hostname="localhost")
+
+    def raw(self, agent: Agent, data: bytes, client: str = "") -> bytes:
+        with self.connect(agent, client) as sock:
+            sock.sendall(data)
+            return read_to_end(sock)
+
+
+@pytest.fixture(scope="session")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Pki:
+    made = Pki(tmp_path_factory.mktemp("pki"))
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=made.folder, check=True, capture_output=True)
+
+    new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-days", "9"]
+    for name in ("server", "ca", "stranger"):
+        subject = ["-subj", f"/CN={name}", "-addext", "subjectAltName=DNS:localhost"]
+        openssl(*new, "-nodes", *subject, "-keyout", f"{name}.key", "-out", f"{name}.pem")
+    openssl(*new, "-passout", "pass:x", "-subj", "/CN=x", "-keyout", "secret.key", "-out", "x.pem")
+    openssl("req", "-new", "-key", "stranger.key", "-subj", "/CN=client", "-out", "client.csr")
+    openssl(
+        *"x509 -req -in client.csr -CA ca.pem -CAkey ca.key -set_serial 1 -out client.pem".split()
+    )
+    (made.folder / "client.key").write_bytes((made.folder / "stranger.key").read_bytes())
+    return made
+
+
+@pytest.mark.parametrize(
+    "variable, env",
+    cases(
+        ("key of another certificate", "TLS_CERT_FILE", {"TLS_KEY_FILE": "ca.key"}),
+        ("key with a password", "TLS_CERT_FILE", {"TLS_KEY_FILE": "secret.key"}),
+        ("client CA that is none", "TLS_CLIENT_CA_FILE", {"TLS_CLIENT_CA_FILE": "ca.key"}),
+    ),
+)
+def test_wrong_certificate_is_one_line(variable, env, pki):
+    files = {"TLS_CERT_FILE": "server.pem", "TLS_KEY_FILE": "server.key", **env}
+    done = command(**{name: pki.file(value) for name, value in files.items()})
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"{variable}: ") and done.stderr.count("\n") == 1
+
+
+def test_https_with_events_and_a_large_upload(pki, fake_engine):
+    state = {"Running": False, "ExitCode": 3, "Status": "exited"}
+    inspected = {"Id": "0a1b", "Config": {"Tty": False}, "State": state}
+    for name in ("web", "0a1b"):
+        fake_engine.script[f"GET /containers/{name}/json"] = http_answer(inspected)
+        fake_engine.script[f"GET /containers/{name}/logs"] = chunked_answer(
+            *(frame(1, b"line %d\n" % i) for i in range(2000))
+        )
+    with pki.agent(fake_engine) as agent:
+        replies = split_replies(pki.raw(agent, message("GET /a") * 3 + message("GET /b", LAST)))
+        assert [reply.status for reply in replies] == [404] * 4
+        events = pki.raw(agent, message("GET /api/v1/containers/web/logs?follow=1", LAST))
+        assert b"text/event-stream" in events and events.endswith(b"\r\n0\r\n\r\n")
+        assert events.count(b"data: line ") == 2000
+        assert b'event: end\ndata: {"reason":"exited","exit_code":3}' in events
+        fake_engine.requests()
+        upload = message("POST /api/v1/files", "Content-Length: 30000000") + b"x" * 30_000_000
+        assert [reply.status for reply in split_replies(pki.raw(agent, upload))] == [413]
+        # Plain HTTP gets nothing, and takes nothing down.
+        with contextlib.suppress(ConnectionResetError):
+            assert b"HTTP" not in agent.raw(message("GET /api/v1/containers"))
+        assert split_replies(pki.raw(agent, message("GET /b", LAST)))[0].status == 404
+    assert fake_engine.requests() == []
+
+
+def test_client_without_a_certificate_of_the_ca_gets_no_answer(pki, fake_engine):
+    fake_engine.script["GET /containers/json"] = http_answer([])
+    data = message("GET /api/v1/containers", LAST)
+    with pki.agent(fake_engine, TLS_CLIENT_CA_FILE=pki.file("ca.pem")) as agent:
+        for client in ("", "stranger"):
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                pki.raw(agent, data, client)
+        assert fake_engine.requests() == []
+        assert split_replies(pki.raw(agent, data, "client"))[0].status == 200
+    assert len(fake_engine.requests()) == 1
+
+
+# Listening, stopping, healthcheck
+
+
+@pytest.mark.parametrize(
+    "listen, reached",
+    cases(
+        ("all interfaces, both families", ":0", ["127.0.0.1", "::1"]),
+        ("one IPv4 address", "127.0.0.1:0", ["127.0.0.1"]),
+        ("one IPv6 address", "[::1]:0", ["::1"]),
+    ),
+)
+def test_listen_addr(listen, reached, fake_engine):
+    with Agent(DOCKER_HOST=fake_engine.url, LISTEN_ADDR=listen) as agent:
+        for host in ("127.0.0.1", "::1"):
+            if host not in reached:
+                with pytest.raises(ConnectionRefusedError):
+                    socket.create_connection((host, agent.port), WAIT)
+                continue
+            with socket.create_connection((host, agent.port), WAIT) as sock:
+                sock.sendall(message("GET /x", LAST))
+                assert split_replies(read_to_end(sock))[0].status == 404
+        until(lambda: len(agent.lines("request")) == len(reached), "the log lines")
+        assert [line["client_ip"] for line in agent.lines("request")] == reached
+
+
+def test_unix_socket_replaces_a_stale_one_only(fake_engine, tmp_path):
+    path = tmp_path / "agent.sock"
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(str(path))
+    env = {"DOCKER_HOST": fake_engine.url, "LISTEN_ADDR": f"unix://{path}"}
+    with Agent(**env) as agent:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o660
+        done = command(**env)
+        assert done.returncode == 2 and done.stderr.startswith("LISTEN_ADDR: ")
+        assert done.stderr.count("\n") == 1
+        assert agent.get("/x").status == 404  # the one that lives was left alone
+        until(lambda: agent.lines("request"), "the log line")
+        assert agent.lines("request")[0]["client_ip"]
+    assert not path.exists()
+
+
+def held(release: threading.Event) -> Callable[[socket.socket], None]:
+    """An Engine's answer, an empty list, that comes once release is set."""
+
+    def answer(sock: socket.socket) -> None:
+        release.wait(3 * WAIT)
+        sock.sendall(http_answer([]))
+
+    return answer
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stop_closes_idle_connections_and_lets_the_rest_finish(number, fake_engine):
+    release = threading.Event()
+    fake_engine.script["GET /containers/json"] = held(release)
+    with Agent(DOCKER_HOST=fake_engine.url) as agent, agent.connect() as idle:
+        with agent.connect() as silent, agent.connect() as busy:
+            idle.sendall(message("GET /x"))
+            assert idle.recv(12) == b"HTTP/1.1 404"
+            busy.sendall(message("GET /api/v1/containers"))
+            until(fake_engine.requests, "the request in flight")
+            agent.process.send_signal(number)
+            read_to_end(idle)
+            assert read_to_end(silent) == b""
+            assert agent.process.poll() is None
+            with pytest.raises(ConnectionRefusedError):
+                agent.connect()
+            release.set()
+            assert split_replies(read_to_end(busy))[0].json() == {"containers": []}
+        assert agent.process.wait(WAIT) == 0
+    assert fake_engine.requests() == []
+
+
+def test_silent_tls_connection_does_not_hold_up_the_stop(pki, fake_engine):
+    with pki.agent(fake_engine) as agent, agent.connect() as silent:
+        with pki.connect(agent) as other:  # accepted after the silent one
+            other.sendall(message("GET /x", LAST))
+            assert other.recv(12) == b"HTTP/1.1 404"
+        agent.process.terminate()
+        # The time for requests in flight is 10 s, and nothing is in flight.
+        assert agent.process.wait(WAIT / 2) == 0
+        assert read_to_end(silent) == b""
+
+
+def test_second_signal_ends_it_at_once(fake_engine):
+    release = threading.Event()
+    fake_engine.script["GET /containers/json"] = held(release)
+    with Agent(DOCKER_HOST=fake_engine.url) as agent, agent.connect() as busy:
+        busy.sendall(message("GET /api/v1/containers"))
+        until(fake_engine.requests, "the request in flight")
+        agent.process.terminate()
+        until(lambda: agent.lines("stopping"), "the log line")
+        agent.process.terminate()
+        assert agent.process.wait(WAIT / 2) != 0  # the request would have had 10 s
+        release.set()
+
+
+@pytest.mark.parametrize("kind", ["tcp", "all interfaces", "unix", "TLS", "client CA"])
+def test_healthcheck(kind, pki, fake_engine, tmp_path):
+    listen = {"unix": f"unix://{tmp_path}/agent.sock", "all interfaces": ":0"}
+    env = {"LISTEN_ADDR": listen.get(kind, "127.0.0.1:0"), "DOCKER_HOST": fake_engine.url}
+    if kind in ("TLS", "client CA"):
+        env.update(TLS_CERT_FILE=pki.file("server.pem"), TLS_KEY_FILE=pki.file("server.key"))
+    if kind == "client CA":
+        env["TLS_CLIENT_CA_FILE"] = pki.file("ca.pem")
+    with Agent(**env) as agent:
+        if agent.port:
+            env["LISTEN_ADDR"] = env["LISTEN_ADDR"].rpartition(":")[0] + f":{agent.port}"
+        done = command("healthcheck", **env)
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        # The Engine's state is remembered for a second.
+        fake_engine.script["GET /_ping"] = http_answer({"message": "no"}, 500)
+        until(lambda: command("healthcheck", **env).returncode == 1, "an Engine that is ill")
+    done = command("healthcheck", **env)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_large_answer_of_an_engine_that_closes_the_connection_is_read_whole(pair):
+    rows = [{"Id": f"{i:064x}"} for i in range(20_000)]
+    pair.engine.script["GET /containers/json"] = http_answer(rows)  # with Connection: close
+    reply = pair.agent.get("/api/v1/containers")
+    pair.engine.script["GET /containers/json"] = http_answer([])
+    assert reply.status == 200, reply.body[:200]
+    assert len(reply.json()["containers"]) == 20_000
+
+
+def test_logged_bytes_are_the_bodys(pair):
+    with pair.agent.connect() as sock:
+        fields = ("Content-Length: 2", "Expect: 100-continue", "X-Request-ID: counted", LAST)
+        sock.sendall(message("POST " + KILL, *fields))
+        assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
+        sock.sendall(b"[]")
+        body = split_replies(read_to_end(sock))[0].body
+    found = until(
+        lambda: [line for line in pair.agent.lines("request") if line["request_id"] == "counted"],
+        "the log line",
+    )
+    assert found[0]["bytes"] == len(body)
+    assert pair.engine.requests() == []
+
+
+# --------------------------------------------------------------------------------------------------
+# The Engine client, against an Engine that fails
+# --------------------------------------------------------------------------------------------------
+
+ONE = "/api/v1/containers/c1"  # a container as the agent has it
+INSPECT = "GET /containers/c1/json"  # and as FakeEngine's script has it
+LIST = "GET /containers/json"
+SSE = {"Accept": "text/event-stream"}
+HEAD_OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+
+
+def ping(version: str) -> bytes:
+    """The answer to _ping of an Engine with this API version."""
+    return http_answer(b"OK", extra=f"Api-Version: {version}\r\n", content_type="text/plain")
+
+
+@pytest.fixture(scope="module")
+def fakes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[FakeEngine, Agent]]:
+    """A FakeEngine and its agent, shared by the rows of tables."""
+    path = tmp_path_factory.mktemp("fakes") / "engine.sock"
+    with FakeEngine(path) as fake, Agent(DOCKER_HOST=fake.url) as agent:
+        yield fake, agent
+
+
+def cut_short(sock: socket.socket) -> None:
+    sock.sendall(HEAD_OK + b'Content-Length: 100\r\n\r\n[{"Id": "')
+
+
+@pytest.mark.parametrize(
+    "answer, status, words",
+    [
+        pytest.param(b"", 502, "", id="hangs up without a word"),
+        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", 502, "", id="is not HTTP at all"),
+        pytest.param(b"HTTP/1.1 200", 502, "", id="head cut short"),
+        pytest.param(http_answer(b"<html>"), 502, "not JSON", id="200 that is not JSON"),
+        pytest.param(http_answer(b""), 502, "not JSON", id="200 with nothing in it"),
+        pytest.param(cut_short, 502, "", id="half a body"),
+        pytest.param(chunked_answer(b"[]", end=False), 502, "", id="no last chunk, valid JSON"),
+        pytest.param(HEAD_OK + b"Content-Length: x\r\n\r\n", 502, "", id="length is no number"),
+        pytest.param(
+            HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 502, "", id="bad chunk"
+        ),
+        pytest.param(http_answer(b"<html>", 500), 502, "500", id="500 of a proxy in between"),
+        pytest.param(http_answer(b"null", 404), 502, "404", id="404 whose JSON is no object"),
+        pytest.param(http_answer({"message": "why"}, 302), 502, "why", id="redirect not followed"),
+        pytest.param(http_answer({"message": "why"}, 503), 502, "why", id="503 is not the agent's"),
+        *(
+            pytest.param(
+                http_answer({"message": "ünique"}, kept), kept, "ünique", id=f"{kept} stays"
+            )
+            for kept in (400, 401, 403, 404, 409, 500, 501)
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["call", "stream"])
+def test_engine_failures(fakes, answer, status, words, stream):
+    fake, agent = fakes
+    if stream:
+        fake.script["POST /images/create"] = answer
+        reply = agent.post("/api/v1/images/pull", {"image": "x"})
+        if answer == http_answer(b""):  # a pull with nothing to say is no failure
+            status, words = 404, ""  # but the image is not there afterwards
+        status = 502 if status == 500 else status  # a pull's errors are sorted by what they say
+    else:
+        fake.script[INSPECT] = answer
+        reply = agent.get(ONE)
+    assert_envelope(reply, status, words)
+    assert agent.get("/health").status == 200
+
+
+@pytest.mark.parametrize(
+    "asked, path, answer",
+    [
+        pytest.param("GET", "/containers/json", http_answer({}), id="list is an object"),
+        pytest.param("POST", "/containers/create", http_answer([], 201), id="created is a list"),
+        pytest.param("POST", "/containers/create", http_answer({}, 201), id="created has no id"),
+        pytest.param("POST", "/containers/c1/stop", b"", id="container is null"),
+    ],
+)
+def test_json_of_another_shape_is_no_bug_of_the_agent(fakes, asked, path, answer):
+    fake_engine, fake_agent = fakes
+    fake_engine.script[f"{asked} {path}"] = answer
+    fake_engine.script[INSPECT] = http_answer(None)
+    target = "/api/v1/containers" if "c1" not in path else f"{ONE}/stop"
+    body = {"image": "x"} if path.endswith("create") else None
+    assert_envelope(fake_agent.request(asked, target, body), 502)
+
+
+@pytest.mark.parametrize("size", [100, 300_000, 20_000_000])
+@pytest.mark.parametrize(
+    "framing", [b"Content-Length: %d\r\nConnection: close\r\n", b"", b"Content-Length: %d\r\n"]
+)
+def test_answer_of_any_size_and_framing_is_whole(fakes, size, framing):
+    fake_engine, fake_agent = fakes
+    body = b'{"Id": "' + b"x" * size + b'"}'
+    head = framing % len(body) if framing else b""
+    fake_engine.script[INSPECT] = HEAD_OK + head + b"\r\n" + body
+    reply = fake_agent.get(ONE)
+    assert (reply.status, len(reply.body)) == (200, len(body))
+    assert reply.body == body
+
+
+def test_answer_past_64_mib_is_not_read_to_its_end(fake_engine, fake_agent):
+    sent = queue.Queue()
+
+    def endless(sock: socket.socket) -> None:
+        sock.sendall(HEAD_OK + b"\r\n[")
+        size = 0
+        with contextlib.suppress(OSError):
+            while size < 200 * 2**20:
+                size += sock.send(b" " * 2**20)
+        sent.put(size)
+
+    fake_engine.script[LIST] = endless
+    assert_envelope(fake_agent.get("/api/v1/containers"), 502, "too large")
+    assert 64 * 2**20 <= sent.get(timeout=WAIT) < 80 * 2**20
+
+
+def test_silence_and_drips_end_in_504(fake_engine, fake_agent):
+    """The one test that takes the 30 s of a call's timeout: all three at once."""
+    over = threading.Event()
+
+    def drip(sock: socket.socket) -> None:
+        sock.sendall(HEAD_OK + b"Content-Length: 1000\r\n\r\n")
+        while not over.wait(1):
+            sock.sendall(b" ")
+
+    def drip_head(sock: socket.socket) -> None:
+        while not over.wait(1):
+            sock.sendall(b"HTTP/1.1 200 OK"[:1])
+
+    scripts = {"silent": lambda sock: over.wait(60), "drip": drip, "head": drip_head}
+    replies: dict[str, Reply] = {}
+    threads = []
+    for what, script in scripts.items():
+        fake_engine.script[f"GET /containers/{what}/json"] = script
+
+        def ask(what: str = what) -> None:
+            replies[what] = fake_agent.get(f"/api/v1/containers/{what}")
+
+        threads.append(threading.Thread(target=ask))
+        threads[-1].start()
+    for thread in threads:
+        thread.join(50)
+    over.set()
+    assert {what: reply.status for what, reply in replies.items()} == dict.fromkeys(scripts, 504)
+
+
+@pytest.mark.parametrize("times, status", [(1, 200), (2, 502)], ids=["once", "but not twice"])
+def test_get_is_retried_when_the_idle_connection_was_closed(fake_engine, fake_agent, times, status):
+    """The Engine closes it at the very moment that the agent asks: no poll can foresee that."""
+    dropped = []
+
+    def keep_then_drop(sock: socket.socket) -> None:
+        sock.sendall(HEAD_OK + b"Content-Length: 2\r\n\r\n{}")
+        dropped.append(sock.recv(65536))
+
+    answers = [keep_then_drop, *[b""] * (times - 1), *[http_answer({})] * 9]
+
+    def script(sock: socket.socket) -> None:
+        answer = answers.pop(0)
+        sock.sendall(answer) if isinstance(answer, bytes) else answer(sock)
+
+    fake_engine.script[INSPECT] = script
+    assert fake_agent.get(ONE).status == 200
+    assert fake_agent.get(ONE).status == status
+    assert dropped[0].startswith(b"GET ") and len(fake_engine.requests()) == 2
+    assert fake_agent.get(ONE).status == 200
+
+
+def test_post_is_sent_once_whatever_becomes_of_it(fake_engine, fake_agent):
+    idle = threading.Event()
+
+    def keep(sock: socket.socket) -> None:
+        sock.sendall(HEAD_OK + b"Content-Length: 2\r\n\r\n{}")
+        assert sock.recv(65536)[:3] in (b"", b"GET")  # no POST on a connection that may be dying
+        idle.set()
+
+    fake_engine.script[INSPECT] = keep
+    fake_engine.script["POST /containers/c1/kill"] = b""
+    assert fake_agent.get(ONE).status == 200
+    assert_envelope(fake_agent.post(f"{ONE}/kill"), 502)
+    assert [seen.method for seen in fake_engine.requests()] == ["GET", "POST"]
+    assert fake_agent.get(ONE).status == 200 and idle.wait(WAIT)
+
+
+class VersionHandler(FakeEngineHandler):
+    """As FakeEngineHandler; also notes the version in each target."""
+
+    def setup(self) -> None:
+        first = self.request.recv(4096, socket.MSG_PEEK).decode()
+        found = re.match(r"\w+ /v([0-9.]+)/", first)
+        if found:
+            self.server.versions.append(found[1])
+        super().setup()
+
+
+@pytest.fixture
+def versions(fake_engine: FakeEngine) -> list[str]:
+    """The versions that the agent asks fake_engine with."""
+    fake_engine.RequestHandlerClass = VersionHandler
+    fake_engine.versions = []
+    fake_engine.script[LIST] = http_answer([])
+    return fake_engine.versions
+
+
+@pytest.mark.parametrize(
+    "offered, used",
+    [
+        pytest.param("1.24", "1.24", id="old Engine"),
+        pytest.param("1.41", "1.41", id="Engine of the tests"),
+        pytest.param("1.9", "1.9", id="numbers, not strings, are compared"),
+        pytest.param("1.999", "1.51", id="Engine from the future"),
+    ],
+)
+def test_version_is_negotiated(fake_engine, versions, offered, used):
+    fake_engine.script["GET /_ping"] = ping(offered)
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        assert agent.get("/api/v1/containers").status == 200
+    assert versions == [used]
+
+
+@pytest.mark.parametrize("answer", [ping("x"), http_answer(b"OK"), http_answer({}, 500)])
+def test_ping_of_something_else(fake_engine, versions, answer):
+    fake_engine.script["GET /_ping"] = answer
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        assert_envelope(agent.get("/api/v1/containers"), 502)
+        assert agent.get("/health").status == 503
+    assert versions == []
+
+
+@pytest.mark.parametrize("pinned", ["", "1.30"], ids=["negotiated", "pinned"])
+def test_upgraded_engine_is_asked_again_with_its_new_version(fake_engine, versions, pinned):
+    too_old = "client version is too old. Minimum supported API version is 1.44"
+
+    def choosy(sock: socket.socket) -> None:
+        good = versions[-1] == "1.47"
+        sock.sendall(http_answer({}, 200) if good else http_answer({"message": too_old}, 400))
+
+    fake_engine.script["POST /containers/c1/start"] = choosy
+    with Agent(DOCKER_HOST=fake_engine.url, DOCKER_API_VERSION=pinned) as agent:
+        assert agent.get("/api/v1/containers").status == 200
+        fake_engine.script["GET /_ping"] = ping("1.47")
+        reply = agent.post(f"{ONE}/start")
+        if pinned:
+            assert_envelope(reply, 400, too_old)
+            assert set(versions) == {pinned} and len(versions) == 2
+            return
+        assert reply.status == 200
+        assert versions == ["1.41", "1.41", "1.47"]
+        fake_engine.script[INSPECT] = http_answer({"message": "a real one"}, 400)
+        assert_envelope(agent.get(ONE), 400, "a real one")
+        assert versions[3:] == ["1.47"]  # the same version again would be the same refusal
+
+
+def test_engine_goes_and_comes_back(tmp_path):
+    path = tmp_path / "engine.sock"
+    with Agent(DOCKER_HOST=f"unix://{path}") as agent:  # it starts without the Engine too
+        assert_envelope(agent.get("/api/v1/containers"), 503, str(path))
+        for version in ("1.41", "1.44"):
+            with FakeEngine(path) as fake:
+                fake.RequestHandlerClass, fake.versions = VersionHandler, []
+                fake.script.update({"GET /_ping": ping(version), LIST: http_answer([])})
+                assert agent.get("/api/v1/containers").status == 200
+                assert fake.versions == [version]
+                until(lambda: agent.get("/health").status == 200, "a good health")
+            assert_envelope(agent.get("/api/v1/containers"), 503, str(path))
+            sick = until(
+                lambda: (r := agent.get("/health")).status == 503 and r, "a bad one"
+            ).json()
+            assert sick.pop("timestamp")
+            assert sick == {"status": "degraded", "docker": "unreachable"}
+            path.unlink()
+
+
+def test_engine_upgraded_between_two_stops(fake_engine, fake_agent):
+    fake_engine.script["POST /containers/c1/stop"] = http_answer(b"", 204)
+    stop = {"timeout": 1, "signal": "usr1"}
+    assert_envelope(fake_agent.post(f"{ONE}/stop", stop), 400, "signal", "1.42")
+    assert fake_engine.requests() == []
+    fake_engine.script["GET /_ping"] = ping("1.44")
+    assert fake_agent.post(f"{ONE}/stop", stop).status == 200
+    assert [seen.target for seen in fake_engine.requests()] == [
+        "/containers/c1/stop?t=1&signal=SIGUSR1"
+    ]
+
+
+def test_health_asks_the_engine_once_a_second(fake_engine, fake_agent):
+    asked = threading.Semaphore(0)
+    fake_engine.script["GET /_ping"] = lambda sock: (asked.release(), sock.sendall(ping("1.41")))
+    until(lambda: fake_agent.get("/health") and asked.acquire(blocking=False), "a ping")
+    began = time.monotonic()
+    threads = [
+        threading.Thread(target=lambda: [fake_agent.get("/health", key="") for _ in range(40)])
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    most = int(time.monotonic() - began) + 2
+    assert sum(asked.acquire(blocking=False) for _ in range(400)) <= most
+
+
+# --------------------------------------------------------------------------------------------------
+# The life of a container on the real Engine
+# --------------------------------------------------------------------------------------------------
+
+TEST_LABEL = {LABEL: "1"}
+
+
+def dig(value: Any, path: str) -> Any:
+    """What is at a path such as "HostConfig.Memory" in an inspect."""
+    for name in path.split("."):
+        value = value[name]
+    return value
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def fetch(port: int, path: str) -> bytes:
+    """The answer of a container's httpd at a published port, b"" while there is none."""
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1) as sock:
+        sock.sendall(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+        return read_to_end(sock)
+    return b""
+
+
+@pytest.fixture
+def network(engine: RealEngine) -> Iterator[Callable[[], str]]:
+    """Makes networks, and removes them after the test; to be asked for before `name`."""
+    made = []
+
+    def make() -> str:
+        made.append("da-" + secrets.token_hex(4))
+        status, answer = engine.call("POST", "/networks/create", {"Name": made[-1]})
+        assert status == 201, answer
+        return made[-1]
+
+    yield make
+    for one in made:
+        engine.call("DELETE", f"/networks/{one}")
+        engine.call("DELETE", f"/volumes/{one}")  # where a test has named one so
+
+
+PROBE = """exec 2>&1
+id -u; id -g; hostname; pwd; echo "$A|$EMPTY|$0"
+echo no > /ro/x || cat /ro/seen; echo out > /data/out && echo bind-rw
+grep -c " /vol " /proc/mounts; touch /scratch/x && grep " /scratch " /proc/mounts | cut -d " " -f 3
+exec httpd -f -p 8080 -h /data
+"""
+
+
+def test_every_field_reaches_the_engine(agent, engine, network, name, tmp_path):
+    front, back = network(), network()
+    tcp = free_port()
+    tmp_path.chmod(0o755)
+    for folder in ("data", "ro: and colon"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder).chmod(0o777)
+        (tmp_path / folder / "seen").write_text("seen\n")
+    ro = str(tmp_path / "ro: and colon")
+    created = agent.post(
+        "/api/v1/containers",
+        {
+            "image": IMAGE,
+            "name": name,
+            "entrypoint": ["/bin/sh", "-c", PROBE],
+            "cmd": ["zero"],
+            "env": ["A=1=2 ü", "EMPTY="],
+            "labels": {**TEST_LABEL, "a.b/c": 'ü "quoted"'},
+            "working_dir": "/srv",
+            "user": "1000:1001",
+            "hostname": "web.example",
+            "ports": [
+                {"container_port": "8080", "host_port": str(tcp), "host_ip": "127.0.0.1"},
+                {"container_port": 8080, "host_port": "", "host_ip": "127.0.0.1"},
+                {"container_port": 53, "protocol": "udp", "host_ip": "127.0.0.1"},
+            ],
+            "volumes": [
+                {"source": str(tmp_path / "data"), "target": "/data"},
+                {"source": ro, "target": "/ro", "read_only": True, "type": "bind"},
+                {"source": front, "target": "/vol"},
+                {"target": "/scratch", "type": "tmpfs"},
+            ],
+            "networks": [front, back],
+            "restart_policy": {"name": "on-failure", "max_retry_count": 3},
+            "resources": {"cpus": 1.5, "memory_mb": 64, "cpu_shares": 512},
+        },
+    )
+    assert created.status == 201, created.body
+    container = created.json()["id"]
+    assert created.headers["location"] == f"/api/v1/containers/{container}"
+    assert created.json() == {"id": container, "warnings": []}
+    inspect = engine.inspect(name)
+    expected = {
+        "Id": container,
+        "State.Status": "running",
+        "Config.Image": IMAGE,
+        "Config.Entrypoint": ["/bin/sh", "-c", PROBE],
+        "Config.Cmd": ["zero"],
+        "Config.WorkingDir": "/srv",
+        "Config.User": "1000:1001",
+        "Config.Hostname": "web.example",
+        "Config.Labels": {**TEST_LABEL, "a.b/c": 'ü "quoted"'},
+        "Config.ExposedPorts": {"8080/tcp": {}, "53/udp": {}},
+        "HostConfig.PortBindings": {
+            "8080/tcp": [
+                {"HostIp": "127.0.0.1", "HostPort": str(tcp)},
+                {"HostIp": "127.0.0.1", "HostPort": ""},
+            ],
+            "53/udp": [{"HostIp": "127.0.0.1", "HostPort": ""}],
+        },
+        "HostConfig.NetworkMode": front,
+        "HostConfig.RestartPolicy": {"Name": "on-failure", "MaximumRetryCount": 3},
+        "HostConfig.NanoCpus": 1_500_000_000,
+        "HostConfig.Memory": 64 * 2**20,
+        "HostConfig.CpuShares": 512,
+        "HostConfig.Privileged": False,
+        "HostConfig.AutoRemove": False,
+    }
+    assert {path: dig(inspect, path) for path in expected} == expected
+    assert {"A=1=2 ü", "EMPTY="} <= set(inspect["Config"]["Env"])
+    assert set(inspect["NetworkSettings"]["Networks"]) == {front, back}
+    mounts = {
+        (mount["Type"], mount["Source"] if mount["Type"] == "bind" else mount.get("Name", ""))
+        + (mount["Destination"], mount["RW"])
+        for mount in inspect["Mounts"]
+    }
+    assert mounts == {
+        ("bind", str(tmp_path / "data"), "/data", True),
+        ("bind", ro, "/ro", False),
+        ("volume", front, "/vol", True),
+        ("tmpfs", "", "/scratch", True),
+    }
+    picked = {p["HostPort"] for p in inspect["NetworkSettings"]["Ports"]["8080/tcp"]} - {str(tcp)}
+    for port in (tcp, int(picked.pop())):
+        assert until(lambda port=port: fetch(port, "/seen"), "httpd").endswith(b"\r\n\r\nseen\n")
+    assert (tmp_path / "data" / "out").read_text() == "out\n"
+    said = engine.logs(name).decode().splitlines()
+    assert "Read-only file system" in said.pop(5)
+    assert said == (
+        ["1000", "1001", "web.example", "/srv", "1=2 ü||zero"] + ["seen", "bind-rw", "1", "tmpfs"]
+    )
+
+
+def test_inspect_is_byte_for_byte(agent, engine):
+    container = engine.run("true")
+    with contextlib.closing(UnixConnection(engine.path)) as connection:
+        version = engine.call("GET", "/version")[1]["ApiVersion"]
+        connection.request("GET", f"/v{version}/containers/{container}/json")
+        expected = connection.getresponse().read()
+    assert agent.get(f"/api/v1/containers/{container}").body == expected
+    assert agent.get(f"/api/v1/containers/{container[:12]}").body == expected
+
+
+def test_what_is_not_asked_for_is_not_set(agent, engine):
+    body = {"image": IMAGE, "cmd": ["true"], "name": None, "labels": TEST_LABEL}
+    created = agent.post("/api/v1/containers", body)
+    assert created.status == 201, created.body
+    inspect = engine.inspect(created.json()["id"])
+    agent.delete(f"/api/v1/containers/{created.json()['id']}?force=true")
+    assert inspect["State"]["StartedAt"] > "2000"
+    host = inspect["HostConfig"]
+    assert (host["PortBindings"] or {}, host["Memory"], host["NanoCpus"]) == ({}, 0, 0)
+    assert host["NetworkMode"] in ("default", "bridge") and not inspect["Mounts"]
+
+
+def test_list_has_the_shape_of_the_issue(agent, engine, network, name):
+    port = free_port()
+    agent.post(
+        "/api/v1/containers",
+        {
+            "image": IMAGE,
+            "name": name,
+            "cmd": ["sleep", "600"],
+            "labels": TEST_LABEL,
+            "networks": [network()],
+            "ports": [{"container_port": "80", "host_port": port, "host_ip": "127.0.0.1"}],
+        },
+    )
+
+    def row(query: str = "") -> dict[str, Any]:
+        rows = agent.get(f"/api/v1/containers{query}").json()["containers"]
+        return next((row for row in rows if row["names"] == [f"/{name}"]), {})
+
+    found, inspect = row(), engine.inspect(name)
+    assert re.fullmatch("Up .*", found.pop("status")) and isinstance(found.pop("created"), int)
+    assert found == {
+        "id": inspect["Id"],
+        "names": [f"/{name}"],
+        "image": IMAGE,
+        "image_id": inspect["Image"],
+        "command": "sleep 600",
+        "state": "running",
+        "ports": [{"ip": "127.0.0.1", "private_port": 80, "public_port": port, "type": "tcp"}],
+        "labels": TEST_LABEL,
+    }
+    engine.call("POST", f"/containers/{name}/kill")
+    engine.call("POST", f"/containers/{name}/wait")
+    assert row() == row("?all=0") == {}
+    assert row("?all=T")["state"] == "exited" and row("?all=true")["ports"] == []
+
+
+def start_failures() -> list[Any]:
+    """Rows of fields that the Engine refuses; BUSY is a port in use, FRONT a network."""
+    ports = [{"container_port": 80, "host_port": "BUSY", "host_ip": "127.0.0.1"}]
+    connected = ["FRONT", "no-such-network"]
+    volumes = [{"source": "/proc/no/such", "target": "/x"}]
+    first = {"networks": ["no-such"], "network_mode": None}
+    return [
+        pytest.param({"ports": ports}, 500, "address already in use", id="port in use"),
+        pytest.param({"cmd": ["/no/such"]}, 400, "no such file or directory", id="no such command"),
+        pytest.param({"working_dir": "/etc/passwd"}, None, "", id="working_dir is a file"),
+        pytest.param({"user": "nobody-here"}, None, "unable to find user", id="no such user"),
+        pytest.param(first, 404, "no-such", id="no first network"),
+        pytest.param({"networks": connected}, 404, "no-such-network", id="no second network"),
+        pytest.param({"volumes": volumes}, 400, "/no/such", id="no source to bind"),
+        pytest.param(
+            {"resources": {"cpus": 1_000_000}}, 400, "CPUs", id="more cpus than there are"
+        ),
+        pytest.param(
+            {"network_mode": "container:no-such"}, None, "no-such", id="no such container"
+        ),
+    ]
+
+
+@pytest.mark.parametrize("fields, status, words", start_failures())
+def test_failed_start_leaves_nothing(agent, engine, network, name, fields, status, words):
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port, front = busy.getsockname()[1], network()
+        text = json.dumps(fields).replace('"BUSY"', str(port)).replace("FRONT", front)
+        body = {"image": IMAGE, "name": name, "cmd": ["true"], "labels": TEST_LABEL}
+        body["network_mode"] = front
+        reply = agent.post("/api/v1/containers", {**body, **json.loads(text)})
+    assert_envelope(reply, status or reply.status, words)
+    assert reply.status in (400, 404, 409, 500)
+    assert engine.call("GET", f"/containers/{name}/json")[0] == 404
+    assert agent.post("/api/v1/containers", body).status == 201  # a retry with the same name works
+    assert_envelope(agent.post("/api/v1/containers", body), 409, name)
+    assert engine.inspect(name)["State"]  # and the refused one did not take the first one away
+
+
+def test_what_cannot_be_rolled_back_is_named(fakes):
+    fake, agent = fakes
+    fake.script["POST /containers/create"] = http_answer({"Id": "feed" * 16, "Warnings": None}, 201)
+    start, whole = f"POST /containers/{'feed' * 16}/start", f"DELETE /containers/{'feed' * 16}"
+    fake.script.update({start: http_answer({"message": "no port"}, 500), whole: b""})
+    reply = agent.post("/api/v1/containers", {"image": "x"})
+    assert_envelope(reply, 500, "no port", "feedfeedfeed", "left behind")
+    fake.script[start] = http_answer(b"", 204)
+    assert agent.post("/api/v1/containers", {"image": "x"}).json()["warnings"] == []
+
+
+def in_state(engine: RealEngine, state: str) -> str:
+    """Start a container, bring it into a state, and return its id."""
+    if state == "absent":
+        return "no-such-container"
+    container = engine.run("sleep", "600", wait=False)
+    call = {"paused": "pause", "exited": "kill"}.get(state)
+    if call:
+        engine.call("POST", f"/containers/{container}/{call}")
+    if state == "exited":
+        engine.call("POST", f"/containers/{container}/wait")
+    return container
+
+
+@pytest.mark.parametrize(
+    "state, action, status, after",
+    [
+        ("running", "stop", 200, "exited"),
+        ("exited", "stop", 200, "exited"),
+        ("running", "start", 200, "running"),  # 304 of the Engine
+        ("exited", "start", 200, "running"),
+        ("running", "restart", 200, "running"),
+        ("exited", "restart", 200, "running"),
+        ("running", "kill", 200, "exited"),
+        ("exited", "kill", 409, "exited"),
+        ("running", "pause", 200, "paused"),
+        ("exited", "pause", 409, "exited"),
+        ("paused", "pause", 409, "paused"),
+        ("paused", "unpause", 200, "running"),
+        ("running", "unpause", 500, "running"),
+        *(("absent", a, 404, "") for a in "stop start restart kill pause unpause".split()),
+    ],
+)
+def test_lifecycle(agent, engine, state, action, status, after):
+    body = {"running": b"", "exited": {}}.get(state)  # an empty one, and none, are all the same
+    container = in_state(engine, state)
+    reply = agent.post(f"/api/v1/containers/{container}/{action}", body)
+    if status == 200:
+        done = {"stop": "stopped"}.get(action, action.rstrip("e") + "ed")
+        assert (reply.status, reply.json()) == (200, {"message": f"container {done}"})
+    else:
+        refusal = engine.call("POST", f"/containers/{container}/{action}")
+        assert_envelope(reply, status)
+        assert (reply.status, reply.json()["message"]) == (refusal[0], refusal[1]["message"])
+    if after:
+        until(lambda: engine.inspect(container)["State"]["Status"] == after, after)
+        engine.remove(container)
+
+
+@pytest.mark.parametrize(
+    "action, body, said, code",
+    [
+        ("stop", {"timeout": 1}, b"", 137),
+        ("stop", {"timeout": 0}, b"", 137),
+        ("kill", {"signal": "usr1"}, b"usr1\n", 0),
+        ("kill", {"signal": "SigUsr1"}, b"usr1\n", 0),
+        ("kill", {"signal": None}, b"", 137),
+    ],
+)
+def test_timeouts_and_signals(agent, engine, action, body, said, code):
+    script = "trap '' TERM; trap 'echo usr1; exit' USR1; echo; while :; do sleep 0.1; done"
+    container = engine.run("sh", "-c", script, wait=False, StopTimeout=300)
+    until(lambda: engine.logs(container), "the traps")
+    assert agent.post(f"/api/v1/containers/{container}/{action}", body).status == 200
+    assert engine.call("POST", f"/containers/{container}/wait")[1]["StatusCode"] == code
+    assert engine.logs(container)[1:] == said
+    engine.remove(container)
+
+
+def test_signal_on_stop(agent, engine):
+    """It is sent where the Engine can, and refused, never ignored, where it cannot."""
+    script = "trap 'echo usr1; exit 3' USR1; echo; while :; do sleep 0.1; done"
+    container = engine.run("sh", "-c", script, wait=False)
+    until(lambda: engine.logs(container), "the trap")
+    body = {"timeout": 10, "signal": "USR1"}
+    reply = agent.post(f"/api/v1/containers/{container}/stop", body)
+    api = engine.call("GET", "/version")[1]["ApiVersion"]
+    state = engine.inspect(container)["State"]
+    if int(api[2:]) < 42:
+        assert_envelope(reply, 400, "signal", api, "1.42")
+        assert state["Running"]
+    else:
+        assert (reply.status, state["ExitCode"]) == (200, 3)
+    engine.remove(container)
+
+
+@pytest.mark.parametrize("word", ["\u212aILL", "\u017fIGTERM", "9", "SIGSIGTERM", " TERM", "", 9])
+@pytest.mark.parametrize("action", ["kill", "stop", "restart"])
+def test_what_is_no_signal_never_reaches_the_engine(fakes, action, word):
+    fake, agent = fakes
+    fake.requests()
+    assert_envelope(agent.post(f"{ONE}/{action}", {"signal": word}), 400, "signal")
+    assert fake.requests() == []
+
+
+def test_stop_of_a_container_with_a_negative_timeout_of_its_own(fakes):
+    fake, agent = fakes
+    fake.script[INSPECT] = http_answer({"Id": "c1", "Config": {"StopTimeout": -100}})
+    fake.script["POST /containers/c1/stop"] = http_answer(b"", 204)
+    assert agent.post(f"{ONE}/stop").status == 200
+
+
+def test_remove(agent, engine):
+    config = {"Volumes": {"/v": {}}}
+    container = engine.run("sleep", "600", wait=False, **config)
+    volume = engine.inspect(container)["Mounts"][0]["Name"]
+    path = f"/api/v1/containers/{container}"
+    refusal = engine.call("DELETE", f"/containers/{container}")
+    reply = agent.delete(path)
+    assert_envelope(reply, 409)
+    assert (409, reply.json()["message"]) == (refusal[0], refusal[1]["message"])
+    assert agent.delete(f"{path}?force=0").status == 409
+    reply = agent.delete(f"{path}?force=T")
+    assert (reply.status, reply.json()) == (200, {"message": "container removed"})
+    assert_envelope(agent.delete(path), 404, container)
+    assert engine.call("GET", f"/volumes/{volume}")[0] == 200  # no v: the volume stays
+    engine.call("DELETE", f"/volumes/{volume}")
+    container = engine.run("true", **config)
+    volume = engine.inspect(container)["Mounts"][0]["Name"]
+    assert agent.delete(f"/api/v1/containers/{container}?v=1").status == 200
+    assert engine.call("GET", f"/volumes/{volume}")[0] == 404
+
+
+# --------------------------------------------------------------------------------------------------
+# TLS to the Engine: a proxy that ends TLS stands before the real one
+# --------------------------------------------------------------------------------------------------
+
+
+class TlsProxy(socketserver.ThreadingMixIn, socketserver.TCPServer):
+    """Speaks TLS on a loopback port, asks for a client certificate, and passes on to the Engine."""
+
+    daemon_threads = True
+
+    def __init__(self, context: ssl.SSLContext, engine_path: str) -> None:
+        self.context, self.engine_path = context, engine_path
+        super().__init__(("127.0.0.1", 0), TlsProxyHandler)
+
+
+class TlsProxyHandler(socketserver.BaseRequestHandler):
+    server: TlsProxy
+
+    def handle(self) -> None:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as engine:
+            client = self.server.context.wrap_socket(self.request, server_side=True)
+            with client:
+                engine.connect(self.server.engine_path)
+                threading.Thread(target=self.back, args=(engine, client), daemon=True).start()
+                while data := client.recv(65536):
+                    engine.sendall(data)
+
+    def back(self, engine: socket.socket, client: ssl.SSLSocket) -> None:
+        with contextlib.suppress(OSError):
+            while data := engine.recv(65536):
+                client.sendall(data)
+
+
+def openssl(folder: Path, *args: str) -> None:
+    subprocess.run(["openssl", *args], cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of folders as DOCKER_CERT_PATH has them, and server.pem, other.pem."""
+    folder = tmp_path_factory.mktemp("tls")
+    (folder / "ext").write_text("subjectAltName=IP:127.0.0.1")
+    new = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"]
+    for ca in ("ca", "other"):
+        openssl(folder, *f"req -x509 -subj /CN={ca} -keyout {ca}.key -out {ca}.pem".split(), *new)
+    for one in ("server", "client"):
+        openssl(folder, *f"req -subj /CN={one} -keyout {one}.key -out {one}.csr".split(), *new)
+        sign = f"x509 -req -in {one}.csr -CA ca.pem -CAkey ca.key -CAcreateserial -extfile ext"
+        openssl(folder, *sign.split(), "-out", f"{one}.pem")
+    for kind, ca in (("good", "ca"), ("wrong", "other"), ("bare", "ca")):
+        (folder / kind).mkdir()
+        (folder / kind / "ca.pem").write_bytes((folder / f"{ca}.pem").read_bytes())
+        if kind != "bare":
+            (folder / kind / "cert.pem").write_bytes((folder / "client.pem").read_bytes())
+            (folder / kind / "key.pem").write_bytes((folder / "client.key").read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tls_engine(engine: RealEngine, certificates: Path) -> Iterator[TlsProxy]:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server.key")
+    context.load_verify_locations(certificates / "ca.pem")
+    context.verify_mode = ssl.CERT_REQUIRED
+    with TlsProxy(context, engine.path) as proxy:
+        threading.Thread(target=proxy.serve_forever, args=(0.02,), daemon=True).start()
+        yield proxy
+        proxy.shutdown()
+
+
+@pytest.mark.parametrize(
+    "certs, host, verify, scheme, status",
+    [
+        pytest.param("good", "127.0.0.1", "1", "tcp", 200, id="both sides verified"),
+        pytest.param("good", "127.0.0.1", "", "https", 200, id="https:// is TLS without VERIFY"),
+        pytest.param("wrong", "127.0.0.1", "1", "tcp", 503, id="Engine's CA is not ours"),
+        pytest.param("good", "localhost", "1", "tcp", 503, id="certificate is for another host"),
+        pytest.param("bare", "127.0.0.1", "1", "tcp", None, id="no client certificate"),
+        pytest.param("good", "127.0.0.1", "", "tcp", 502, id="plain HTTP to a TLS port"),
+    ],
+)
+def test_tls(tls_engine, certificates, certs, host, verify, scheme, status):
+    with Agent(
+        DOCKER_HOST=f"{scheme}://{host}:{tls_engine.server_address[1]}",
+        DOCKER_TLS_VERIFY=verify,
+        DOCKER_CERT_PATH=str(certificates / certs),
+    ) as agent:
+        for _ in range(2):
+            reply = agent.get("/api/v1/containers?all=1")
+            if status == 200:
+                assert "containers" in reply.json()
+            else:
+                assert_envelope(reply, status or reply.status)
+                assert reply.status in (502, 503)
+
+
+def test_silence_of_a_stream_over_tls_is_no_failure(tls_engine, certificates):
+    """A TLS 1.3 session ticket makes the socket readable when there is nothing to be read."""
+    with Agent(
+        DOCKER_HOST=f"tcp://127.0.0.1:{tls_engine.server_address[1]}",
+        DOCKER_TLS_VERIFY="1",
+        DOCKER_CERT_PATH=str(certificates / "good"),
+    ) as agent:
+        registry = socket.create_server(("127.0.0.1", 0))
+        threading.Timer(6, registry.close).start()  # until then it takes connections, and is silent
+        body = {"image": f"127.0.0.1:{registry.getsockname()[1]}/no/such:1"}
+        reply = agent.post("/api/v1/images/pull", body)
+        assert_envelope(reply, 502, "connection re")  # "refused" or "reset by peer": of the Engine
+
+
+# --------------------------------------------------------------------------------------------------
+# Pull, from real registries and from a scripted Engine
+# --------------------------------------------------------------------------------------------------
+
+
+class Registries(NamedTuple):
+    """Two registries over one storage: one open, one that wants user and pass."""
+
+    plain: str
+    locked: str
+
+
+AUTH = {"username": "user", "password": "pass"}
+
+
+def encode_auth(value: Any = AUTH, padding: str = "=") -> dict[str, str]:
+    coded = base64.urlsafe_b64encode(json.dumps(value).encode()).decode()
+    return {"X-Registry-Auth": coded if padding else coded.rstrip("=")}
+
+
+@pytest.fixture(scope="module")
+def registries(
+    engine: RealEngine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Registries]:
+    found = ["sh", "-c", "command -v docker-registry && command -v htpasswd"]
+    if subprocess.run(found, stdout=subprocess.DEVNULL, check=False).returncode:
+        pytest.skip("needs docker-registry and htpasswd")
+    folder = tmp_path_factory.mktemp("registry")
+    passwords = subprocess.run(
+        ["htpasswd", "-Bbn", "user", "pass"], stdout=subprocess.PIPE, check=True
+    )
+    (folder / "htpasswd").write_bytes(passwords.stdout)
+    auth = {"htpasswd": {"realm": "r", "path": str(folder / "htpasswd")}}
+    ports, processes = (free_port(), free_port()), []
+    for port, extra in zip(ports, ({}, {"auth": auth})):
+        config = {
+            "version": 0.1,
+            "storage": {"filesystem": {"rootdirectory": str(folder / "data")}},
+            "http": {"addr": f"127.0.0.1:{port}"},
+            **extra,
+        }
+        (folder / f"{port}.yml").write_text(json.dumps(config))  # JSON is YAML
+        command = ["docker-registry", "serve", str(folder / f"{port}.yml")]
+        processes.append(
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        )
+        until(lambda port=port: fetch(port, "/v2/"), "a registry")
+    found = Registries(*(f"127.0.0.1:{port}/team/app" for port in ports))
+    for tag in ("1", "latest"):
+        engine.call("POST", f"/images/{IMAGE}/tag?repo={found.plain}&tag={tag}")
+        with contextlib.closing(UnixConnection(engine.path)) as connection:
+            push = f"/images/{found.plain}/push?tag={tag}"
+            connection.request("POST", push, headers={"X-Registry-Auth": "e30="})
+            assert b"digest: sha256:" in connection.getresponse().read()
+        forget(engine, f"{found.plain}:{tag}")
+    yield found
+    for image in (f"{name}:{tag}" for name in found for tag in ("1", "latest")):
+        forget(engine, image)
+    for process in processes:
+        process.terminate()
+        process.wait()
+
+
+def forget(engine: RealEngine, image: str) -> None:
+    engine.call("DELETE", f"/images/{image}?force=1")
+
+
+def events(body: bytes) -> list[tuple[str, Any]]:
+    """The named events of an event stream."""
+    blocks = [block for block in body.decode().split("\n\n") if "event:" in block]
+    fields = [dict(line.split(": ", 1) for line in block.split("\n")) for block in blocks]
+    return [(field["event"], json.loads(field["data"])) for field in fields]
+
+
+@pytest.mark.parametrize(
+    "registry, suffix, headers, status, words",
+    [
+        pytest.param("plain", ":1", {}, 200, "", id="tag"),
+        pytest.param("plain", "", {}, 200, "", id="no tag is latest, not every tag"),
+        pytest.param("plain", "@DIGEST", {}, 200, "", id="digest"),
+        pytest.param("locked", ":1", encode_auth(), 200, "", id="with its password"),
+        pytest.param("locked", ":1", encode_auth(padding=""), 200, "", id="auth without padding"),
+        pytest.param("locked", ":1", {}, 401, "", id="no password given"),
+        pytest.param(
+            "locked", ":1", encode_auth({**AUTH, "password": "x"}), 401, "", id="wrong one"
+        ),
+        pytest.param("plain", ":no-such", {}, 404, "no-such", id="no such tag"),
+        pytest.param("plain", "/no/such:1", {}, 404, "", id="no such repository"),
+    ],
+)
+@pytest.mark.parametrize("accept", [{}, SSE], ids=["one answer", "event stream"])
+def test_pull(agent, engine, registries, registry, suffix, headers, status, words, accept):
+    digest = "sha256:" + digest_of(registries.plain)
+    name = getattr(registries, registry)
+    image = name + suffix.replace("DIGEST", digest)
+    local = image if suffix else f"{image}:latest"
+    forget(engine, local)
+    assert engine.call("GET", f"/images/{local}/json")[0] == 404
+    reply = agent.post("/api/v1/images/pull", {"image": image}, headers={**headers, **accept})
+    if accept and reply.status == 200:
+        *progress, (last, result) = events(reply.body)
+        assert {kind for kind, _ in progress} <= {"progress"}
+        assert reply.headers["content-type"] == "text/event-stream"
+        if status == 200:
+            assert last == "done" and result == {"image": local, "digest": digest}
+            assert progress and all(
+                set(word) == {"id", "status", "current", "total"} for _, word in progress
+            )
+        else:
+            assert last == "error" and result["status"] == status and words in result["message"]
+    elif status == 200:
+        result = reply.json()
+        assert reply.status == 200, reply.body
+        assert (reply.status, result.pop("status")[:6]) == (200, "Status")
+        assert result == {"image": local, "digest": digest}
+    else:
+        assert_envelope(reply, status, words)
+    assert engine.call("GET", f"/images/{local}/json")[0] == (200 if status == 200 else 404)
+    if not suffix:
+        assert engine.call("GET", f"/images/{name}:1/json")[0] == 404
+    forget(engine, local)
+    secret = [*headers.values(), "pass", "wrong"][0]
+    assert not headers or secret not in json.dumps(agent.log) + reply.body.decode()
+
+
+def digest_of(image: str) -> str:
+    """The hexadecimal digest of tag 1 in the plain registry."""
+    port, _, path = image.partition("/")
+    accept = "Accept: application/vnd.docker.distribution.manifest.v2+json"
+    with socket.create_connection(("127.0.0.1", int(port.partition(":")[2]))) as sock:
+        sock.sendall(f"HEAD /v2/{path}/manifests/1 HTTP/1.0\r\n{accept}\r\n\r\n".encode())
+        return re.search(rb"Docker-Content-Digest: sha256:(\w+)", read_to_end(sock))[1].decode()
+
+
+@pytest.mark.parametrize(
+    "pull, here, status",
+    [
+        (None, False, 201),
+        ("missing", False, 201),
+        ("missing", True, 201),
+        ("always", False, 201),
+        ("always", True, 401),
+        ("never", False, 404),
+        ("never", True, 201),
+    ],
+)
+def test_create_pulls(agent, engine, registries, name, pull, here, status):
+    """From the locked registry: with its password unless the image is here; so a pull shows."""
+    image = f"{registries.locked}:1"
+    if here:
+        tag = f"/images/{IMAGE}/tag?repo={registries.locked}&tag=1"
+        assert engine.call("POST", tag)[0] == 201
+    body = {"image": image, "name": name, "cmd": ["true"], "network_mode": "none"}
+    headers = {} if here else encode_auth()
+    reply = agent.post("/api/v1/containers", {**body, "pull": pull}, headers=headers)
+    assert reply.status == status, reply.body
+    assert engine.call("GET", f"/containers/{name}/json")[0] == (200 if status == 201 else 404)
+    engine.remove(name)
+    forget(engine, image)
+    assert not headers or headers["X-Registry-Auth"] not in json.dumps(agent.log)
+
+
+def test_digest_is_the_one_of_the_repository_that_was_asked_for(fakes):
+    fake, agent = fakes
+    fake.script["POST /images/create"] = chunked_answer(b'{"status":"Status: ok"}')
+    digests = [
+        f"{repository}@sha256:{repository[0] * 64}" for repository in ("a/a", "b.io/b", "c/c")
+    ]
+    for image, digest in (("b.io/b:1", "b"), ("c/c:1", "c")):
+        coded = image.replace(":", "%3A")
+        fake.script[f"GET /images/{coded}/json"] = http_answer({"RepoDigests": digests})
+        reply = agent.post("/api/v1/images/pull", {"image": image})
+        assert reply.json()["digest"] == "sha256:" + digest * 64
+    fake.script["GET /images/latest%3Alatest/json"] = http_answer({"RepoDigests": None})
+    fake.script["GET /images/latest/json"] = http_answer({"RepoDigests": None})
+    assert agent.post("/api/v1/images/pull", {"image": "latest"}).json()["image"] == "latest:latest"
+
+
+@pytest.mark.parametrize(
+    "auth",
+    ["{}", "e30 =", "W10=", "bm9wZQ==", "e30=\te30=", "\xff\xfe", "e30=e30=", "bnVsbA", "eyJhIjoi"],
+)
+@pytest.mark.parametrize("path", ["/api/v1/images/pull", "/api/v1/containers"])
+def test_bad_auth_is_refused_and_not_repeated(fakes, path, auth):
+    fake, agent = fakes
+    fake.requests()
+    reply = agent.post(path, {"image": "x"}, headers={"X-Registry-Auth": auth})
+    assert_envelope(reply, 400, "X-Registry-Auth")
+    assert fake.requests() == []
+    text = json.dumps(agent.log[-3:]) + reply.body.decode()
+    assert auth not in text.replace("{}", "") or auth == "{}"
+
+
+@pytest.mark.parametrize(
+    "pieces, end, status, words",
+    [
+        ([b'{"error":"manifest for x:1 not found: manifest unknown"}'], True, 404, "manifest"),
+        ([b'{"error":"unauthorized: authentication required"}'], True, 401, "unauthorized"),
+        ([b'{"error":"denied: requested access is denied"}\r\n'], True, 403, "denied"),
+        ([b'{"error":"toomanyrequests: slow down"}'], True, 502, "toomanyrequests"),
+        ([b'{"status":"a"}\n{"err', b'or":"lookup x: no such host"}\n'], True, 502, "no such host"),
+        ([b'{"status":"Downloading"}\n'], False, 502, ""),
+        ([b'{"status":"Downloading"}\n<html>\n'], True, 502, "JSON"),
+        ([b'{"status":"a"}\n["no object"]\n'], True, 502, "JSON"),
+        ([b'{"status":"a"}\n', b" " * (2**20 + 1)], True, 502, "too long"),
+    ],
+)
+def test_error_inside_a_pull(fakes, pieces, end, status, words):
+    fake, agent = fakes
+    fake.script["POST /images/create"] = chunked_answer(*pieces, end=end)
+    assert_envelope(agent.post("/api/v1/images/pull", {"image": "x:1"}), status, words)
+    reply = agent.post("/api/v1/images/pull", {"image": "x:1"}, headers=SSE)
+    kind, error = events(reply.body)[-1]
+    assert (kind, error["status"], set(error)) == ("error", status, {"error", "message", "status"})
+    assert words in error["message"]
+    assert [seen.target for seen in fake.requests()][-1] == "/images/create?fromImage=x&tag=1"
+
+
+@pytest.mark.parametrize("begun", [True, False], ids=["after some progress", "before the head"])
+@pytest.mark.parametrize("accept", [{}, SSE], ids=["one answer", "event stream"])
+@pytest.mark.parametrize("leaver", ["client", "agent"])
+def test_pull_ends_with_its_client_and_with_the_agent(fake_engine, tmp_path, begun, accept, leaver):
+    started, ended = threading.Event(), threading.Event()
+
+    def pull(sock: socket.socket) -> None:
+        if begun:
+            sock.sendall(chunked_answer(b'{"status":"Downloading","id":"x"}\n', end=False))
+        started.set()
+        sock.settimeout(WAIT)
+        with contextlib.suppress(ConnectionError):  # reset, if it left before it had read all
+            assert sock.recv(1) == b""
+        ended.set()
+
+    fake_engine.script["POST /images/create"] = pull
+    with Agent(DOCKER_HOST=fake_engine.url) as agent, agent.connect() as sock:
+        head = "".join(f"{name}: {value}\r\n" for name, value in accept.items())
+        body = b'{"image": "x"}'
+        sock.sendall(
+            f"POST /api/v1/images/pull HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\n{head}"
+            f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        assert started.wait(WAIT)
+        if leaver == "client":
+            sock.close()
+            assert ended.wait(WAIT)
+            return
+        if not accept:
+            sock.close()  # an ordinary request in flight may finish: not what is shown here
+            return
+        agent.process.terminate()
+        answer = read_to_end(sock)
+        assert ended.wait(WAIT)
+        assert b" 500 " not in answer.partition(b"\r\n")[0]
+        assert (b"event: shutdown" in answer) or (not begun and b" 503 " in answer)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
+# --------------------------------------------------------------------------------------------------
+
+TREE = [
+    "dir outside",
+    "file outside/secret",
+    "dir host/app",
+    "file host/app/old",
+    "dir host/app/full",
+    "file host/app/full/kept",
+    "dir host/run",
+    "dir host/var",
+    "link host/var/run /run",
+    "link host/current app",
+    "link host/nested app/../current/full",
+    "link host/abs /app",
+    "link host/abs-up /app/../../outside",
+    "link host/up ../outside",
+    "link host/deep app/full/../../../outside",
+    "link host/dangling nowhere",
+    "link host/dangling-below app/nowhere/else",
+    "link host/dangling-out ../outside/new",
+    "link host/loop loop",
+    "link host/ping pong",
+    "link host/pong ping",
+    "link host/to-file app/old",
+    "link host/app/last old",
+    "link host/app/last-out ../../outside/secret",
+    "link host/app/last-dangling gone",
+    "fifo host/app/fifo",
+    "socket host/app/socket",
+    "device host/app/null",
+    *(f"link host/hop{n} hop{n + 1}" for n in range(1, 41)),
+    "link host/hop41 app",
+]
+
+
+def build(base: Path, lines: list[str]) -> None:
+    """Make a tree from its lines: dir NAME, file NAME, link NAME TARGET, and so on."""
+    for line in lines:
+        kind, name, *rest = line.split(" ")
+        path = base / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if kind == "dir":
+            path.mkdir(mode=0o755)
+        elif kind == "file":
+            path.write_text("old")
+            path.chmod(0o640)
+        elif kind == "link":
+            path.symlink_to(rest[0])
+        elif kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "device":
+            os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+        else:
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(str(path))
+
+
+def snapshot(base: Path) -> dict[str, tuple[Any, ...]]:
+    """All that is below a folder: mode, owner, inode and content by name."""
+    found = {}
+    for folder, folders, files in os.walk(base):
+        for name in (*folders, *files):
+            path = os.path.join(folder, name)
+            at = os.lstat(path)
+            what: Any = os.readlink(path) if stat.S_ISLNK(at.st_mode) else None
+            if stat.S_ISREG(at.st_mode):
+                what = Path(path).read_bytes()
+            found[os.path.relpath(path, base)] = (at.st_mode, at.st_uid, at.st_gid, at.st_ino, what)
+    return found
+
+
+def clear(folder: Path) -> None:
+    subprocess.run(["find", str(folder), "-mindepth", "1", "-delete"], check=True)
+
+
+@contextlib.contextmanager
+def umask(mask: int) -> Iterator[None]:
+    old = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(old)
+
+
+@contextlib.contextmanager
+def mounted(kind: str, where: Path, options: str) -> Iterator[None]:
+    where.mkdir(exist_ok=True)
+    command = ["mount", "-t", kind, "-o", options, "none", str(where)]
+    if os.geteuid() or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting takes root")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(where)], check=True)
+
+
+@pytest.fixture(scope="session")
+def tree_agent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Agent, Path]]:
+    """An agent with the strictest umask, and the folder that holds its HOST_ROOT, host."""
+    base = tmp_path_factory.mktemp("tree")
+    (base / "host").mkdir()
+    env = {"HOST_ROOT": str(base / "host"), "DOCKER_HOST": f"unix://{base}/none"}
+    with umask(0o077):
+        agent = Agent(**env)
+    with agent:
+        yield agent, base
+
+
+@pytest.fixture
+def tree(tree_agent: tuple[Agent, Path]) -> Iterator[Path]:
+    """The folder with TREE in it, built afresh."""
+    base = tree_agent[1]
+    clear(base / "host")
+    with umask(0o022):
+        build(base, TREE)
+    yield base
+    clear(base / "host")
+    clear(base / "outside")
+    (base / "outside").rmdir()
+
+
+def write(tree_agent: tuple[Agent, Path], path: str, content: str = "new", **rest: Any) -> Reply:
+    return tree_agent[0].post("/api/v1/files", {"path": path, "content": content, **rest})
+
+
+@pytest.mark.parametrize(
+    "path, place",
+    [
+        pytest.param("/app/new", "app/new", id="a new file"),
+        pytest.param("/app/old", "app/old", id="an old file is replaced"),
+        pytest.param("//app/./new", "app/new", id="empty and dot components mean nothing"),
+        pytest.param("/top", "top", id="a file at the root itself"),
+        pytest.param("/a/b/c/new", "a/b/c/new", id="missing parents are made"),
+        pytest.param("/current/new", "app/new", id="a relative link is followed"),
+        pytest.param("/current/x/y", "app/x/y", id="parents are made behind a link"),
+        pytest.param(
+            "/nested/new", "app/full/new", id="a link with .. that stays beneath the root"
+        ),
+        pytest.param("/abs/new", "app/new", id="an absolute link starts again at the root"),
+        pytest.param("/var/run/x.pid", "run/x.pid", id="/var/run means the host's /run"),
+        pytest.param("/hop2/new", "app/new", id="40 links are as many as Linux follows"),
+        pytest.param("/app/..new", "app/..new", id="a name that only begins with dots"),
+        pytest.param("/app/" + "n" * 255, "app/" + "n" * 255, id="the longest name"),
+        pytest.param("/app/\u00e9 \n\\", "app/\u00e9 \n\\", id="any byte in a name but / and NUL"),
+    ],
+)
+def test_write_lands_where_the_host_sees_it(tree_agent, tree, path, place):
+    before = snapshot(tree)
+    reply = write(tree_agent, path)
+    assert reply.status == 201, reply.body
+    assert reply.json() == {"path": path, "size": 3, "message": "file written successfully"}
+    after = snapshot(tree)
+    parents = [str(Path("host", *Path(place).parts[:n])) for n in range(1, len(Path(place).parts))]
+    assert after[f"host/{place}"][4] == b"new"
+    changed = {name for name in after.keys() | before.keys() if after.get(name) != before.get(name)}
+    assert changed == {f"host/{place}", *(name for name in parents if name not in before)}
+    # Whatever the umask, parents are 0755 and a new file is 0644.
+    for name in changed - before.keys():
+        assert stat.S_IMODE(after[name][0]) == (0o755 if name in parents else 0o644), name
+
+
+REFUSED = [
+    pytest.param("/up/x", 400, id="link that climbs above the root"),
+    pytest.param("/abs-up/x", 400, id="absolute link that climbs above the root"),
+    pytest.param("/deep/x", 400, id="link that goes down and then climbs above the root"),
+    pytest.param("/dangling-out/x", 400, id="dangling link that climbs above the root"),
+    pytest.param("/hop1/x", 400, id="41 links"),
+    pytest.param("/loop/x", 400, id="link to itself"),
+    pytest.param("/ping/x", 400, id="two links to each other"),
+    pytest.param("/dangling/x", 409, id="folder made through a dangling link"),
+    pytest.param("/dangling-below/x", 409, id="folders made through a dangling link"),
+    pytest.param("/app/old/x", 409, id="file in the place of a folder"),
+    pytest.param("/to-file/x", 409, id="link to a file in the place of a folder"),
+    pytest.param("/app/fifo/x", 409, id="FIFO in the place of a folder"),
+    pytest.param("/made/app/../x", 400, id=".. in the middle"),
+    pytest.param("/../outside/x", 400, id=".. at the root"),
+    pytest.param("/app/..", 400, id=".. at the end"),
+    pytest.param("/app/last", 400, id="link as the last component"),
+    pytest.param("/app/last-out", 400, id="link to the outside as the last component"),
+    pytest.param("/app/last-dangling", 400, id="dangling link as the last component"),
+    pytest.param("/app/full", 409, id="folder as the last component"),
+    pytest.param("/app/fifo", 409, id="FIFO as the last component hangs the agent"),
+    pytest.param("/app/socket", 409, id="socket as the last component"),
+    pytest.param("/app/null", 409, id="device as the last component"),
+    pytest.param("/app/", 400, id="trailing slash"),
+    pytest.param("/app/.", 400, id="dot at the end"),
+    pytest.param("/", 400, id="the root"),
+    pytest.param("//", 400, id="the root in two slashes"),
+    pytest.param("", 400, id="no path"),
+    pytest.param("app/new", 400, id="relative path"),
+    pytest.param("/app/ne\0w", 400, id="NUL"),
+    pytest.param("/made/app/" + "n" * 256, 400, id="name of 256 bytes"),
+    pytest.param("/app/" + "\u00e9" * 128, 400, id="name of 256 bytes in 128 characters"),
+    pytest.param("/made" + "/n" * 2100, 400, id="path over PATH_MAX"),
+]
+
+
+@pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
+@pytest.mark.parametrize("path, status", REFUSED)
+def test_refused_write_changes_nothing(tree_agent, tree, path, status, atomic):
+    before = snapshot(tree)
+    assert_envelope(write(tree_agent, path, atomic=atomic), status)
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
+@pytest.mark.parametrize(
+    "path, permission, mode",
+    [
+        pytest.param("/app/new", None, 0o644, id="new"),
+        pytest.param("/app/old", None, 0o640, id="an old file keeps its own"),
+        pytest.param("/app/old", "0666", 0o666, id="umask takes nothing away"),
+        pytest.param("/app/new", "4755", 0o4755, id="set-user-id"),
+        pytest.param("/app/old", "7777", 0o7777, id="all bits"),
+        pytest.param("/app/old", "0", 0, id="no bits"),
+    ],
+)
+def test_mode_is_exact(tree_agent, tree, path, permission, mode, atomic):
+    reply = write(tree_agent, path, permission=permission, atomic=atomic)
+    assert reply.status == 201, reply.body
+    assert stat.S_IMODE((tree / "host" / path[1:]).stat().st_mode) == mode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing owners takes root")
+@pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
+@pytest.mark.parametrize(
+    "asked, owner",
+    [
+        pytest.param({}, (4001, 4002), id="kept"),
+        pytest.param({"uid": 7}, (7, 4002), id="user alone"),
+        pytest.param({"gid": 8}, (4001, 8), id="group alone"),
+        pytest.param({"uid": 0, "gid": 0}, (0, 0), id="zero is not the same as absent"),
+    ],
+)
+def test_owner_and_set_id_bits(tree_agent, tree, asked, owner, atomic):
+    old = tree / "host/app/old"
+    os.chown(old, 4001, 4002)
+    old.chmod(0o6755)
+    assert write(tree_agent, "/app/old", atomic=atomic, **asked).status == 201
+    at = old.stat()
+    assert (at.st_uid, at.st_gid, stat.S_IMODE(at.st_mode)) == (*owner, 0o6755)
+
+
+@pytest.mark.parametrize("size", [0, 1, 3, 200_000], ids=["empty", "shorter", "same", "longer"])
+def test_in_place_keeps_the_inode_and_atomic_does_not(tree_agent, tree, size):
+    old = tree / "host/app/old"
+    os.link(old, tree / "outside/same")
+    assert write(tree_agent, "/app/old", "x" * size, atomic=False).status == 201
+    assert old.samefile(tree / "outside/same")
+    assert old.read_text() == "x" * size
+    assert write(tree_agent, "/app/old", "y" * size).status == 201
+    assert old.read_text() == "y" * size
+    assert (tree / "outside/same").read_text() == "x" * size
+
+
+def test_base64_is_bytes(tree_agent, tree):
+    data = bytes(range(256)) * 40
+    text = base64.b64encode(data).decode()
+    assert write(tree_agent, "/app/new", text, encoding="base64").json()["size"] == len(data)
+    assert (tree / "host/app/new").read_bytes() == data
+    for bad in ("a", "a===", "YQ==YQ==", "Y Q=", "YQ=\n=", "\u00e9"):
+        before = snapshot(tree)
+        assert_envelope(write(tree_agent, "/app/new", bad, encoding="base64"), 400, "content")
+        assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
+@pytest.mark.parametrize("path", ["/small/old", "/small/new", "/small/a/b/new", "/small/sparse"])
+def test_full_disk_leaves_the_old_file_and_no_litter(tree_agent, tree, path, atomic):
+    small = tree / "host/small"
+    with mounted("tmpfs", small, "size=256k"):
+        (small / "old").write_bytes(b"o" * 100_000)
+        with open(small / "sparse", "wb") as sparse:
+            sparse.truncate(900_000)
+        before = snapshot(small)
+        assert_envelope(write(tree_agent, path, "x" * 800_000, atomic=atomic), 507)
+        assert snapshot(small) == before
+
+
+def test_in_place_grows_a_file_where_nothing_can_be_reserved(tree_agent, tree):
+    # ramfs has no fallocate, as NFS before 4.2 and many FUSE filesystems.
+    with mounted("ramfs", tree / "host/plain", "mode=755"):
+        (tree / "host/plain/old").write_bytes(b"o" * 5000)
+        reply = write(tree_agent, "/plain/old", "x" * 10_000, atomic=False)
+        assert reply.status == 201, reply.body
+        assert (tree / "host/plain/old").read_bytes() == b"x" * 10_000
+
+
+@pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
+@pytest.mark.parametrize("path", ["/ro/old", "/ro/new", "/ro/a/b/new"])
+def test_read_only_mount(tree_agent, tree, path, atomic):
+    ro = tree / "host/ro"
+    with mounted("tmpfs", ro, "size=256k"):
+        (ro / "old").write_text("old")
+        subprocess.run(["mount", "-o", "remount,ro", str(ro)], check=True)
+        before = snapshot(ro)
+        assert_envelope(write(tree_agent, path, atomic=atomic), 403)
+        assert snapshot(ro) == before
+
+
+def test_no_host_root_says_how_to_mount_it(tmp_path):
+    with Agent(HOST_ROOT=str(tmp_path / "none"), DOCKER_HOST=f"unix://{tmp_path}/e") as agent:
+        reply = agent.post("/api/v1/files", {"path": "/a/b", "content": ""})
+        assert_envelope(reply, 503, "-v /:/host")
+    assert list(tmp_path.iterdir()) == []
+
+
+CHILD = "import os, resource, sys; import dockeragent as da\n"
+
+
+def in_child(code: str, *arguments: str) -> str:
+    """Run code, with `da` imported, in a process of its own; return what it prints."""
+    command = [sys.executable, "-c", CHILD + code, *arguments]
+    return subprocess.run(command, cwd=HERE, stdout=subprocess.PIPE, check=True).stdout.decode()
+
+
+ATTEMPT = """
+try: da.write_beneath(sys.argv[1], sys.argv[2], da.FileWrite(b"new", **eval(sys.argv[3])))
+except da.ApiError as error: print(error.status)
+"""
+
+
+@pytest.mark.parametrize("most", range(20, 24))
+def test_parents_are_removed_when_descriptors_run_out(tree, most):
+    before = snapshot(tree)
+    limit = f"resource.setrlimit(resource.RLIMIT_NOFILE, ({most}, {most}))"
+    assert in_child(limit + ATTEMPT, str(tree / "host"), "/d" * 40, "{}") == "503\n"
+    assert snapshot(tree) == before
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming somebody else takes root")
+@pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
+def test_owner_that_may_not_be_given_leaves_the_old_content(tree, atomic):
+    os.chown(tree / "host/app", 4001, 4001)
+    os.chown(tree / "host/app/old", 4001, 4001)
+    for folder in (tree, *tree.parents):
+        if folder.stat().st_mode & 0o005 != 0o005:
+            folder.chmod(folder.stat().st_mode | 0o005)
+    before = snapshot(tree)
+    asked = f"dict(uid=0, atomic={atomic})"
+    become = "os.setgroups([]); os.setgid(4001); os.setuid(4001)"
+    assert in_child(become + ATTEMPT, str(tree / "host"), "/app/old", asked) == "403\n"
+    assert snapshot(tree) == before
+
+
+def test_reader_never_sees_a_mix(tree_agent, tree):
+    old = tree / "host/app/old"
+    contents = [letter * 2_000_000 for letter in "ab"]
+    old.write_text(contents[0])
+    stop, seen = threading.Event(), set()
+
+    def read() -> None:
+        while not stop.is_set():
+            seen.add(old.read_text())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for turn in range(40):
+            assert write(tree_agent, "/app/old", contents[turn % 2]).status == 201
+    finally:
+        stop.set()
+        reader.join()
+    assert seen == set(contents)
+
+
+@pytest.mark.parametrize("names", ["old", "new{turn}"], ids=["replaced", "new names"])
+def test_killed_writer_leaves_old_or_new_and_no_litter(tree, names):
+    whole = [letter * 300_000 for letter in (b"a", b"b")]
+    code = (
+        "import itertools\n"
+        "print('go', flush=True)\n"
+        "for turn in itertools.count(os.getpid() * 10_000):\n"
+        "    content = b'ab'[turn % 2 :][:1] * 300_000\n"
+        f"    da.write_beneath(sys.argv[1], f'/app/full/{names}', da.FileWrite(content))"
+    )
+    (tree / "host/app/full/kept").unlink()
+    for _ in range(30):
+        command = [sys.executable, "-c", CHILD + code, str(tree / "host")]
+        with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE) as child:
+            child.stdout.readline()
+            time.sleep(secrets.randbelow(20_000) / 1e6)
+            child.kill()
+        # A rename takes two steps: what a kill between them has left goes with the next write.
+        if names == "old":
+            da.write_beneath(str(tree / "host"), "/app/full/old", da.FileWrite(whole[0]))
+        for path in (tree / "host/app/full").iterdir():
+            assert path.name.startswith(names[:3]), path.name
+            assert path.read_bytes() in whole, path.name
+    assert list((tree / "host/app/full").iterdir())
+
+
+def test_folder_swapped_for_a_link_leads_nothing_outside(tree_agent, tree):
+    host, outside = tree / "host", snapshot(tree / "outside")
+    (host / "race/sub").mkdir(parents=True)
+    code = (
+        "import os, sys\n"
+        "os.chdir(sys.argv[1])\n"
+        "os.symlink(sys.argv[2], 'link')\n"
+        "while True:\n"
+        "    os.rename('sub', 'aside'); os.rename('link', 'sub')\n"
+        "    os.rename('sub', 'link'); os.rename('aside', 'sub')"
+    )
+    statuses: set[int] = set()
+    command = [sys.executable, "-c", code, str(host / "race"), "../../outside"]
+    with subprocess.Popen(command) as child:
+        try:
+            for turn in itertools.count():
+                path = f"/race/sub/{'x/' * (turn % 3)}f{turn % 7}"
+                statuses.add(write(tree_agent, path).status)
+                # On, until both the folder and the link were met.
+                if turn > 2000 and (turn > 50_000 or {201, 400} <= statuses):
+                    break
+        finally:
+            child.kill()
+    assert {201, 400} <= statuses <= {201, 400, 409}
+    assert snapshot(tree / "outside") == outside
+
+
+# --------------------------------------------------------------------------------------------------
+# Logs
+# --------------------------------------------------------------------------------------------------
+
+MIB = 1024 * 1024
+
+
+class Event(NamedTuple):
+    """One server-sent event, as a client gets it."""
+
+    type: str
+    data: str
+    id: str
+
+
+def parse_events(stream: bytes) -> list[Event]:
+    """The events of a stream by the HTML Standard, 9.2.6; a field it does not know is a failure.
+
+    What follows the last blank line is dropped, as the standard has it.
+    """
+    lines = re.split("\r\n|\n|\r", stream.decode())
+    events, kind, data, last = [], "", "", ""
+    for line in lines[:-1]:
+        name, _, value = line.partition(":")
+        value = value[1:] if value.startswith(" ") else value
+        if not line:
+            if data:
+                events.append(Event(kind or "message", data[:-1], last))
+            kind, data = "", ""
+        elif name == "event":
+            kind = value
+        elif name == "data":
+            data += value + "\n"
+        elif name == "id":
+            assert "\0" not in value
+            last = value
+        else:
+            assert (name, value) in [("retry", "3000"), ("", "ping")], line
+    return events
+
+
+def logs_path(name: str, *query: str) -> str:
+    return f"/api/v1/containers/{name}/logs?{'&'.join(query)}"
+
+
+def read_lines(agent: Agent, name: str, *query: str) -> list[Any]:
+    """The lines of a log in JSON."""
+    reply = agent.get(logs_path(name, *query))
+    assert reply.status == 200, reply.body
+    assert reply.headers["content-type"] == "application/json"
+    return reply.json()["lines"]
+
+
+def follow(agent: Agent, name: str, *query: str, **kwargs: Any) -> list[Event]:
+    """The events of a log that ends, the last one checked and left out."""
+    reply = agent.get(logs_path(name, "follow=true", *query), **kwargs)
+    assert reply.status == 200, reply.body
+    assert reply.headers["content-type"] == "text/event-stream"
+    assert reply.headers["cache-control"] == "no-cache, no-transform"
+    assert reply.headers["x-accel-buffering"] == "no"
+    assert reply.body.startswith(b"retry: 3000\n\n")
+    *events, end = parse_events(reply.body)
+    assert (end.type, json.loads(end.data)) == ("end", {"reason": "exited", "exit_code": 0})
+    assert {event.type for event in events} <= {"message"}
+    return events
+
+
+def follow_lines(agent: Agent, name: str, *query: str) -> list[str]:
+    return [event.data for event in follow(agent, name, *query)]
+
+
+def as_lines(written: bytes, tty: bool = False) -> list[str]:
+    """The lines of what a container wrote. A terminal puts CR LF for each LF."""
+    written = written.replace(b"\n", b"\r\n") if tty else written
+    lines = written.split(b"\n")
+    lines = lines if lines[-1] else lines[:-1]
+    return [
+        (line[:-1] if line[-1:] == b"\r" else line).decode("utf-8", "replace") for line in lines
+    ]
+
+
+def echo(
+    engine: RealEngine, out: bytes = b"", err: bytes = b"", then: str = ":", **config: Any
+) -> str:
+    """Run a container that writes out and err at the same time, and then runs a shell command."""
+    env, scripts = [], []
+    for name, data in (("OUT", out), ("ERR", err)):
+        text = base64.b64encode(data).decode()
+        pieces = [text[start : start + 100_000] for start in range(0, len(text), 100_000)]
+        env += [f"{name}{index}={piece}" for index, piece in enumerate(pieces)]
+        words = " ".join(f'"${name}{index}"' for index in range(len(pieces)))
+        scripts.append(f"printf %s {words or repr('')} | base64 -d")
+    script = f"({scripts[0]}) & ({scripts[1]}) >&2 & wait; {then}"
+    return engine.run("sh", "-c", script, Env=env, **config)
+
+
+HOSTILE = b"\n".join(
+    [
+        b"\xef\xbb\xbfa byte order mark",
+        b"",
+        b"",
+        b"  spaces kept  ",
+        b"\ttab",
+        b": not a comment",
+        b"data: not a field",
+        b"id",
+        b"crlf\r",
+        b"two carriage returns\r\r",
+        b"\r",
+        b"\rbegins with one",
+        b'progress\rid: 9.000000000-9\revent: end\rdata: {"reason": "exited"}\r\revent: x',
+        "é€😀\u2028\u2029\u0085\x0b\x0c".encode(),
+        b"not UTF-8 \xff\xfe \xc3( \xed\xa0\x80",
+        b"\x00\x1b[31m\x7f",
+        b"2026-02-21T10:00:00.000000001Z a stamp",
+        b"x" * 16383,
+        b"x" * 16384,
+        b"x" * 16383 + b"\r",
+        b"x" * 16385,
+        b"x" * 32768,
+        b"\xff" + b"y" * 40_000,
+        b"2026-02-21T10:00:00.000000001Z " * 2000,
+        b"z" * 100_000,
+        b"no newline",
+    ]
+)
+
+
+@pytest.mark.parametrize("tty", [False, True], ids=["frames", "terminal"])
+def test_lines_are_exactly_what_the_container_wrote(agent, engine, tty):
+    name = echo(engine, HOSTILE, tty=tty)
+    lines = as_lines(HOSTILE, tty)
+    assert read_lines(agent, name) == lines
+    assert follow_lines(agent, name) == [line.replace("\r", "\n") for line in lines]
+    objects = read_lines(agent, name, "format=json", "timestamps=true")
+    assert [item["line"] for item in objects] == lines
+    assert {item["stream"] for item in objects} == {"stdout"}
+    assert [json.loads(data) for data in follow_lines(agent, name, "format=json")] == objects
+    stamped = [f"{item['time']} {item['line']}" for item in objects]
+    assert read_lines(agent, name, "timestamps=1") == stamped
+    assert follow_lines(agent, name, "timestamps=1") == [s.replace("\r", "\n") for s in stamped]
+    for item in objects:
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{9}Z", item["time"])
+
+
+def test_streams_are_put_together_apart(agent, engine):
+    written = [b"".join(b"%d" % n * 100_000 + b"\n" for n in digits) for digits in ((1, 2), (3, 4))]
+    name = echo(engine, *written)
+    out, err = as_lines(written[0]), as_lines(written[1])
+    assert sorted(read_lines(agent, name)) == sorted(follow_lines(agent, name)) == out + err
+    assert read_lines(agent, name, "stderr=false") == follow_lines(agent, name, "stderr=0") == out
+    assert read_lines(agent, name, "stdout=f") == follow_lines(agent, name, "stdout=FALSE") == err
+    found = read_lines(agent, name, "format=json")
+    for stream, lines in (("stdout", out), ("stderr", err)):
+        assert [item["line"] for item in found if item["stream"] == stream] == lines
+
+
+@pytest.mark.parametrize("tty", [False, True], ids=["frames", "terminal"])
+def test_line_over_a_mebibyte_is_cut(agent, engine, tty):
+    script = "head -c 3000000 /dev/zero | tr '\\0' x; echo; echo after"
+    name = engine.run("sh", "-c", script, tty=tty)
+    lines = read_lines(agent, name)
+    assert lines == ["x" * MIB, "x" * MIB, "x" * (3_000_000 - 2 * MIB), "after"]
+    events = follow(agent, name)
+    assert [event.data for event in events] == lines
+    stamps, numbers = zip(*(event.id.split("-") for event in events))
+    assert stamps[0] == stamps[1] == stamps[2] and numbers == ("1", "2", "3", "1")
+
+
+TAILED = [
+    pytest.param(b"".join(b"%d\n" % n for n in range(50)), id="short lines"),
+    pytest.param(b"a\nb\n" + b"c" * 500_000 + b"\n", id="last line is long"),
+    pytest.param(b"a\n" + b"b" * 500_000 + b"\nc\nd\n", id="long line in the middle"),
+    pytest.param(b"a" * 100_000 + b"\n" + b"b" * 100_000 + b"\nno newline", id="all long"),
+    pytest.param(b"a\n\n\n\n", id="empty lines"),
+    pytest.param(b"", id="empty log"),
+]
+
+
+@pytest.mark.parametrize("tty", [False, True], ids=["frames", "terminal"])
+@pytest.mark.parametrize("written", TAILED)
+def test_tail_is_the_last_whole_lines(agent, engine, written, tty):
+    name = echo(engine, written, tty=tty)
+    lines = as_lines(written)
+    assert read_lines(agent, name, "tail=all") == lines
+    for wanted in (0, 1, 2, 3, 4, 49, 1000):
+        expected = lines[len(lines) - min(wanted, len(lines)) :]
+        assert read_lines(agent, name, f"tail={wanted}") == expected, wanted
+        assert follow_lines(agent, name, f"tail={wanted}") == expected, wanted
+
+
+def test_tail_has_the_long_line_that_was_begun_earlier(agent, engine):
+    short = "for n in 1 2 3 4; do echo $n >&2; done"
+    script = f"head -c 40000 /dev/zero | tr '\\0' a; sleep 0.3; {short}; sleep 0.3; echo"
+    name = engine.run("sh", "-c", script)
+    lines = ["1", "2", "3", "4", "a" * 40_000]
+    assert read_lines(agent, name) == lines
+    for wanted in range(6):
+        assert read_lines(agent, name, f"tail={wanted}") == lines[5 - min(5, wanted) :], wanted
+
+
+def seconds(stamp: str) -> str:
+    """An RFC 3339 time of nine digits as Unix seconds with nine digits."""
+    whole = time.strptime(stamp[:19] + "+0000", "%Y-%m-%dT%H:%M:%S%z")
+    return f"{time.mktime(whole) - time.timezone:.0f}{stamp[19:29]}"
+
+
+def test_since_and_until_are_exact_to_the_nanosecond(agent, engine):
+    name = engine.run("sh", "-c", "for n in 1 2 3 4 5; do echo $n; usleep 2000; done")
+    stamps = [item["time"] for item in read_lines(agent, name, "format=json")]
+    lines = ["1", "2", "3", "4", "5"]
+    for index, stamp in enumerate(stamps):
+        zoned = stamp.replace("Z", "%2B00:00")
+        for moment in (seconds(stamp), stamp, zoned):
+            assert read_lines(agent, name, f"since={moment}") == lines[index:]
+            assert read_lines(agent, name, f"until={moment}") == lines[: index + 1]
+            assert follow_lines(agent, name, f"since={moment}") == lines[index:]
+        second, fraction = seconds(stamp).split(".")
+        later = (
+            f"{second}.{int(fraction) + 1:09d}" if fraction < "999999999" else f"{int(second) + 1}"
+        )
+        assert read_lines(agent, name, f"since={later}") == lines[index + 1 :]
+    assert read_lines(agent, name, f"since={stamps[1]}", f"until={stamps[3]}") == lines[1:4]
+    assert read_lines(agent, name, f"since={stamps[1]}", "tail=2") == lines[3:]
+    assert read_lines(agent, name, f"until={stamps[2]}", "tail=2") == lines[1:3]
+    for long_ago in ("1h", "1h30m0.5s", "90m", "3600000ms", "0", "999999h"):
+        assert read_lines(agent, name, f"since={long_ago}") == lines
+        assert read_lines(agent, name, f"until={long_ago}") == []
+    assert read_lines(agent, name, "since=0s") == []
+    assert read_lines(agent, name, "until=0s") == lines
+
+
+MOMENTS = [
+    "",
+    "x",
+    "-5",
+    "1e9",
+    "1.5.5",
+    "1.0000000001",
+    "1_0",
+    "\u0661",
+    "+1",
+    " 1",
+    "nan",
+    "h",
+    "5x",
+]
+MOMENTS += ["1h-1m", "-10m", "2026-02-21", "2026-02-30T00:00:00Z", "2026-02-21T10:00:00"]
+MOMENTS += ["2026-02-21T25:00:00Z", "2026-02-21T10:00:00.0000000001Z", "1" * 12, "1" * 65]
+
+
+@pytest.mark.parametrize(
+    "query, word",
+    [
+        *((f"{side}={da.quote(bad)}", side) for bad in MOMENTS for side in ("since", "until")),
+        ("tail=-1", "tail"),
+        ("tail=1.0", "tail"),
+        ("tail=ALL", "tail"),
+        ("tail=", "tail"),
+        ("tail=%D9%A1", "tail"),
+        ("stdout=0&stderr=0", "stderr"),
+        ("stdout=yes", "stdout"),
+        ("follow=1&follow=1", "follow"),
+        ("folow=1", "folow"),
+        ("format=xml", "format"),
+        ("details=1", "details"),
+    ],
+)
+def test_bad_query_is_named(fake_agent, fake_engine, query, word):
+    assert_envelope(fake_agent.get(logs_path("x", query)), 400, word)
+    assert fake_engine.requests() == []
+
+
+BAD_IDS = ["x", "1", "1.5-1", "1.000000000", "1.000000000-", "1.000000000-0", "-1.000000000-1"]
+BAD_IDS += [
+    "1.0000000000-1",
+    "1.000000000-1 2",
+    "1.000000000-1x",
+    "1.000000000-\u0661",
+    "9" * 12 + ".000000000-1",
+]
+
+
+@pytest.mark.parametrize("bad", BAD_IDS)
+def test_malformed_event_id(fake_agent, fake_engine, bad):
+    quoted = f"last_event_id={da.quote(bad)}"
+    assert_envelope(fake_agent.get(logs_path("x", "follow=1", quoted)), 400)
+    header = {"Last-Event-ID": bad.encode().decode("latin-1")}
+    assert_envelope(fake_agent.get(logs_path("x", "follow=1"), headers=header), 400)
+    assert fake_engine.requests() == []
+
+
+def test_id_is_the_stamp_and_a_number(agent, engine):
+    name = echo(engine, b"a\n" * 2000, b"b\n" * 2000)
+    events = follow(agent, name, "format=json")
+    assert len({event.id for event in events}) == len(events) == 4000
+    for event in events:
+        stamp, number = event.id.split("-")
+        assert stamp == seconds(json.loads(event.data)["time"])
+        assert re.fullmatch("[1-9][0-9]*", number)
+
+
+def read_and_cut(agent: Agent, path: str, headers: dict[str, str], size: int) -> list[Event]:
+    """The events in the first `size` bytes of a stream, or in all of it if it ends before."""
+    connection = http.client.HTTPConnection("127.0.0.1", agent.port, timeout=WAIT)
+    with contextlib.closing(connection):
+        connection.request("GET", path, headers={"X-API-Key": KEY, **headers})
+        response = connection.getresponse()
+        assert response.status == 200, response.read()
+        with contextlib.closing(response):
+            return parse_events(response.read(size))
+
+
+MIXED = """
+n=0
+while [ $n -lt 1000 ]; do
+    echo out $n; echo err $n >&2; n=$((n+1))
+    [ $((n % 100)) = 0 ] && { head -c 40000 /dev/zero | tr '\\0' x; echo err >&2; echo $n; PAUSE; }
+done
+"""
+
+
+@pytest.mark.parametrize("tty", [False, True], ids=["frames", "terminal"])
+@pytest.mark.parametrize("live", [False, True], ids=["finished", "live"])
+def test_resumed_log_is_the_whole_log(agent, engine, live, tty):
+    pause = "usleep 300000" if live else ":"
+    name = engine.run("sh", "-c", MIXED.replace("PAUSE", pause), wait=not live, tty=tty)
+    joined: list[Event] = []
+    last, cuts = "", 0
+    while True:
+        header = {"Last-Event-ID": last} if last and cuts % 2 else {}
+        query = [f"last_event_id={last}"] if last and not cuts % 2 else []
+        # The last time to the end; until then some 25 pieces of all sizes.
+        size = 1000 + secrets.randbelow(60_000) if cuts < 25 else 10**9
+        events = read_and_cut(
+            agent, logs_path(name, "follow=1", "format=json", *query), header, size
+        )
+        cuts += 1
+        joined += events
+        if events and events[-1].type == "end":
+            break
+        last = events[-1].id if events else last
+    assert cuts > 5
+    assert joined.pop().type == "end"
+    assert len({event.id for event in joined}) == len(joined)
+    whole = read_lines(agent, name, "format=json")
+    assert len(whole) == 2020
+    assert [json.loads(event.data) for event in joined] == whole
+
+
+def test_resume_after_each_single_line(agent, engine):
+    long = "head -c {} /dev/zero | tr '\\0' x; echo"
+    out = f"echo a; echo; {long.format(3 * MIB)}; echo c"
+    err = f"echo d; {long.format(50_000)}; printf f"
+    name = engine.run("sh", "-c", f"({out}) & ({err}) >&2; wait")
+    events = follow(agent, name)
+    assert len(events) == 9  # of 7 lines, as one is cut in three
+    for index, event in enumerate(events):
+        header = {"Last-Event-ID": event.id}
+        assert follow(agent, name, headers=header) == events[index + 1 :]
+        # A browser sends its header beside the URL it began with.
+        first = f"last_event_id={events[0].id}"
+        assert follow(agent, name, first, "tail=1", headers=header) == events[index + 1 :]
+    assert follow(agent, name, "last_event_id=1.000000000-1") == events
+
+
+def test_exit_code_is_told(agent, engine):
+    name = engine.run("sh", "-c", "sleep 0.3; echo last; exit 42", wait=False)
+    reply = agent.get(logs_path(name, "follow=1"))
+    assert [(event.type, event.data) for event in parse_events(reply.body)] == [
+        ("message", "last"),
+        ("end", '{"reason":"exited","exit_code":42}'),
+    ]
+
+
+def test_new_lines_come_at_once_and_shutdown_is_told(engine):
+    name = engine.run(
+        "sh", "-c", "trap 'echo more' USR1; echo one; while :; do usleep 50000; done", wait=False
+    )
+    with Agent() as agent:
+        connection = http.client.HTTPConnection("127.0.0.1", agent.port, timeout=WAIT)
+        with contextlib.closing(connection):
+            connection.request("GET", logs_path(name, "follow=1"), headers={"X-API-Key": KEY})
+            response = connection.getresponse()
+            seen = b""
+            while b"data: one\n\n" not in seen:
+                seen += response.read1(65536)
+            engine.call("POST", f"/containers/{name}/kill?signal=USR1")
+            while b"data: more\n\n" not in seen:
+                seen += response.read1(65536)
+            agent.process.terminate()
+            seen += response.read()  # with its last chunk, or this raises
+        assert [event.type for event in parse_events(seen)] == ["message", "message", "shutdown"]
+        assert agent.process.wait(WAIT) == 0
+
+
+def log_of(
+    fake: FakeEngine, answer: bytes | Callable[[socket.socket], None], *inspected: Any
+) -> None:
+    """Script container x: its log, and the answers to each inspect (the last one for good)."""
+    answers = list(inspected) or [{"Running": True}]
+
+    def inspect(sock: socket.socket) -> None:
+        state = answers.pop(0) if len(answers) > 1 else answers[0]
+        body = {"Id": "x", "Config": {"Tty": False}, "State": state}
+        sock.sendall(
+            http_answer({"message": "no such container: x"}, 404)
+            if state is None
+            else http_answer(body)
+        )
+
+    fake.script = {"GET /containers/x/json": inspect, "GET /containers/x/logs": answer}
+
+
+ONE, TWO = frame(1, b"one\n"), frame(2, b"two\n")
+BROKEN = [
+    pytest.param(chunked_answer(ONE, TWO, end=False), id="connection cut between frames"),
+    pytest.param(chunked_answer(ONE, TWO, ONE[:20]), id="ends in the middle of a frame"),
+    pytest.param(chunked_answer(ONE, TWO, ONE[:5]), id="ends in the middle of a frame's header"),
+    pytest.param(chunked_answer(ONE, TWO)[:-12], id="ends in the middle of a chunk"),
+    pytest.param(chunked_answer(ONE, TWO, frame(3, b"disk is gone", b"Error")), id="error frame"),
+    pytest.param(chunked_answer(ONE, TWO, b"\x04\0\0\0\0\0\0\1x"), id="unknown type of frame"),
+    pytest.param(chunked_answer(ONE, TWO, b"\1\0\0\0\xff\xff\xff\xff"), id="frame of 4 GiB"),
+    pytest.param(chunked_answer(ONE, TWO, frame(1, b"x\n", b"no stamp")), id="frame with no stamp"),
+    pytest.param(chunked_answer(ONE, TWO, end=False) + b"zz\r\n", id="bad chunk"),
+]
+
+
+@pytest.mark.parametrize("answer", BROKEN)
+def test_broken_log_never_looks_whole(fake_agent, fake_engine, answer):
+    log_of(fake_engine, answer, {"Running": False, "ExitCode": 0, "Status": "exited"})
+    reply = fake_agent.get(logs_path("x", "follow=1"))
+    *lines, last = parse_events(reply.body)
+    assert [line.data for line in lines if line.type == "message"] == ["one", "two"][: len(lines)]
+    assert last.type == "error"
+    assert json.loads(last.data)["status"] == 502
+    head = f"GET {logs_path('x')} HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\n\r\n".encode()
+    for request in (head, head.replace(b"/1.1", b"/1.0")):
+        body = fake_agent.raw(request).partition(b"\r\n\r\n")[2]
+        assert b'{"lines":[' in body
+        assert b"]" not in body
+        assert not body.endswith(b"0\r\n\r\n")
+
+
+def test_error_frame_keeps_the_engines_words(fake_agent, fake_engine):
+    log_of(fake_engine, chunked_answer(struct.pack(">BxxxL", 3, 12) + b"disk is gone"))
+    (event,) = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+    assert event.type == "error"
+    assert "disk is gone" in json.loads(event.data)["message"]
+
+
+EXITED = {"Running": False, "ExitCode": 7, "Status": "exited"}
+REMOVED = {"reason": "removed", "exit_code": None}
+
+
+@pytest.mark.parametrize(
+    "after, query, kind, data",
+    [
+        pytest.param(EXITED, "", "end", {"reason": "exited", "exit_code": 7}, id="exited"),
+        pytest.param(None, "", "end", REMOVED, id="removed"),
+        pytest.param({"Running": True}, "", "error", None, id="log of a running container ends"),
+        pytest.param({"Running": False, "Restarting": True}, "", "error", None, id="restarting"),
+        pytest.param({"Running": True}, "until=1s", "end", None, id="until has come"),
+    ],
+)
+def test_end_says_why(fake_agent, fake_engine, after, query, kind, data):
+    log_of(fake_engine, chunked_answer(ONE), {"Running": True}, after)
+    events = parse_events(fake_agent.get(logs_path("x", "follow=1", *filter(None, [query]))).body)
+    assert [event.data for event in events[:-1]] == ["one"]
+    assert events[-1].type == kind
+    assert data is None or json.loads(events[-1].data) == data
+
+
+def test_line_the_engine_left_out_at_the_end_is_fetched(fake_agent, fake_engine):
+    # Docker 20.10 does so to a follower past fs.inotify.max_user_instances: it polls, and hangs up
+    # on a container's end without a last look.
+    def log(sock: socket.socket) -> None:
+        followed = "follow=1" in fake_engine.requests()[-1].target
+        sock.sendall(chunked_answer(ONE if followed else ONE + TWO))
+
+    log_of(fake_engine, log, EXITED)
+    events = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+    assert [event.data for event in events[:-1]] == ["one", "two"]
+    assert events[-1].type == "end"
+
+
+def test_resume_finds_the_line_that_was_begun_long_before(fake_agent, fake_engine):
+    entries = [(0, 1, b"begun "), (6, 2, b"other\n"), (0, 1, b"and ended\n"), (7, 1, b"after\n")]
+    noon = 1771668000  # 2026-02-21T10:00:00Z
+
+    def log(sock: socket.socket) -> None:
+        since = re.search("since=([0-9]+)", fake_engine.requests()[-1].target)
+        asked = int(since[1]) - noon if since else 0
+        kept = [entry for entry in entries if entry[0] >= asked]
+        frames = [frame(kind, text, b"2026-02-21T10:00:0%d.5Z" % at) for at, kind, text in kept]
+        sock.sendall(chunked_answer(*frames))
+
+    log_of(fake_engine, log, EXITED)
+    events = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+    assert [event.data for event in events[:-1]] == ["other", "begun and ended", "after"]
+    for index, event in enumerate(events[:-1]):
+        path = logs_path("x", "follow=1", f"last_event_id={event.id}")
+        assert [e.data for e in parse_events(fake_agent.get(path).body)] == [
+            e.data for e in events[index + 1 :]
+        ]
+
+
+def test_log_is_of_the_container_that_was_inspected(fake_agent, fake_engine):
+    log_of(fake_engine, chunked_answer(ONE), EXITED)
+    fake_engine.script["GET /containers/web/json"] = fake_engine.script["GET /containers/x/json"]
+    assert read_lines(fake_agent, "web") == ["one"]
+    log_of(fake_engine, http_answer({"message": "no such container: x"}, 404), EXITED)
+    assert_envelope(fake_agent.get(logs_path("x", "follow=1")), 404, "no such container: x")
+    log_of(fake_engine, http_answer({"message": "driver cannot read"}, 501), EXITED)
+    assert_envelope(fake_agent.get(logs_path("x")), 501, "driver cannot read")
+
+
+@pytest.mark.parametrize("follows", ["follow=1", "follow=0"])
+def test_client_that_leaves_takes_the_engines_stream_along(fake_agent, fake_engine, follows):
+    closed = threading.Event()
+
+    def silent(sock: socket.socket) -> None:
+        sock.sendall(chunked_answer(ONE, end=False))
+        sock.settimeout(WAIT)
+        if not sock.recv(1):
+            closed.set()
+
+    log_of(fake_engine, silent)
+    with fake_agent.connect() as sock:
+        head = f"GET {logs_path('x', follows)} HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\n\r\n"
+        sock.sendall(head.encode())
+        seen = b""
+        while b"one" not in seen:
+            seen += sock.recv(65536)
+        assert not closed.is_set()
+    assert closed.wait(WAIT)
+
+
+def frames_in_pieces(data: bytes, size: int) -> tuple[list[Any], str]:
+    """The lines of frames fed in pieces of a size, and the error if they end in one."""
+    demultiplexer, assembler, lines = da.Demultiplexer(), da.LineAssembler(), []
+    try:
+        for start in range(0, len(data), size):
+            lines += assembler.feed(demultiplexer.feed(data[start : start + size]))
+        lines += assembler.feed(demultiplexer.end()) + assembler.end()
+    except da.EngineError as error:
+        return lines, error.message
+    return lines, ""
+
+
+PARTS = frame(1, b"one, ") + frame(2, b"two, ") + frame(1, b"three\n") + frame(2, b"four")
+
+
+@pytest.mark.parametrize(
+    "data, texts, failed",
+    [
+        pytest.param(ONE + TWO, [b"one", b"two"], False, id="whole lines"),
+        pytest.param(PARTS, [b"one, three", b"two, four"], False, id="lines in parts, interleaved"),
+        pytest.param(frame(1, b"") + ONE, [b"one"], False, id="empty part"),
+        pytest.param(
+            ONE + frame(1, b"\n") + frame(1, b"\r\n"), [b"one", b"", b""], False, id="blank"
+        ),
+        pytest.param(frame(1, b"a\r") + frame(1, b"\n"), [b"a"], False, id="CR and LF apart"),
+        pytest.param(
+            frame(1, b"\xe2\x82") + frame(1, b"\xac\n"),
+            ["€".encode()],
+            False,
+            id="cut in a character",
+        ),
+        pytest.param(ONE + TWO[:-1], [b"one"], True, id="cut short"),
+        pytest.param(ONE + b"\x09" + TWO[1:], [b"one"], True, id="garbage"),
+        pytest.param(ONE + frame(3, b"x"), [b"one"], True, id="error"),
+        pytest.param(
+            ONE + frame(1, b"x" * (MIB + 5) + b"\n"),
+            [b"one", b"x" * MIB, b"xxxxx"],
+            False,
+            id="over 1 MiB",
+        ),
+        pytest.param(frame(1, b"x" * MIB + b"\r\n"), [b"x" * MIB], False, id="1 MiB and CR LF"),
+        pytest.param(
+            frame(1, b"x" * (MIB - 1) + "€\n".encode()),
+            [b"x" * (MIB - 1), "€".encode()],
+            False,
+            id="cut before a character",
+        ),
+    ],
+)
+def test_frames_fed_in_any_pieces_are_the_same_lines(data, texts, failed):
+    for size in (len(data), 1 if len(data) < 10_000 else 999, len(ONE) - 1, len(ONE) + 1):
+        lines, message = frames_in_pieces(data, size)
+        assert [text for *_, text in lines] == texts
+        assert bool(message) == failed
+
+
+def memory(agent: Agent, name: str) -> int:
+    """A process's memory in bytes: VmRSS now, VmHWM at its most."""
+    status = Path(f"/proc/{agent.process.pid}/status").read_text()
+    return int(re.search(rf"{name}:\s+([0-9]+) kB", status)[1]) * 1024
+
+
+@pytest.mark.parametrize("query", [["follow=1"], []], ids=["follow", "json"])
+def test_slow_reader_costs_no_memory(engine, query):
+    script = "yes 'a line of a log that nobody reads as fast as it was written' | head -n 300000"
+    name = engine.run("sh", "-c", script)
+    with Agent() as agent:
+        agent.get(logs_path(name, "tail=10"))
+        before = memory(agent, "VmRSS")
+        connection = http.client.HTTPConnection("127.0.0.1", agent.port, timeout=WAIT)
+        with contextlib.closing(connection):
+            connection.request("GET", logs_path(name, *query), headers={"X-API-Key": KEY})
+            response = connection.getresponse()
+            count, piece = 0, b""
+            while more := response.read(16384):
+                joined = piece[-30:] + more
+                count += joined.count(b"a line of a log that nobody") - piece[-30:].count(
+                    b"a line of a log that nobody"
+                )
+                if count < 1000:
+                    time.sleep(0.01)
+                piece = more
+        assert count == 300_000
+        assert memory(agent, "VmHWM") - before < 8 * MIB
+
+
+# --------------------------------------------------------------------------------------------------
+# What is around the file: README, image, unit, proxy
+# --------------------------------------------------------------------------------------------------
+
+README = HERE / "README.md"
+BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
+
+
+def readme_section(heading: str) -> str:
+    """The README's text under a heading, up to the next one that is not below it."""
+    level = heading.split(" ")[0]
+    lines, found, fenced = [], False, False
+    for line in README.read_text().splitlines():
+        fenced ^= line.startswith("```")
+        if re.match(rf"#{{1,{len(level)}}} ", line) and not fenced:
+            found = line == heading
+        elif found:
+            lines.append(line)
+    assert lines, heading
+    return "\n".join(lines)
+
+
+def readme_blocks(heading: str, language: str) -> list[str]:
+    """The fenced blocks of one language under a heading."""
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", readme_section(heading))
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The rows of the tables in text, less their heads, each cell without its white space."""
+    rows = re.findall(r"(?m)^\| (.*) \|$", text)
+    cells = [[cell.strip() for cell in row.split(" | ")] for row in rows]
+    return [row for row in cells if row[0].startswith("`") or row[-1].startswith("`")]
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as probe:
+        return not probe.connect_ex(("127.0.0.1", port))
+
+
+def shell(script: str, cwd: Path, timeout: float = 120, **env: str) -> str:
+    """Run a script in bash; its output. Fails the test if a command of it fails."""
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=cwd,
+        env={**os.environ, "DOCKER_HOST": ENGINE_HOST, "DOCKER_BUILDKIT": "0", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=timeout,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    return result.stdout
+
+
+def needs_program(name: str) -> None:
+    if not shutil.which(name):
+        pytest.skip(f"{name} is not installed")
+
+
+def test_readme_has_every_route() -> None:
+    headings = set()
+    for method, path, others in re.findall(
+        r"(?m)^### ([A-Z]+) (/\S+?)((?:, /\w+)*)$", README.read_text()
+    ):
+        headings.add((method, path))
+        headings |= {(method, path.rpartition("/")[0] + other) for other in others.split(", ")[1:]}
+    assert headings == {(route.method, route.path) for route in da.ROUTES}
+
+
+def test_readme_and_help_have_every_variable_and_its_default() -> None:
+    rows = table_rows(readme_section("## Configuration"))
+    found = [(row[0].strip("`"), row[1].strip("`")) for row in rows]
+    assert found == [(setting.name, setting.default or "-") for setting in da.SETTINGS]
+    assert [setting.name.lower() for setting in da.SETTINGS] == list(da.Config._fields)[
+        : len(found)
+    ]
+    for setting in da.SETTINGS:
+        assert f"  {setting.name} " in da.usage()
+
+
+def field_names(schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, rule in schema.get("properties", {}).items():
+        path = f"{prefix}{name}"
+        nested = rule["items"] if rule["type"] == "array" else rule
+        if nested.get("properties"):
+            yield from field_names(nested, path + ("[]." if nested is not rule else "."))
+        else:
+            yield path
+
+
+@pytest.mark.parametrize(
+    "schema", ["CREATE", "PULL", "STOP", "KILL", "FILE", "LIST_QUERY", "REMOVE_QUERY", "LOGS_QUERY"]
+)
+def test_readme_has_every_field(schema: str) -> None:
+    words = set(re.findall(r"`([^`\s]+)`|[?&](\w+)=", readme_section("## API")))
+    known = {word for pair in words for word in pair}
+    assert set(field_names(getattr(da, schema))) <= known
+
+
+def test_readme_has_the_numbers_of_the_constants() -> None:
+    rows = table_rows(readme_section("## Errors, limits and timeouts"))
+    assert len(rows) > 20
+    for what, limit, _, constant in rows:
+        value = getattr(da, constant.strip("`"))
+        forms = [f"{value:g} s"] if isinstance(value, float) else [f"{value:,}"]
+        if value % 1024 == 0:
+            forms += [f"{value // 1024} KiB", f"{value / 2**20:g} MiB"]
+        assert any(re.search(rf"(?<![\d,.]){form}\b", limit) for form in forms), (what, forms)
+
+
+def test_file_stays_within_its_line_budget() -> None:
+    assert len(SOURCE.read_text().splitlines()) <= 2400
+
+
+def test_file_imports_the_standard_library_alone() -> None:
+    names = set()
+    for node in ast.walk(ast.parse(SOURCE.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    # -I and -S: neither this folder nor any package that was installed is on the path.
+    subprocess.run([sys.executable, "-IS", "-c", f"import {', '.join(sorted(names))}"], check=True)
+
+
+def test_importing_the_file_does_nothing_but_define_names() -> None:
+    script = """if True:
+        import sys, threading
+        import http.server, ssl, json  # what they do when imported is not ours
+        events = []
+        sys.addaudithook(lambda event, what: events.append(event))
+        import dockeragent
+        acts = ("socket.", "subprocess.", "os.mkdir", "os.remove", "os.rename", "os.system")
+        print([event for event in events if event.startswith(acts)], threading.active_count())
+    """
+    command = [sys.executable, "-B", "-c", script]
+    result = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("[] 1\n", "")
+
+
+def test_readme_session_works(engine: RealEngine, name: str, tmp_path: Path) -> None:
+    [session] = readme_blocks("# dockeragent", "console")[:1]
+    port, lines = str(free_port()), []
+    for line in re.findall(r"(?m)^\$ (.*)", session):
+        line = line.replace("3000", port).replace("clock", name).replace('"busybox"', f'"{IMAGE}"')
+        line = line.replace("python3 dockeragent.py", f"{sys.executable} {SOURCE}")
+        line = re.sub(r"^curl -N (.*)", r"{ timeout 3 curl -sSN \1 || [ $? = 124 ]; }", line)
+        lines.append(re.sub(r"^curl ", "curl -fsS ", line))
+        if line.endswith("&"):
+            lines.append(
+                f"trap 'kill $!; wait' EXIT; until curl -s 127.0.0.1:{port}; do sleep 0.05; done"
+            )
+    output = shell("\n".join(lines), tmp_path)
+    for promised in ('"connected"', '"warnings":[]', "retry: 3000", "data: ", "stopped", "removed"):
+        assert promised in output
+
+
+def test_readme_command_for_a_fresh_machine_works(engine: RealEngine, tmp_path: Path) -> None:
+    command = readme_blocks("# dockeragent", "sh")[0].replace("dockeragent.py", str(SOURCE))
+    command = command.replace("python3", f"timeout -s TERM 2 {sys.executable}")
+    output = shell(command.rstrip() + " || [ $? = 124 ]", tmp_path, LISTEN_ADDR="127.0.0.1:0")
+    assert '"listening"' in output
+    assert '"stopped"' in output
+    assert stat.S_IMODE((tmp_path / "dockeragent.key").stat().st_mode) == 0o600
+
+
+@contextlib.contextmanager
+def readme_registry(folder: Path) -> Iterator[str]:
+    """A registry on loopback that has the test image; yields what to write before its name."""
+    needs_program("docker-registry")
+    needs_program("docker")
+    port = free_port()
+    (folder / "registry.yml").write_text(
+        f"version: 0.1\nlog: {{level: error}}\nhttp: {{addr: '127.0.0.1:{port}'}}\n"
+        f"storage: {{filesystem: {{rootdirectory: {folder}/registry}}}}\n"
+    )
+    log = (folder / "registry.log").open("wb")
+    command = ["docker-registry", "serve", str(folder / "registry.yml")]
+    with log, subprocess.Popen(command, stdout=log, stderr=log) as process:
+        try:
+            until(lambda: is_open(port), "the registry")
+            target = f"127.0.0.1:{port}/busybox:latest"
+            shell(f"docker tag {IMAGE} {target}; docker push {target}; docker rmi {target}", folder)
+            yield f"127.0.0.1:{port}/"
+            shell(f"docker rmi {target}", folder)
+        finally:
+            process.terminate()
+
+
+def test_readme_api_commands_work(engine: RealEngine, name: str, tmp_path: Path) -> None:
+    script = "\n".join(readme_blocks("## API", "sh"))
+    assert script.count("curl") >= 18
+    with readme_registry(tmp_path) as registry, Agent(HOST_ROOT=str(tmp_path)) as agent:
+        script = script.replace("http://127.0.0.1:3000", f"http://127.0.0.1:{agent.port}")
+        script = script.replace("busybox:", f"{registry}busybox:")
+        script = script.replace('"busybox"', f'"{IMAGE}"')
+        script = script.replace("containers/clock", f"containers/{name}")
+        script = script.replace('"clock"', f'"{name}"').replace("curl ", "curl -fsS --max-time 30 ")
+        url = f"http://127.0.0.1:{agent.port}/api/v1"
+        output = shell(script, tmp_path, A=url, H=f"X-API-Key: {KEY}")
+    for action in ("paused", "unpaused", "restarted", "killed", "started", "stopped", "removed"):
+        assert f'"message":"container {action}"' in output
+    for promised in ("event: end", "event: done", '"digest":"sha256:', '"stream":"stdout"'):
+        assert promised in output
+    assert (tmp_path / "etc/clock/clock.conf").read_text() == "zone = UTC\n"
+
+
+def test_readme_unit_passes_systemd_analyze(tmp_path: Path) -> None:
+    needs_program("systemd-analyze")
+    [unit] = readme_blocks("### On the host", "ini")
+    path = tmp_path / "dockeragent.service"
+    path.write_text(unit)
+    command = ["systemd-analyze", "verify", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_readme_nginx_passes_lines_on_as_they_come(
+    engine: RealEngine, name: str, tmp_path: Path
+) -> None:
+    needs_program("nginx")
+    [block] = readme_blocks("### Behind nginx", "nginx")
+    port = free_port()
+    with Agent(TRUSTED_PROXIES="127.0.0.1/32") as agent:
+        block = re.sub(r"(?m)^ *ssl_.*\n", "", block).replace("443 ssl", f"127.0.0.1:{port}")
+        block = block.replace("127.0.0.1:3000", f"127.0.0.1:{agent.port}")
+        temporary = "".join(
+            f"{kind}_temp_path {tmp_path}/{kind};"
+            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+        )
+        (tmp_path / "nginx.conf").write_text(
+            f"daemon off; master_process off; pid {tmp_path}/pid; error_log {tmp_path}/error.log;"
+            f"events {{}} http {{ access_log off; {temporary} {block} }}"
+        )
+        command = ["nginx", "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "error.log")]
+        with subprocess.Popen(command) as nginx:
+            try:
+                until(lambda: is_open(port), "nginx")
+                body = {
+                    "image": IMAGE,
+                    "name": name,
+                    "cmd": ["sh", "-c", "echo one; sleep 2; echo two"],
+                }
+                assert agent.post("/api/v1/containers", body).status == 201
+                connection = http.client.HTTPConnection("127.0.0.1", port, 30, ("127.0.0.2", 0))
+                with contextlib.closing(connection):
+                    headers = {"X-API-Key": KEY, "X-Forwarded-For": "192.0.2.1"}
+                    connection.request(
+                        "GET", f"/api/v1/containers/{name}/logs?follow=1", headers=headers
+                    )
+                    response, began = connection.getresponse(), time.monotonic()
+                    while b"data: one" not in response.readline():
+                        pass
+                    assert time.monotonic() - began < 1.5
+                    assert b"event: end" in response.read()
+            finally:
+                nginx.terminate()
+        line = until(lambda: [at for at in agent.lines("request") if "follow" in at["path"]], "log")
+        assert line[0]["client_ip"] == "127.0.0.2"
+
+
+def agent_at(port: int) -> Agent:
+    """A client for an agent that runs already."""
+    agent = Agent.__new__(Agent)
+    agent.port = port
+    return agent
+
+
+@pytest.fixture(scope="session")
+def agent_image(engine: RealEngine) -> Iterator[str]:
+    """The agent's image, made with the Dockerfile on the base that DOCKERAGENT_BASE_IMAGE names."""
+    if not BASE_IMAGE:
+        pytest.skip("DOCKERAGENT_BASE_IMAGE names no image to build on")
+    needs_program("docker")
+    tag = "dockeragent:" + secrets.token_hex(6)
+    shell(f"docker build --build-arg BASE={BASE_IMAGE} -t {tag} .", HERE)
+    yield tag
+    shell(f"docker rmi -f {tag}", HERE)
+
+
+@pytest.mark.parametrize(
+    ("index", "root"), [(0, True), (1, True), (2, False)], ids=["plain", "hardened", "not root"]
+)
+def test_readme_image_runs(
+    agent_image: str, engine: RealEngine, name: str, tmp_path: Path, index: int, root: bool
+) -> None:
+    runs = [
+        run
+        for block in readme_blocks("### In a container", "sh")
+        for run in re.findall(r"(?ms)^docker run .*?[^\\]$", block)
+    ]
+    container, sibling = f"{name}-agent", f"{name}-sibling"
+    command = runs[index].replace("--name dockeragent", f"--name {container} --health-interval 1s")
+    command = command.replace("127.0.0.1:3000:3000", "127.0.0.1::3000").replace(
+        "/host dockeragent", f"/host {agent_image}"
+    )
+    command = re.sub(r"/var/run/docker\.sock(?=:|\))", engine.path, command, count=1 + (not root))
+    (tmp_path / "dockeragent.key").write_text(KEY)
+    # Below /tmp, which others may enter, unlike pytest's own folders.
+    host = Path(tempfile.mkdtemp(dir="/tmp"))
+    try:
+        shell(command, tmp_path)
+        until(lambda: engine.inspect(container)["State"]["Health"]["Status"] == "healthy", "health")
+        config = engine.inspect(container)
+        port = config["NetworkSettings"]["Ports"]["3000/tcp"][0]["HostPort"]
+        agent = agent_at(int(port))
+        body = {"image": IMAGE, "name": sibling, "cmd": ["sleep", "60"]}
+        assert agent.post("/api/v1/containers", body).status == 201
+        assert engine.inspect(sibling)["State"]["Running"]
+        engine.remove(sibling)
+        file = {"path": f"{host}/a/b", "content": "x", "permission": "6755", "uid": 1234, "gid": 5}
+        reply = agent.post("/api/v1/files", file)
+        if root:
+            assert reply.status == 201, reply.body
+            found = (host / "a/b").stat()
+            assert (stat.S_IMODE(found.st_mode), found.st_uid, found.st_gid) == (0o6755, 1234, 5)
+        else:
+            assert_envelope(reply, 403)
+            assert not (host / "a").exists()
+            host.chmod(0o777)
+            assert agent.post("/api/v1/files", {"path": f"{host}/b", "content": "x"}).status == 201
+            assert (host / "b").stat().st_uid == 65532
+        began = time.monotonic()
+        shell(f"docker stop {container}", tmp_path)
+        assert time.monotonic() - began < 5
+        assert engine.inspect(container)["State"]["ExitCode"] == 0
+    finally:
+        engine.remove(container)
+        engine.remove(sibling)
+        shutil.rmtree(host)
+
+
+def test_readme_stack_runs(agent_image: str, engine: RealEngine, tmp_path: Path) -> None:
+    if not os.environ.get("DOCKERAGENT_OWN_ENGINE"):
+        pytest.skip("DOCKERAGENT_OWN_ENGINE is not set: the engine is not ours to make a swarm of")
+    [stack] = readme_blocks("### On many machines", "yaml")
+    [commands] = readme_blocks("### On many machines", "sh")
+    agent = agent_at(free_port())
+    stack = stack.replace("published: 3000", f"published: {agent.port}")
+    (tmp_path / "stack.yml").write_text(
+        stack.replace("/var/run/docker.sock:", f"{engine.path}:", 1)
+    )
+    (tmp_path / "dockeragent.key").write_text(KEY + "\n")
+    shell("docker swarm init --advertise-addr 127.0.0.1", tmp_path)
+    try:
+        commands = commands.replace("stack deploy", "stack deploy --resolve-image never")
+        shell(commands, tmp_path, IMAGE=agent_image)
+        until(lambda: is_open(agent.port), "the agent")
+        until(lambda: agent.get("/health").status == 200, "the engine")
+        [found] = agent.get("/api/v1/containers").json()["containers"]
+        assert found["image"] == agent_image
+    finally:
+        shell("docker stack rm dockeragent || true; docker swarm leave --force", tmp_path)
