@@ -446,20 +446,26 @@ def naming(variable: str, path: str) -> Iterator[None]:
             pass
         yield
     except OSError as error:  # ssl.SSLError is one
-        raise ConfigError(f"{variable}: {path}: {describe(error)}") from error
+        place = "" if error.filename else f"{path}: "
+        raise ConfigError(f"{variable}: {place}{describe(error)}") from error
 
 
 def with_server_tls(config: Config) -> Config:
     """Return config with the listener's TLS context, if it has one. Raises ConfigError."""
     cert, key, ca = config.tls_cert_file, config.tls_key_file, config.tls_client_ca_file
     if not (cert and key):
-        if cert or key or ca:
-            missing = "TLS_KEY_FILE" if cert else "TLS_CERT_FILE"
-            raise ConfigError(f"{missing}: is required with the other TLS variables")
+        if cert or key:
+            missing, there = ("KEY", "CERT") if cert else ("CERT", "KEY")
+            raise ConfigError(f"TLS_{missing}_FILE: is required with TLS_{there}_FILE")
+        if ca:
+            raise ConfigError("TLS_CLIENT_CA_FILE: takes TLS_CERT_FILE and TLS_KEY_FILE, too")
         return config
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    with naming("TLS_CERT_FILE", cert), naming("TLS_KEY_FILE", key):
+    for variable, path in (("TLS_CERT_FILE", cert), ("TLS_KEY_FILE", key)):
+        with naming(variable, path):
+            pass  # it can be read
+    with naming("TLS_CERT_FILE", cert):
         context.load_cert_chain(cert, key, password=refuse_password)
     if ca:
         with naming("TLS_CLIENT_CA_FILE", ca):
@@ -486,7 +492,7 @@ def with_engine_tls(config: Config) -> Config:
     with naming("DOCKER_CERT_PATH", ca):
         context = ssl.create_default_context(cafile=ca)
     if os.path.exists(cert) or os.path.exists(key):
-        with naming("DOCKER_CERT_PATH", cert), naming("DOCKER_CERT_PATH", key):
+        with naming("DOCKER_CERT_PATH", key), naming("DOCKER_CERT_PATH", cert):
             context.load_cert_chain(cert, key, password=refuse_password)
     return config._replace(engine_tls=context)
 
@@ -1438,7 +1444,7 @@ def decode_answer(body: bytes, kind: type = dict) -> Any:
     except (ValueError, RecursionError) as error:
         raise EngineError(502, "the Engine's answer is not JSON") from error
     if not isinstance(answer, kind):
-        raise EngineError(502, "the Engine's answer is not what was asked for")
+        raise EngineError(502, "the Engine's answer is not the JSON that was asked for")
     return answer
 
 
@@ -1941,6 +1947,8 @@ def replace(parent: int, name: bytes, found: os.stat_result | None, write: FileW
     try:
         descriptor = os.open(b".", flags | os.O_TMPFILE, 0o600, dir_fd=parent)
     except OSError as error:
+        if not os.fstat(parent).st_nlink:  # removed meanwhile, which ext4 calls EPERM
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
         if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
             raise
         temporary = b".dockeragent-" + secrets.token_hex(8).encode()
@@ -2309,11 +2317,12 @@ class LogReader:
         self.query = query
         self.skip = skip  # lines still to be left out
         self.entries = 0  # so far
-        self.last = resume  # the id of the last line that came
         self.close = answer.release
         self._answer = answer
         self._demultiplexer = TtyDemultiplexer() if tty else Demultiplexer()
         self._assembler = LineAssembler()
+        self._last = resume  # the id of the last line that came
+        self._resume_id = resume
         self._resume = ResumePoint(resume) if resume else None
 
     def read(self, deadline: float) -> list[Line] | None:
@@ -2344,13 +2353,17 @@ class LogReader:
         """Return those of lines that were asked for."""
         if lines:
             stamp, number, _, _ = lines[-1]
-            self.last = f"{unix_time(stamp)}-{number}"
+            self._last = f"{unix_time(stamp)}-{number}"
         if self._resume:
             begun = [stamp for stamp, _ in self._assembler.parts.values()]
             lines = self._resume.after(lines, begun)
         skipped = min(self.skip, len(lines))
         self.skip -= skipped
         return lines[skipped:] if skipped else lines
+
+    def last_id(self) -> str:
+        """Return the id after which this log goes on, "" for its beginning."""
+        return self._last if not self._resume or self._resume.found else self._resume_id
 
     def is_resumed(self) -> bool:
         """Return whether the line to resume after came."""
@@ -2370,7 +2383,7 @@ class LogSource(NamedTuple):
         """Return a reader of the log, timestamps and all. Raises EngineError."""
         path = container_path(self.container, "logs")
         since = {"since": ResumePoint(resume).since} if resume else {}
-        query = {**self.query, **since, **query}
+        query = {k: v for k, v in {**self.query, **since, **query}.items() if v != ""}
         answer = self.engine.stream("GET", path, query, self.watch)
         return LogReader(answer, self.tty, query, skip, resume)
 
@@ -2381,16 +2394,17 @@ class LogSource(NamedTuple):
         20.10 and some 100 followers), so they are read from the log itself.
         """
         query = {**reader.query, "follow": 0}
-        if reader.last:
+        last = reader.last_id()
+        if last:
             near = {**query, "tail": REST_ENTRIES}
-            with contextlib.closing(self.open(reader.skip, reader.last, **near)) as static:
+            with contextlib.closing(self.open(reader.skip, last, **near)) as static:
                 lines = []
                 while not static.done:
                     lines += static.read_static()
                 if static.is_resumed():
                     yield lines
                     return
-        with contextlib.closing(self.open(reader.skip, reader.last, **query)) as static:
+        with contextlib.closing(self.open(reader.skip, last, **query)) as static:
             while not static.done:
                 yield static.read_static()
 
@@ -2402,7 +2416,7 @@ class LogSource(NamedTuple):
         """
         entries = wanted + 1
         while True:
-            since, _, found = self._count(tail=entries)
+            since, _, found = self._count(tail=entries, until="")
             if not found:
                 return self.open()
             _, lines, _ = self._count(since=since)
@@ -2994,8 +3008,8 @@ class Handler(socketserver.BaseRequestHandler):
         """Return the next request's head and take it out of the buffer. Raises ApiError."""
         deadline, scanned, end = time.monotonic() + HEAD_TIMEOUT, 0, 0
         while not end:
-            if scanned <= 1 and self.buffer[:2] == b"\r\n":  # one is allowed (RFC 9112, 2.2)
-                self.buffer, scanned = self.buffer[2:], 2
+            while self.buffer[:2] == b"\r\n":  # empty lines first are allowed (RFC 9112, 2.2)
+                self.buffer, scanned = self.buffer[2:], 0
             line, whole, _ = self.buffer[: MAX_REQUEST_LINE + 2].partition(b"\r\n")
             if whole and not self.path and (match := REQUEST_LINE.fullmatch(line)):
                 self.method, self.path = match[1].decode(), match[2].decode()  # for the log
