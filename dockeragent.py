@@ -108,7 +108,7 @@ MAX_STOP = 86_400  # seconds; no wait here is unbounded
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of one answer that is not a stream
 MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
 HEALTH_CACHE = 1.0  # seconds
-MEMOIZED = 256 * 1024  # bytes of a list that is not shaped anew while it stays the same
+MEMOIZED = 256 * 1024  # bytes of an answer that is not decoded again while it stays the same
 
 MAX_LINE = 1024 * 1024  # bytes of one log line; the rest goes on as the next
 MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own hold up to 16 KiB and a timestamp
@@ -1730,8 +1730,9 @@ def shape_list(found: bytes) -> bytes:
     return encode_json({"containers": [listed_container(entry) for entry in containers]}) + b"\n"
 
 
-# Those who ask for the list ask over and over, and the Engine's answer is mostly the same.
+# Those who ask for these ask over and over, and the Engine's answer is mostly the same.
 container_list = functools.lru_cache(maxsize=4)(shape_list)
+check_object = functools.lru_cache(maxsize=8)(decode_answer)
 
 
 def listed_container(found: dict[str, Any]) -> dict[str, Any]:
@@ -2634,7 +2635,7 @@ def list_containers(call: Call) -> Response:
 
 def inspect(call: Call) -> Response:
     body = call.engine.call("GET", container_path(call.id, "json"))
-    decode_answer(body)
+    (check_object if len(body) < MEMOIZED else decode_answer)(body)
     return Response(body)
 
 
