@@ -43,7 +43,7 @@ SOURCE = HERE / "dockeragent.py"
 KEY = "0123456789abcdef0123456789abcdef"
 ENGINE_HOST = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
 IMAGE = "busybox:test"
-LABEL = "dockeragent-test-" + secrets.token_hex(4)  # of what this session makes
+LABEL = "dockeragent-test-" + secrets.token_hex(4)  # of what this run makes
 WAIT = 10.0  # seconds before a test that waits for something fails
 
 
@@ -2265,7 +2265,7 @@ def test_what_is_not_asked_for_is_not_set(agent, engine):
     assert host["NetworkMode"] in ("default", "bridge") and not inspect["Mounts"]
 
 
-def test_list_has_the_shape_of_the_issue(agent, engine, network, name):
+def test_list_has_its_documented_shape(agent, engine, network, name):
     port = free_port()
     agent.post(
         "/api/v1/containers",
@@ -4246,7 +4246,9 @@ def test_readme_stack_runs(agent_image: str, engine: RealEngine, tmp_path: Path)
         shell(commands, tmp_path, IMAGE=agent_image)
         until(lambda: is_open(agent.port), "the agent")
         until(lambda: agent.get("/health").status == 200, "the engine")
-        [found] = agent.get("/api/v1/containers").json()["containers"]
-        assert found["image"] == agent_image
+        found = agent.get("/api/v1/containers").json()["containers"]
+        assert [row["image"] for row in found if "com.docker.swarm.task" in row["labels"]] == [
+            agent_image
+        ]
     finally:
         shell("docker stack rm dockeragent || true; docker swarm leave --force", tmp_path)
