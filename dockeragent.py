@@ -100,13 +100,14 @@ MAX_CLIENTS = 10_000  # windows kept; past it the least recently used is forgott
 NEWEST_API = (1, 51)  # the newest Engine API this file was written against
 CONNECT_TIMEOUT = 5.0
 CALL_TIMEOUT = 30.0
-START_TIMEOUT = 120.0  # create and start
+START_TIMEOUT = 120.0  # create and start, and to undo them
 PING_TIMEOUT = 3.0
 PULL_SILENCE = 120.0  # between two words about a pull
 DEFAULT_STOP = 10  # seconds, the Engine's own default
 MAX_STOP = 86_400  # seconds; no wait here is unbounded
 MAX_ANSWER = 64 * 1024 * 1024  # bytes of one answer that is not a stream
 MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
+IDLE_CONNECTION = 2.0  # seconds that each is kept
 HEALTH_CACHE = 1.0  # seconds
 MEMOIZED = 256 * 1024  # bytes of an answer that is not decoded again while it stays the same
 
@@ -127,7 +128,6 @@ RESUME_JITTER = 10_000_000  # nanoseconds by which stdout and stderr may be stor
 
 MAX_LINKS = 40  # symbolic links in one path, as Linux has it
 MAX_PATH = 4096  # bytes, PATH_MAX
-PUBLISH_TRIES = 100  # against others who write the same file
 
 # RFC 9110 section 5.6.2 and 5.5, RFC 9112 section 3: no control but HTAB in a value, so a bare CR,
 # a bare LF or a NUL never matches; no white space before the colon, so no folded line does either.
@@ -136,6 +136,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-\"$-~]+) HTTP/([0-9])\.([0-9]
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [\t -~\x80-\xff]*)?")
 FIELD_LINE = re.compile(rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)")
 HOST_VALUE = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")
 LONE_CONTROL = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0")
 CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 TRAILER = re.compile(rb"(?:" + FIELD_LINE.pattern + rb"\r\n)*\r\n")
@@ -207,7 +208,7 @@ def envelope(status: int, message: str) -> dict[str, Any]:
 
 def encode_json(value: Any) -> bytes:
     """Return value as compact UTF-8 JSON."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,9 +296,9 @@ def read_key_file(path: str) -> bytes:
     if not path:
         return b""
     with open(path, "rb") as file:
-        key = file.read(MAX_REQUEST_LINE)
-    if not key.strip():
-        raise ValueError(f"{path} holds no key")
+        key = file.read(MAX_REQUEST_LINE + 1)
+    if not key.strip() or len(key) > MAX_REQUEST_LINE:
+        raise ValueError(f"{path} holds no key, or more than a header can carry")
     return key[:-1] if key.endswith(b"\n") else key
 
 
@@ -463,6 +464,7 @@ def with_server_tls(config: Config) -> Config:
         return config
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION  # which costs a stranger less than us
     for variable, path in (("TLS_CERT_FILE", cert), ("TLS_KEY_FILE", key)):
         with naming(variable, path):
             pass  # it can be read
@@ -514,7 +516,7 @@ class Log:
 
     def __init__(self, level: str, secret: bytes, descriptor: int = 1) -> None:
         self._rank = LEVELS[level]
-        self._secret = json.dumps(os.fsdecode(secret))[1:-1]
+        self._secret = secret.decode("latin-1")  # as what clients send is
         self._descriptor = descriptor
         self._dropped = 0
         self._lock = threading.Lock()
@@ -525,12 +527,15 @@ class Log:
         """Write one line: time, level, msg and the fields."""
         if LEVELS[level] < self._rank:
             return
+        # Invariant: the key is in no log line, not even where a client put it in a path.
+        for name, value in fields.items():
+            if isinstance(value, str):
+                fields[name] = value.replace(self._secret, "***")
         record = {"time": timestamp(time.time()), "level": level, "msg": msg, **fields}
         with self._lock:
             if self._dropped:
                 record["dropped"] = self._dropped
-            # Invariant: the key is in no log line, not even where a client put it in a path.
-            line = fit_line(record).replace(self._secret, "***").encode()
+            line = fit_line(record)
             # A full disk, a closed pipe, a reader that is gone: none may end a request.
             with contextlib.suppress(OSError):
                 # Invariant: a full pipe never blocks: it polls writable only while PIPE_BUF bytes
@@ -541,14 +546,14 @@ class Log:
             self._dropped += 1
 
 
-def fit_line(record: dict[str, Any]) -> str:
+def fit_line(record: dict[str, Any]) -> bytes:
     """Return record as one line of ASCII JSON of at most PIPE_BUF bytes, its strings cut to fit.
 
     ASCII JSON has every control and every non-ASCII character escaped: no field can end its line.
     """
     for longest in (4096, 2000, 600, 100):
         cut = {k: v[-longest:] if isinstance(v, str) else v for k, v in record.items()}
-        line = json.dumps(cut) + "\n"
+        line = json.dumps(cut).encode() + b"\n"
         if len(line) <= select.PIPE_BUF:
             break
     return line
@@ -1124,12 +1129,12 @@ class Answer:
 
     will_close = False  # http.client must not: the connection is ours to keep or close
 
-    def __init__(self, sock: socket.socket, method: str, watch: Watch, seconds: float) -> None:
+    def __init__(self, sock: socket.socket, method: str, watch: Watch, deadline: float) -> None:
         self.status = 0
         self.fields: Fields = {}
         self.until_end = False
         self._sock, self._watch = sock, watch
-        self._deadline = time.monotonic() + seconds
+        self._deadline = deadline
         self._body = Body(0)
         self._rest = b""
         self._read_at = 0.0
@@ -1234,7 +1239,7 @@ class Engine:
         self._tls = tls
         self._pinned = version
         self._version = version
-        self._idle: list[Any] = []
+        self._idle: list[tuple[float, Any]] = []  # when it became so, connection
         self._health_lock = threading.Lock()
         self._health = (-HEALTH_CACHE, False)
 
@@ -1321,10 +1326,11 @@ class Engine:
                 self._health = (time.monotonic(), healthy)
             return healthy
 
-    def close(self) -> None:
-        """Close the idle connections."""
-        while self._idle:
-            self._idle.pop().close()
+    def close_idle(self, before: float = math.inf) -> None:
+        """Close the connections that have been idle since before a time (monotonic)."""
+        with contextlib.suppress(IndexError):  # another thread took the last one
+            while self._idle[0][0] < before:
+                self._idle.pop(0)[1].close()
 
     def _negotiated(self, attempt: Callable[[str], Result]) -> Result:
         """Return attempt(version), tried again if the Engine has changed versions since.
@@ -1374,15 +1380,17 @@ class Engine:
         connection = idle or self._connect()
         answer: Answer | None = None
         try:
+            deadline = time.monotonic() + seconds
             connection.sock.settimeout(seconds)
             if plain:
                 connection.sock.sendall(
                     b"GET %b HTTP/1.0\r\nHost: docker\r\n\r\n" % target.encode()
                 )
-                begun = Answer(connection.sock, method, watch, seconds)
+                begun = Answer(connection.sock, method, watch, deadline)
                 begun.begin()
             else:
-                connection.response_class = functools.partial(Answer, watch=watch, seconds=seconds)
+                respond = functools.partial(Answer, watch=watch, deadline=deadline)
+                connection.response_class = respond
                 connection.request(method, target, body, headers)
                 begun = connection.getresponse()
             answer = begun
@@ -1404,15 +1412,15 @@ class Engine:
     def _release(self, connection: Any, answer: Answer, method: str) -> None:
         """Keep a connection whose answer was read whole, close any other."""
         if method == "GET" and answer.isclosed() and len(self._idle) < MAX_IDLE_CONNECTIONS:
-            self._idle.append(connection)
+            self._idle.append((time.monotonic(), connection))
         else:
             connection.close()
 
     def _idle_connection(self) -> Any:
         """Return a connection that the Engine has not closed meanwhile, None if there is none."""
-        while self._idle:
-            with contextlib.suppress(IndexError):  # another thread took the last one
-                connection = self._idle.pop()
+        with contextlib.suppress(IndexError):  # when there is none, or none any more
+            while True:
+                _, connection = self._idle.pop()
                 if not NOBODY.wait(connection.sock, 0):
                     return connection
                 connection.close()
@@ -1448,7 +1456,7 @@ def engine_error(status: int, body: bytes) -> EngineError:
     """Return the error for a refusal of the Engine, whose body is {"message": ...}."""
     try:
         message = json.loads(body)["message"]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return EngineError(502, f"the Engine answered {status} without saying why")
     return EngineError(status if status in KEPT else 502, str(message))
 
@@ -1699,10 +1707,10 @@ def pull_result(engine: Engine, image: str) -> dict[str, Any]:
     """Return {"image", "digest"} of a pulled image; the digest is its registry's."""
     name, tag = split_image(image)
     full = image if image.endswith((f":{tag}", f"@{tag}")) else f"{name}:{tag}"
-    found = engine.json("GET", f"/images/{quote(full)}/json").get("RepoDigests") or []
+    found = engine.json("GET", f"/images/{quote(full)}/json").get("RepoDigests")
     digests = {}
-    for entry in found:
-        repository, _, digest = entry.partition("@")
+    for entry in found if isinstance(found, list) else ():
+        repository, _, digest = str(entry).partition("@")
         # The Engine may leave out, or add, the registry it takes by default.
         if f"/{name}".endswith(f"/{repository}") or f"/{repository}".endswith(f"/{name}"):
             digests[digest] = digest
@@ -1726,8 +1734,11 @@ def parse_auth(value: str) -> str:
 
 def shape_list(found: bytes) -> bytes:
     """Return our list of containers, as JSON, from the Engine's. Raises EngineError."""
-    containers = decode_answer(found, list)
-    return encode_json({"containers": [listed_container(entry) for entry in containers]}) + b"\n"
+    try:
+        containers = [listed_container(entry) for entry in decode_answer(found, list)]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise EngineError(502, "the Engine's answer is no list of containers") from error
+    return encode_json({"containers": containers}) + b"\n"
 
 
 # Those who ask for these ask over and over, and the Engine's answer is mostly the same.
@@ -1788,6 +1799,7 @@ FILE_ERRORS = {
     errno.ENFILE: (503, "the host has too many files open"),
 }
 
+PUBLISHING = threading.Lock()  # held by who uses a temporary name, of which a file has one
 FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FILE_FLAGS = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -2011,22 +2023,16 @@ def publish(descriptor: int, parent: int, name: bytes, is_new: bool) -> None:
             os.link(source, name, dst_dir_fd=parent)
             return
     temporary = b".dockeragent-%08x" % binascii.crc32(name)
-    for _ in range(PUBLISH_TRIES):
-        try:
-            os.link(source, temporary, dst_dir_fd=parent)
-        except FileExistsError:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=parent)
-            continue
+    with PUBLISHING:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=parent)
+        os.link(source, temporary, dst_dir_fd=parent)
         try:
             os.replace(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
-            return
-        except FileNotFoundError:
-            continue  # another writer of the same name has cleared it away, or put it in place
         except OSError:
-            os.unlink(temporary, dir_fd=parent)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary, dir_fd=parent)
             raise
-    raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
 
 
 def sync_folder(parent: int) -> None:
@@ -2235,7 +2241,10 @@ def split_entry(payload: bytes) -> tuple[bytes, bytes]:
     match = LOG_STAMP.match(payload)
     if not match:
         raise EngineError(502, "the Engine's log has no timestamps")
-    return stamp_from(parse_timestamp(match[0].strip().decode())), payload[match.end() :]
+    try:
+        return stamp_from(parse_timestamp(match[0].strip().decode())), payload[match.end() :]
+    except ValueError as error:
+        raise EngineError(502, "the Engine's log has no timestamps") from error
 
 
 def parse_timestamp(moment: str) -> int:
@@ -2308,6 +2317,8 @@ class ResumePoint:
         moment = int(match[1]) * 10**9 + int(match[2])
         self.since = engine_time(moment - RESUME_MARGIN * 10**9)
         self.found = False  # the very line, or that the Engine has it no longer
+        self.met = False  # the very line, after one of another stamp: its number is right
+        self._first = b""  # the stamp of the first line that came
         self._stamp, self._number = stamp_from(moment), int(match[3])
         self._late = stamp_from(moment + RESUME_JITTER)
         self._older = False
@@ -2320,9 +2331,10 @@ class ResumePoint:
         """
         if self.found:
             return lines
+        self._first = self._first or (lines[0][0] if lines else b"")
         for index, (stamp, number, _, _) in enumerate(lines):
             if stamp == self._stamp and number == self._number:
-                self.found = True
+                self.found, self.met = True, self._first != stamp
                 return lines[index + 1 :]
         if self._stamp in begun:
             return []
@@ -2345,6 +2357,7 @@ class LogReader:
         self.skip = skip  # lines still to be left out
         self.entries = 0  # so far
         self.close = answer.release
+        self.until_end = answer.until_end  # whether a cut looks like the end
         self._answer = answer
         self._demultiplexer = TtyDemultiplexer() if tty else Demultiplexer()
         self._assembler = LineAssembler()
@@ -2370,7 +2383,7 @@ class LogReader:
         lines = self.read(time.monotonic() + CALL_TIMEOUT)
         if lines is None:
             raise EngineError(504, "the Engine did not finish the log in time")
-        return lines + self.unfinished() if self.done else lines
+        return lines
 
     def unfinished(self) -> list[Line]:
         """Return the lines that the end of the log left without a newline."""
@@ -2393,8 +2406,8 @@ class LogReader:
         return self._last if not self._resume or self._resume.found else self._resume_id
 
     def is_resumed(self) -> bool:
-        """Return whether the line to resume after came."""
-        return bool(self._resume and self._resume.found)
+        """Return whether the very line to resume after came, and what precedes it."""
+        return bool(self._resume and self._resume.met)
 
 
 class LogSource(NamedTuple):
@@ -2406,21 +2419,25 @@ class LogSource(NamedTuple):
     query: dict[str, Any]
     watch: Watch
 
-    def open(self, skip: int = 0, resume: str = "", **query: Any) -> LogReader:
-        """Return a reader of the log, timestamps and all. Raises EngineError."""
+    def open(self, skip: int = 0, resume: str = "", plain: bool = True, **query: Any) -> LogReader:
+        """Return a reader of the log, timestamps and all. Raises EngineError.
+
+        plain: quicker, but whether the log came whole is only known by `rest`.
+        """
         path = container_path(self.container, "logs")
         since = {"since": ResumePoint(resume).since} if resume else {}
         query = {k: v for k, v in {**self.query, **since, **query}.items() if v != ""}
-        answer = self.engine.stream("GET", path, query, self.watch, plain=True)
+        answer = self.engine.stream("GET", path, query, self.watch, plain=plain)
         return LogReader(answer, self.tty, query, skip, resume)
 
     def rest(self, reader: LogReader) -> Iterator[list[Line]]:
-        """Yield what a followed log had after the lines that came. Raises EngineError.
+        """Yield what the log had after the lines that came. Raises EngineError.
 
-        The Engine may end the stream of a container that exits before its last lines (seen with
-        20.10 and some 100 followers), so they are read from the log itself.
+        The end of a connection does not tell whether it was the log's, and the Engine may end the
+        stream of a container that exits before its last lines (seen with 20.10 and some 100
+        followers). So they are looked for in the log itself, by an answer that tells its end.
         """
-        query = {**reader.query, "follow": 0}
+        query = {**reader.query, "follow": 0, "plain": False}
         last = reader.last_id()
         if last:
             near = {**query, "tail": REST_ENTRIES}
@@ -2428,12 +2445,14 @@ class LogSource(NamedTuple):
                 lines = []
                 while not static.done:
                     lines += static.read_static()
+                lines += static.unfinished()
                 if static.is_resumed():
                     yield lines
                     return
         with contextlib.closing(self.open(reader.skip, last, **query)) as static:
             while not static.done:
                 yield static.read_static()
+            yield static.unfinished()
 
     def open_tail(self, wanted: int) -> LogReader:
         """Return a reader of the last `wanted` lines. Raises EngineError.
@@ -2454,9 +2473,10 @@ class LogSource(NamedTuple):
     def _count(self, **query: Any) -> tuple[str, int, int]:
         """Return the earliest line's time as since takes it, and the numbers of lines, entries."""
         earliest, count = b"Z", 0
-        with contextlib.closing(self.open(follow=0, **query)) as reader:
+        with contextlib.closing(self.open(follow=0, plain=False, **query)) as reader:
             while not reader.done:
                 lines = reader.read_static()
+                lines += reader.unfinished() if reader.done else []
                 earliest = min([earliest, *(line[0] for line in lines)])
                 count += len(lines)
         return "" if earliest == b"Z" else unix_time(earliest), count, reader.entries
@@ -2468,7 +2488,7 @@ def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
         return [
             encode_json(
                 {
-                    "time": stamp.decode(),
+                    "time": stamp.decode("ascii", "replace"),
                     "stream": STREAMS[kind],
                     "line": text.decode("utf-8", "replace"),
                 }
@@ -2483,10 +2503,11 @@ def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
 def render_events(lines: list[Line], stamps: bool, as_json: bool) -> bytes:
     """Return lines as server-sent events (HTML Standard, section 9.2.5), one each."""
     texts = line_texts(lines, stamps, as_json)
-    # Invariant: a CR ends a line of an event stream, so that a container could forge fields; it
-    # becomes one more data field here, before any text is put in an event. No LF is in a line.
-    if b"\r" in b"".join(texts):
-        texts = [text.replace(b"\r", b"\ndata: ") for text in texts]
+    # Invariant: a CR or LF ends a line of an event stream, so that a container could forge fields;
+    # it becomes one more data field here, before any text is put in an event.
+    whole = b"".join(texts)
+    if b"\r" in whole or b"\n" in whole:
+        texts = [b"\ndata: ".join(re.split(b"[\r\n]", text)) for text in texts]
     events: list[bytes] = []
     for (stamp, number, _, _), text in zip(lines, texts):
         data = b"-1\ndata: " if number == 1 else b"-%d\ndata: " % number
@@ -2513,13 +2534,26 @@ def log_document(
     """Yield {"lines": [...]} as it is read. Raises EngineError, which leaves it broken off."""
     with contextlib.closing(reader):
         separator = b'{"lines":['
-        while not reader.done:
-            if lines := reader.read_static():
+        for lines in static_lines(source, reader):
+            if lines:
                 yield separator + render(lines)
                 separator = b","
-        # An Engine that was killed ends the stream, too; but then it does not answer this.
-        container_state(source)
         yield (b"" if separator == b"," else separator) + b"]}\n"
+
+
+def static_lines(source: LogSource, reader: LogReader) -> Iterator[list[Line]]:
+    """Yield the lines of a log that is not followed. Raises EngineError if they are not whole."""
+    while not reader.done:
+        yield reader.read_static()
+    if not reader.until_end:
+        yield reader.unfinished()
+        return
+    try:
+        yield from source.rest(reader)
+    except EngineError as error:
+        if error.status != 404:
+            raise
+        yield reader.unfinished()  # the container was removed meanwhile
 
 
 def log_events(
@@ -2666,7 +2700,9 @@ def stop_or_restart(call: Call, action: str) -> None:
         query["t"] = wait = int(call.body["timeout"])
     else:
         found = call.engine.json("GET", container_path(call.id, "json"))
-        wait = max(0, member(found, "Config", dict).get("StopTimeout") or DEFAULT_STOP)
+        own = member(found, "Config", dict).get("StopTimeout")
+        # Invariant: a container's own timeout makes no wait longer than a client could ask for.
+        wait = min(MAX_STOP, max(0, own)) if own and isinstance(own, int) else DEFAULT_STOP
     act(call, action, query, wait + CALL_TIMEOUT)
 
 
@@ -2696,7 +2732,7 @@ def unpause(call: Call) -> Response:
 
 def remove(call: Call) -> Response:
     query = {name: int(value) for name, value in call.query.items()}
-    call.engine.call("DELETE", container_path(call.id), query, seconds=START_TIMEOUT)
+    call.engine.call("DELETE", container_path(call.id), query)
     return Response({"message": "container removed"})
 
 
@@ -2755,7 +2791,8 @@ def pull_events(
             if word is None:
                 yield b": ping\n\n"
                 continue
-            detail = word.get("progressDetail") or {}
+            detail = word.get("progressDetail")
+            detail = detail if isinstance(detail, dict) else {}
             sizes = {name: detail.get(name) for name in ("current", "total")}
             yield event("progress", {"id": word.get("id"), "status": word.get("status"), **sizes})
         yield event("done", pull_result(engine, image))
@@ -2819,9 +2856,9 @@ ROUTES = (
 
 def split_target(target: str) -> tuple[list[str], str]:
     """Return a request target's path segments, decoded once, and its query."""
-    if target[:7].lower() == "http://" or target[:8].lower() == "https://":
-        target = "/" + target.split("://", 1)[1].partition("/")[2]  # RFC 9112, "absolute-form"
+    target = re.sub("(?i)^https?://[^/?]*", "", target)  # RFC 9112 section 3.2.2, "absolute-form"
     path, _, query = target.partition("?")
+    path = path or "/"
     return [unquote(segment, errors="replace") for segment in path.split("/")], query
 
 
@@ -3043,8 +3080,8 @@ class Handler(socketserver.BaseRequestHandler):
         """Return the next request's head and take it out of the buffer. Raises ApiError."""
         deadline, scanned, end = time.monotonic() + HEAD_TIMEOUT, 0, 0
         while not end:
-            while self.buffer[:2] == b"\r\n":  # empty lines first are allowed (RFC 9112, 2.2)
-                self.buffer, scanned = self.buffer[2:], 0
+            if self.buffer[:2] == b"\r\n":  # empty lines first are allowed (RFC 9112, 2.2)
+                self.buffer, scanned = EMPTY_LINES.sub(b"", self.buffer, 1), 0
             line, whole, _ = self.buffer[: MAX_REQUEST_LINE + 2].partition(b"\r\n")
             if whole and not self.path and (match := REQUEST_LINE.fullmatch(line)):
                 self.method, self.path = match[1].decode(), match[2].decode()  # for the log
@@ -3117,7 +3154,10 @@ class Handler(socketserver.BaseRequestHandler):
         self.unread = False
         if not data.strip(b" \t\r\n") and not route.body["required"]:
             return {}
-        checked: dict[str, Any] = validate(route.body, decode_json(data))
+        value = decode_json(data)
+        if value is None and not route.body["required"]:
+            return {}
+        checked: dict[str, Any] = validate(route.body, value)
         return checked
 
     def receive_body(self, body: Body) -> bytes:
@@ -3291,8 +3331,9 @@ class Server(http.server.ThreadingHTTPServer):
         self.log("warning", "request", **fields, request_id=request_id, client_ip=client)
 
     def service_actions(self) -> None:
-        """Close the refused connections that have had their moment; called twice a second."""
+        """Close what has had its moment, here and at the Engine; called twice a second."""
         now = time.monotonic()
+        self.engine.close_idle(now - IDLE_CONNECTION)
         while self._refused and (self._refused[0][0] < now or len(self._refused) > REFUSALS):
             self._refused.popleft()[1].close()
 
@@ -3313,7 +3354,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().server_close()
         for sock in (*(sock for _, sock in self._refused), self.stopping, self._stop):
             sock.close()
-        self.engine.close()
+        self.engine.close_idle()
 
 
 # --------------------------------------------------------------------------------------------------
