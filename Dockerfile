@@ -17,6 +17,6 @@ EXPOSE 3000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=10s --retries=3 \
     CMD ["/usr/bin/python3", "/dockeragent.py", "healthcheck"]
 
-# Exec form: the agent is process 1 and gets SIGTERM itself. It stops within 10 s, which is what
-# `docker stop` waits.
+# Exec form: the agent is process 1 and gets SIGTERM itself. Requests in flight have 10 s then, so
+# start it with a --stop-timeout of more.
 ENTRYPOINT ["/usr/bin/python3", "/dockeragent.py"]
