@@ -89,6 +89,7 @@ LINGER_TIMEOUT = 3.0  # for the client to read an answer that came before its bo
 GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
 RECEIVE = 64 * 1024  # bytes asked of a socket at once
 STREAM_BUFFER = 128 * 1024  # bytes the kernel holds for a slow reader of a stream
+SHORT_KEY = 8  # characters; one below is not looked for in texts
 MAX_MESSAGE = 2000  # characters of an error's message; it may repeat what a client sent
 REFUSALS = 256  # refused connections left open for a moment so that their 503 is read
 
@@ -525,9 +526,9 @@ class Log:
             self._dropped += 1
 
     def redact(self, text: str) -> str:
-        """Return text without the key in it."""
+        """Return text without the key in it, unless that is so short that any word may have it."""
         for secret in self._secrets:
-            text = text.replace(secret, "***")
+            text = text.replace(secret, "***") if len(secret) >= SHORT_KEY else text
         return text
 
 
@@ -1095,6 +1096,7 @@ def connect(address: Address, tls: ssl.SSLContext | None) -> socket.socket:
             patience = struct.pack("@ll", int(CONNECT_TIMEOUT), 0)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
             sock.connect(address.path)
+            sock.settimeout(CONNECT_TIMEOUT)
         else:
             there = (address.host, address.port)
             sock = on_error.enter_context(socket.create_connection(there, CONNECT_TIMEOUT))
@@ -2966,16 +2968,14 @@ class Handler(socketserver.BaseRequestHandler):
                 if not data:
                     break
                 self.buffer += data
-        self.answered = False  # and has been read: nobody is given time for that
+        self.answered = self.answered and NOBODY.wait(self.sock, 0)  # else there is no more to read
         return False
 
     def serve(self) -> None:
         """Answer one request and log it. The one place where errors become answers."""
         self.started = time.monotonic()
         self.id = secrets.token_hex(8)
-        # Known before its line is: an answer to a HEAD has no body, not even one that refuses it.
-        self.method = "HEAD" if self.buffer.startswith(b"HEAD ") else ""
-        self.path, self.client = "", self.neighbour
+        self.method, self.path, self.client = "", "", self.neighbour
         self.headers: dict[str, str] = {}
         self.minor, self.status, self.sent = 1, 0, 0
         self.unread = True  # until the request's end is known and reached
@@ -3020,6 +3020,8 @@ class Handler(socketserver.BaseRequestHandler):
         deadline, scanned, end = time.monotonic() + HEAD_TIMEOUT, 0, 0
         while not end:
             line, whole, _ = self.buffer[: MAX_REQUEST_LINE + 2].partition(b"\r\n")
+            if not self.path:  # not even an answer that refuses a HEAD has a body
+                self.method = "HEAD" if line.startswith(b"HEAD ") else ""
             if whole and not self.path:
                 self.read_request_line(line)
             end, scanned = head_end(self.buffer, scanned), len(self.buffer)

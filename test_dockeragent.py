@@ -690,10 +690,12 @@ def test_secret_in_a_malformed_request_is_not_logged(data, pair):
     assert secret not in json.dumps(pair.agent.log)
 
 
-@pytest.mark.parametrize("kind", ["closed by its reader", "full", "full disk", "not open at all"])
+@pytest.mark.parametrize(
+    "kind", ["closed by its reader", "full", "full disk", "not open at all", "held terminal"]
+)
 def test_dead_stdout_never_takes_the_server_down(kind, fake_engine, tmp_path):
     path = str(tmp_path / "agent.sock")
-    reader, writer = os.pipe()
+    reader, writer = os.openpty() if kind == "held terminal" else os.pipe()
     stdout = os.open("/dev/full", os.O_WRONLY) if kind == "full disk" else writer
     code = f"import os; os.close(1); os.execv({sys.executable!r}, {[sys.executable, str(SOURCE)]})"
     process = subprocess.Popen(
@@ -736,6 +738,44 @@ def test_dead_stdout_never_takes_the_server_down(kind, fake_engine, tmp_path):
             os.close(stdout)
         if kind != "closed by its reader":
             os.close(reader)
+
+
+def test_line_that_a_full_disk_cut_short_stays_a_line_of_its_own(fake_engine, tmp_path):
+    with mounted("tmpfs", tmp_path / "small", "size=12k"):
+        log, ballast = tmp_path / "small/log", tmp_path / "small/ballast"
+        ballast.write_bytes(b"x" * 8192)
+        path = f"{tmp_path}/agent.sock"
+        with log.open("ab") as stdout:
+            process = subprocess.Popen(
+                [sys.executable, str(SOURCE)],
+                env={
+                    "API_KEY": KEY,
+                    "LISTEN_ADDR": f"unix://{path}",
+                    "DOCKER_HOST": fake_engine.url,
+                },
+                stdout=stdout,
+            )
+        try:
+            with contextlib.closing(UnixConnection(path)) as connection:
+                until(lambda: os.path.exists(path) and b"listening" in log.read_bytes(), "a start")
+
+                def ask() -> None:
+                    connection.request("GET", "/x")
+                    assert connection.getresponse().read()
+
+                while log.stat().st_size < 4096:
+                    ask()
+                ask()
+                ballast.unlink()
+                ask()
+                ask()
+        finally:
+            process.terminate()
+            process.wait()
+        lines = log.read_text().splitlines()
+        cut = [number for number, line in enumerate(lines) if not line.endswith("}")]
+        assert len(cut) == 1 and json.loads(lines[cut[0] + 1])["dropped"] >= 1
+        assert all(json.loads(line) for line in lines if line.endswith("}"))
 
 
 def select_readable(descriptor: int) -> bool:
@@ -817,6 +857,9 @@ def test_table_of_clients_is_bounded_but_holds_10000():
         ("mapped peer that is a proxy", "::ffff:10.0.0.1", "::ffff:192.0.2.1", "192.0.2.1"),
         ("IPv6 proxy and client", "2001:db8::1", "2001:DB8:1::0001", "2001:db8:1::1"),
         ("link-local with a zone", "fe80::1%eth0", "", "fe80::1"),
+        ("with a port", "10.0.0.1", "203.0.113.9, 192.0.2.1:4711", "192.0.2.1"),
+        ("IPv6 with a port", "10.0.0.1", "[2001:db8:1::1]:443", "2001:db8:1::1"),
+        ("IPv4 with a zone", "10.0.0.1", "192.0.2.1%eth0", "10.0.0.1"),
         ("Unix socket", "", "192.0.2.1", "unix"),
     ),
 )
@@ -1845,6 +1888,18 @@ def test_healthcheck(kind, pki, fake_engine, tmp_path):
         until(lambda: command("healthcheck", **env).returncode == ill, "an Engine that is ill")
     done = command("healthcheck", **env)
     assert done.returncode == 1 and "Traceback" not in done.stderr
+
+
+def test_healthcheck_needs_no_key_and_knows_a_stranger(pki, fake_engine, tmp_path):
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        env = {"LISTEN_ADDR": f"127.0.0.1:{agent.port}", "API_KEY": "", "API_KEY_FILE": "/none"}
+        assert command("healthcheck", **env).returncode == 0
+        # A server without TLS is not the one that this environment configures.
+        names = ("TLS_CERT_FILE", "TLS_KEY_FILE", "TLS_CLIENT_CA_FILE")
+        env.update(zip(names, map(pki.file, ("server.pem", "server.key", "ca.pem"))))
+        assert command("healthcheck", **env).returncode == 1
+    done = command("healthcheck", LISTEN_ADDR="x")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
 def test_large_answer_of_an_engine_that_closes_the_connection_is_read_whole(pair):
@@ -2975,6 +3030,21 @@ def test_error_inside_a_pull(fakes, pieces, end, status, words):
     assert (kind, error["status"], set(error)) == ("error", status, {"error", "message", "status"})
     assert words in error["message"]
     assert [seen.target for seen in fake.requests()][-1] == "/images/create?fromImage=x&tag=1"
+
+
+@pytest.mark.parametrize(
+    "message, status",
+    [
+        ('Get "https://r.io/v2/": dial tcp 10.0.0.1:443: connect: connection refused', 502),
+        ("pull access denied for x, repository does not exist", 403),
+        ("manifest for x:1 not found: manifest unknown", 404),
+        ("the disk is on fire", 500),
+    ],
+)
+def test_refused_pull_is_sorted_by_what_the_engine_says(fakes, message, status):
+    fake, agent = fakes
+    fake.script["POST /images/create"] = http_answer({"message": message}, 500)
+    assert_envelope(agent.post("/api/v1/images/pull", {"image": "x:1"}), status, message)
 
 
 @pytest.mark.parametrize("begun", [True, False], ids=["after some progress", "before the head"])
