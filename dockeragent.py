@@ -124,7 +124,7 @@ BURST_PAUSE = 0.0004  # seconds
 # Resuming reads the log again from this long before the last line: an entry that was begun earlier
 # may have been finished later, and is stamped with its beginning.
 RESUME_MARGIN = 3600  # seconds
-REST_ENTRIES = 100  # read again at the end of a followed log
+REST_ENTRIES = 500  # read again at the end of a followed log
 TAIL_MARGIN = 1000  # entries that may be written between two looks at a log's tail
 RESUME_JITTER = 10_000_000  # nanoseconds by which stdout and stderr may be stored out of order
 
@@ -2420,7 +2420,7 @@ class LogSource(NamedTuple):
         stream of a container that exits before its last lines (seen with 20.10 and some 100
         followers). So they are looked for in the log itself, by an answer that tells its end.
         """
-        query = {**reader.query, "follow": 0, "plain": False}
+        query = {**reader.query, "follow": 0, "plain": False, "tail": ""}
         last = reader.last_id()
         try:
             if last:
@@ -2454,10 +2454,13 @@ class LogSource(NamedTuple):
                 bounds["until"] = min(self.query.get("until", last), last, key=nanoseconds)
             earliest, _, lines, _ = self._count(**bounds)
             if found < entries or (lines > wanted and earliest == since):
-                reader = self.open(max(0, lines - wanted), **bounds)
-                if self.query["follow"] or found < entries or reader.begins_at(since):
-                    return reader
-                reader.close()
+                with contextlib.ExitStack() as otherwise:
+                    follow = bool(self.query["follow"])
+                    reader = self.open(max(0, lines - wanted), plain=follow, **bounds)
+                    otherwise.callback(reader.close)
+                    if follow or found < entries or reader.begins_at(since):
+                        otherwise.pop_all()
+                        return reader
             entries, margin = 8 * entries, 8 * margin
 
     def _count(self, **query: Any) -> tuple[str, str, int, int]:
