@@ -486,7 +486,7 @@ class Log:
     def __init__(self, level: str, secret: bytes, descriptor: int = 1) -> None:
         self._rank = LEVELS[level]
         text = secret.decode("latin-1")  # as what clients send is
-        self._secrets = {text, quote(text, safe="")}
+        self._secrets = {text, secret.decode("utf-8", "replace"), quote(secret, safe="")}
         with contextlib.suppress(OSError):
             if os.isatty(descriptor):
                 # A terminal polls writable while one byte fits, and may be held (Ctrl-S). By an
@@ -1093,7 +1093,7 @@ def connect(address: Address, tls: ssl.SSLContext | None) -> socket.socket:
         if address.path:
             sock = on_error.enter_context(socket.socket(socket.AF_UNIX))
             # Not settimeout(), with which a full backlog is an error at once.
-            patience = struct.pack("@ll", int(CONNECT_TIMEOUT), 0)
+            patience = struct.pack("@qq", int(CONNECT_TIMEOUT), 0)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
             sock.connect(address.path)
             sock.settimeout(CONNECT_TIMEOUT)
@@ -1795,9 +1795,15 @@ class Walk:
         # Invariant: a folder that is made, removed and made again ends some time.
         if self._missing > MAX_PATH:
             raise ApiError(409, "path: is being changed by somebody else; try again")
-        with contextlib.suppress(FileExistsError):  # somebody else was faster: open theirs
-            os.mkdir(name, 0o755, dir_fd=self._stack[-1])
-            self._made.append((os.dup(self._stack[-1]), name))
+        parent = os.dup(self._stack[-1])
+        try:
+            os.mkdir(name, 0o755, dir_fd=parent)
+        except OSError as error:
+            os.close(parent)
+            if error.errno != errno.EEXIST:  # somebody else was faster: open theirs
+                raise
+        else:
+            self._made.append((parent, name))
 
     def _read_link(self, name: bytes) -> list[bytes]:
         """Return the components of a link's target, back at the root if it is absolute."""
@@ -1966,6 +1972,7 @@ def replace(parent: int, name: bytes, found: os.stat_result | None, write: FileW
         stack.callback(os.close, descriptor)
         write_all(descriptor, write.content)
         if found:
+            set_owner_and_mode(descriptor, write, found)  # a change of owner takes capabilities
             keep_attributes(descriptor, parent, name)
         set_owner_and_mode(descriptor, write, found)
         with if_supported():
@@ -1991,14 +1998,16 @@ def publish(descriptor: int, parent: int, name: bytes, is_new: bool) -> None:
 
 
 def sync_folder(parent: int) -> None:
-    """Make a rename last. Raises OSError."""
-    with contextlib.suppress(PermissionError):  # a folder that may be written but not listed
+    """Make a rename last, if the folder may be opened, not only written to. Raises OSError."""
+    try:
         descriptor = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
-        try:
-            with if_supported():
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    except OSError:  # no reason to call a failure what is in place
+        return
+    try:
+        with if_supported():
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def overwrite(parent: int, name: bytes, write: FileWrite) -> None:
@@ -2301,9 +2310,9 @@ class ResumePoint:
             self._has_same = self._has_same or line[0] == self._stamp
             if line[0] > self._stamp:
                 self.held.append(line)
-                # Until an older line has come, a newer one means that the very line is gone; from
-                # then on it may only be the other stream's, which is stored up to so much early.
-                if line[0] > self._late or self._has_same or self._first > self._stamp:
+                # The very line is gone, unless this one is only stored before it: lines of the two
+                # streams may be, by a little.
+                if line[0] > self._late or self._has_same:
                     self.found = True
                     return [*self.held, *lines[index + 1 :]]
         return []
@@ -2388,6 +2397,10 @@ class LogReader:
         """Return the id after which this log goes on, "" for its beginning."""
         return self._last if not self._resume or self._resume.found else self._resume_id
 
+    def is_begun(self) -> bool:
+        """Return whether a line has begun whose end has not come."""
+        return any(text for _, text in self._assembler.parts.values())
+
     def is_resumed(self) -> bool:
         """Return whether the very line to resume after came, and what precedes it."""
         return bool(self._resume and self._resume.met)
@@ -2421,9 +2434,11 @@ class LogSource(NamedTuple):
         followers). So they are looked for in the log itself, by an answer that tells its end.
         """
         query = {**reader.query, "follow": 0, "plain": False, "tail": ""}
-        last = reader.last_id()
+        last, begun = reader.last_id(), reader.is_begun()
+        if begun:  # its beginning may be before what is read again otherwise
+            query.setdefault("since", "")
         try:
-            if last:
+            if last and not begun:
                 near = {**query, "tail": REST_ENTRIES}
                 with contextlib.closing(self.open(reader.skip, last, **near)) as static:
                     lines = [line for some in static.lines() for line in some]
@@ -2446,9 +2461,13 @@ class LogSource(NamedTuple):
         """
         entries, margin = wanted + 1, TAIL_MARGIN
         while True:
-            since, last, _, found = self._count(tail=entries, until="")
+            # Of both streams: the Engine counts its tail before it leaves one out.
+            since, last, _, found = self._count(tail=entries, until="", stdout=1, stderr=1)
             if not last:
-                return self.open()
+                if found < entries:
+                    return self.open()
+                entries, margin = 8 * entries, 8 * margin
+                continue
             bounds: dict[str, Any] = {"since": since, "tail": 2 * entries + margin}
             if not self.query["follow"]:  # what is written from now on is not in the tail
                 bounds["until"] = min(self.query.get("until", last), last, key=nanoseconds)
@@ -2468,9 +2487,9 @@ class LogSource(NamedTuple):
         stamps, count = [b"Z"], 0
         with contextlib.closing(self.open(follow=0, plain=False, **query)) as reader:
             for lines in reader.lines():
-                found = [line[0] for line in lines]
+                found = [line[0] for line in lines if self.query.get(STREAMS[line[2]], 1)]
                 stamps = [min([stamps[0], *found]), max([*stamps[1:], *found], default=b"")]
-                count += len(lines)
+                count += len(found)
         if not count:
             return "", "", 0, reader.entries
         return unix_time(stamps[0]), unix_time(stamps[1]), count, reader.entries
@@ -3003,7 +3022,7 @@ class Handler(socketserver.BaseRequestHandler):
             latency_ms=round((time.monotonic() - self.started) * 1000, 3),
             request_id=self.id,
             client_ip=self.client,
-            bytes=self.sent,
+            bytes=max(0, self.sent),
         )
 
     def fill(self, deadline: float, what: str, watch: Watch) -> bytes:

@@ -3837,6 +3837,35 @@ def test_tail_of_a_container_that_goes_on_writing_is_no_longer(agent, engine):
     assert [event.data for event in events[:-1]] == [str(n) for n in written[-7:]]
 
 
+@pytest.fixture(scope="module")
+def lopsided(engine: RealEngine) -> str:
+    """A log of 50 lines on stderr, then 300 on stdout, one on stderr and two on stdout."""
+    numbers = "n=0; while [ $((n+=1)) -le $1 ]; do echo $2$n; done"
+    script = f"""w() {{ {numbers}; }}
+        w 50 e >&2; usleep 50000; w 300 o; usleep 50000; echo late >&2; usleep 50000; w 2 z"""
+    return engine.run("sh", "-c", script)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2, 5, 49, 51, 60])
+def test_tail_of_one_stream_is_of_that_stream(agent, lopsided, wanted):
+    errors = [f"e{n}" for n in range(1, 51)] + ["late"]
+    lines = errors[len(errors) - min(wanted, len(errors)) :]
+    query = ("stdout=false", f"tail={wanted}")
+    assert read_lines(agent, lopsided, *query) == lines
+    assert follow_lines(agent, lopsided, *query) == lines
+
+
+@pytest.mark.parametrize(
+    "begun", ["printf lost-words", "head -c 70000 /dev/zero | tr '\\0' x"], ids=["words", "entries"]
+)
+def test_line_without_an_end_is_whole_however_much_comes_after(agent, engine, begun):
+    rest = "n=0; while [ $((n+=1)) -le 700 ]; do echo $n; done"
+    name = engine.run("sh", "-c", f"({begun}) >&2; usleep 100000; {rest}")
+    whole = "lost-words" if "words" in begun else "x" * 70_000
+    for lines in (read_lines(agent, name), follow_lines(agent, name)):
+        assert sorted(lines, key=len)[-1] == whole and len(lines) == 701
+
+
 def test_tail_has_the_long_line_that_was_begun_earlier(agent, engine):
     short = "for n in 1 2 3 4; do echo $n >&2; done"
     script = f"head -c 40000 /dev/zero | tr '\\0' a; sleep 0.3; {short}; sleep 0.3; echo"
@@ -4645,11 +4674,9 @@ def agent_image(engine: RealEngine) -> Iterator[str]:
 def test_readme_image_runs(
     agent_image: str, engine: RealEngine, name: str, tmp_path: Path, index: int, root: bool
 ) -> None:
-    runs = [
-        run
-        for block in readme_blocks("### In a container", "sh")
-        for run in re.findall(r"(?ms)^docker run .*?[^\\]$", block)
-    ]
+    blocks = "\n".join(readme_blocks("### In a container", "sh"))
+    runs = re.findall(r"(?ms)^docker run .*?[^\\]$", blocks)
+    (export,) = re.findall("(?m)^export .*$", blocks)
     container, sibling = f"{name}-agent", f"{name}-sibling"
     command = runs[index].replace("--name dockeragent", f"--name {container} --health-interval 1s")
     command = command.replace("127.0.0.1:3000:3000", "127.0.0.1::3000").replace(
@@ -4660,7 +4687,7 @@ def test_readme_image_runs(
     # Below /tmp, which others may enter, unlike pytest's own folders.
     host = Path(tempfile.mkdtemp(dir="/tmp"))
     try:
-        shell(command, tmp_path)
+        shell(f"{export}\n{command}", tmp_path)
         until(lambda: engine.inspect(container)["State"]["Health"]["Status"] == "healthy", "health")
         config = engine.inspect(container)
         port = config["NetworkSettings"]["Ports"]["3000/tcp"][0]["HostPort"]
