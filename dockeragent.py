@@ -89,7 +89,7 @@ LINGER_TIMEOUT = 3.0  # for the client to read an answer that came before its bo
 GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
 RECEIVE = 64 * 1024  # bytes asked of a socket at once
 STREAM_BUFFER = 128 * 1024  # bytes the kernel holds for a slow reader of a stream
-SHORT_KEY = 8  # characters; one below is not looked for in texts
+SHORT_KEY = 8  # characters; answers may have the words that a shorter one is in
 MAX_MESSAGE = 2000  # characters of an error's message; it may repeat what a client sent
 REFUSALS = 256  # refused connections left open for a moment so that their 503 is read
 
@@ -481,12 +481,13 @@ CLIENT_TEXT = {"method", "path", "request_id", "error", "traceback"}  # may hold
 
 
 class Log:
-    """Writes log lines to a descriptor; drops them, and counts, rather than wait for a reader."""
+    """Writes log lines to stdout; drops them, and counts, rather than wait for a reader."""
 
-    def __init__(self, level: str, secret: bytes, descriptor: int = 1) -> None:
+    def __init__(self, level: str, secret: bytes) -> None:
         self._rank = LEVELS[level]
         text = secret.decode("latin-1")  # as what clients send is
         self._secrets = {text, secret.decode("utf-8", "replace"), quote(secret, safe="")}
+        descriptor = 1
         with contextlib.suppress(OSError):
             if os.isatty(descriptor):
                 # A terminal polls writable while one byte fits, and may be held (Ctrl-S). By an
@@ -525,10 +526,10 @@ class Log:
                         return
             self._dropped += 1
 
-    def redact(self, text: str) -> str:
-        """Return text without the key in it, unless that is so short that any word may have it."""
+    def redact(self, text: str, least: int = 1) -> str:
+        """Return text without the key in it, unless that has less than `least` characters."""
         for secret in self._secrets:
-            text = text.replace(secret, "***") if len(secret) >= SHORT_KEY else text
+            text = text.replace(secret, "***") if len(secret) >= least else text
         return text
 
 
@@ -3066,13 +3067,9 @@ class Handler(socketserver.BaseRequestHandler):
 
     def answer(self, fields: Fields) -> Response:
         """Check one request, in the order that tells a stranger least, and have it answered."""
-        own = fields.get("x-request-id", [""])
-        if (
-            len(own) == 1
-            and REQUEST_ID.fullmatch(own[0])
-            and self.server.log.redact(own[0]) == own[0]
-        ):
-            self.id = own[0]
+        own = ",".join(fields.get("x-request-id", []))
+        if REQUEST_ID.fullmatch(own) and self.server.log.redact(own, SHORT_KEY) == own:
+            self.id = own
         config = self.server.config
         if forwarded := ",".join(fields.get("x-forwarded-for", [])):
             self.client = client_address(self.client_address, forwarded, config.trusted_proxies)
@@ -3155,7 +3152,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.server.log(level, "broken off", request_id=self.id, error=error.message)
             return
         # Invariant: no answer holds the key, not even one that repeats what a client sent.
-        body = envelope(error.status, self.server.log.redact(error.message))
+        body = envelope(error.status, self.server.log.redact(error.message, SHORT_KEY))
         self.respond(Response(body, error.status, error.headers))
 
     def respond(self, response: Response) -> None:

@@ -1602,6 +1602,14 @@ def test_answers_do_not_repeat_the_key(pair):
     assert len(pair.agent.post(KILL, {"x" * 5_000_000: 1}).body) < 5000
 
 
+def test_short_key_garbles_no_answer(fake_engine):
+    with Agent(DOCKER_HOST=fake_engine.url, API_KEY="web") as agent:
+        reply = agent.get("/web", key="web", headers={"X-Request-ID": "web-1"})
+        assert reply.headers["x-request-id"] == "web-1"
+        assert_envelope(agent.post(KILL, {"web": 1}, key="web"), 400, "web: is unknown")
+        assert "web" not in json.dumps(until(lambda: agent.lines("request")[1:], "the log"))
+
+
 def test_http_1_0_is_answered_and_closed(pair):
     data = b"GET /x HTTP/1.0\r\nConnection: keep-alive\r\n\r\n" + SMUGGLED
     assert [reply.status for reply in split_replies(pair.agent.raw(data))] == [404]
