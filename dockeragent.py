@@ -128,6 +128,7 @@ REST_ENTRIES = 500  # read again at the end of a followed log
 TAIL_MARGIN = 1000  # entries that may be written between two looks at a log's tail
 RESUME_JITTER = 10_000_000  # nanoseconds by which stdout and stderr may be stored out of order
 
+WALKS = 20  # attempts at a path whose folders another request takes away, one after the other
 MAX_LINKS = 40  # symbolic links in one path, as Linux has it
 MAX_PATH = 4096  # bytes, PATH_MAX
 
@@ -1840,7 +1841,7 @@ def write_beneath(root: str, path: str, write: FileWrite) -> None:
     nothing has changed. Raises ApiError: 400, 403, 409, 503, 507, and 500 for an I/O error.
     """
     *parents, name = split_path(path)
-    for attempts_left in (2, 1, 0):
+    for attempts_left in reversed(range(WALKS)):
         try:
             with Walk(root) as walk:
                 write_in(walk.descend(parents), name, write)
