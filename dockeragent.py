@@ -85,6 +85,7 @@ HEAD_TIMEOUT = 10.0  # and for the TLS handshake
 BODY_TIMEOUT = 60.0
 IDLE_TIMEOUT = 75.0  # between two requests of one connection
 WRITE_TIMEOUT = 30.0  # without a byte taken by the client
+HALF_CLOSED = 2.0  # of silence, after which a client that sends no more is taken for gone
 LINGER_TIMEOUT = 3.0  # for the client to read an answer that came before its body was read
 GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
 RECEIVE = 64 * 1024  # bytes asked of a socket at once
@@ -143,7 +144,7 @@ FIELD_BLOCK_BEGUN = re.compile(FIELD_LINES + rb"(?:" + TOKEN + rb"(?::[\t -~\x80
 HOST_VALUE = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 section 2.2
 LONE_CONTROL = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0")
-CHUNK_LINE = re.compile(rb"\r\n0{0,32}([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
 
 HOP_PORT = re.compile(r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$")  # what some proxies add
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -536,9 +537,8 @@ class Log:
 
 def describe_bug(error: BaseException | None) -> str:
     """Return where an error was raised, and its class; its text could hold what a client sent."""
-    return (
-        "".join(traceback.format_tb(getattr(error, "__traceback__", None))) + type(error).__name__
-    )
+    places = traceback.format_tb(error.__traceback__ if error else None)
+    return "".join(places) + type(error).__name__
 
 
 def fit_line(record: dict[str, Any]) -> bytes:
@@ -800,8 +800,8 @@ def decode_query(query: str, schema: Schema) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------
 
 SIGNALS = (
-    "ABRT|ALRM|BUS|CHLD|CONT|FPE|HUP|ILL|INT|KILL|PIPE|POLL|PROF|QUIT|SEGV|STOP|SYS|TERM|TRAP|TSTP|TTIN"
-    "|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ"
+    "ABRT|ALRM|BUS|CHLD|CONT|FPE|HUP|ILL|INT|KILL|PIPE|POLL|PROF|QUIT|SEGV|STOP|SYS|TERM|TRAP|TSTP"
+    "|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ"
 )
 PORT = (
     "0{0,9}(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
@@ -1060,17 +1060,23 @@ class Watch(NamedTuple):
             return True
         poll = select.poll()  # select() cannot take descriptors past 1023
         poll.register(sock, select.POLLIN)
-        if self.client:  # gone once its end is shut, whatever is still to be read from it
+        if self.client:  # its end is shut, whatever is still to be read from it
             poll.register(self.client, select.POLLRDHUP)
         if self.stop:
             poll.register(self.stop, select.POLLIN)
         seconds = deadline - time.monotonic()
         ready = {descriptor for descriptor, _ in poll.poll(max(0, math.ceil(seconds * 1000)))}
-        if self.client and self.client.fileno() in ready:
-            raise ClientGone
         if self.stop and self.stop.fileno() in ready:
             raise Stopping
-        return bool(ready)
+        if sock.fileno() in ready or not ready:
+            return bool(ready)
+        # The client has gone, or has shut only its half of the connection (nc -N): who waits for
+        # an answer gets what comes soon.
+        patience = time.monotonic() + HALF_CLOSED
+        came = self._replace(client=None).wait(sock, min(deadline, patience))
+        if not came and patience <= deadline:
+            raise ClientGone
+        return came
 
 
 NOBODY = Watch()
@@ -1163,9 +1169,12 @@ class Answer:
         head, end, self._rest = head.partition(b"\r\n\r\n")
         first, _, block = (head + end).partition(b"\r\n")
         match = STATUS_LINE.fullmatch(first)
-        if not (match and FIELD_BLOCK.fullmatch(block)):
+        if not match:
             raise EngineError(502, "the Engine's answer is not HTTP")
-        self.status, self.fields = int(match[1]), parse_fields(block)
+        try:
+            self.status, self.fields = int(match[1]), parse_fields(block)
+        except BadMessage as error:
+            raise EngineError(502, f"the Engine's answer is not HTTP: {error}") from error
 
     def read(self, deadline: float) -> bytes | None:
         """Return bytes of the body, b"" at its end, None if none came until deadline (monotonic).
@@ -1277,10 +1286,7 @@ class Engine:
         return answer
 
     def version(self, deadline: float, again: bool = False) -> str:
-        """Return the API version in use, such as "1.41"; ask if it may be another by now.
-
-        Raises EngineError.
-        """
+        """Return the API version in use, such as "1.41", asked for if it may be another by now."""
         version, asked = self._version
         if self._pinned:
             return self._pinned
@@ -1708,6 +1714,7 @@ FILE_ERRORS = {
     errno.EISDIR: (409, "there is a folder in the file's place"),
     errno.EEXIST: (409, "the path was changed by somebody else meanwhile; try again"),
     errno.ELOOP: (409, "the path was changed by somebody else meanwhile; try again"),
+    errno.ENODATA: (409, "the path was changed by somebody else meanwhile; try again"),
     errno.ENXIO: (409, "there is something other than a regular file"),
     errno.ENODEV: (409, "there is something other than a regular file"),
     errno.ESPIPE: (409, "there is something other than a regular file"),
@@ -2135,8 +2142,6 @@ class TtyDemultiplexer:
 
     def end(self) -> list[Entry]:
         """Return what is left at the end of the stream: a line with no newline."""
-        if self._rest and not LOG_STAMP.match(self._rest):
-            raise EngineError(502, "the Engine broke off in the middle of a timestamp")
         return [(1, self._rest)] if self._rest else []
 
 
@@ -2461,40 +2466,38 @@ class LogSource(NamedTuple):
         the middle of one. So ask it only for a stamp early enough, and count the lines since. It
         finds that stamp from the end, too: from the beginning it would read the whole log.
         """
-        entries, margin = wanted + 1, TAIL_MARGIN
+        scale, follow = 1, bool(self.query["follow"])
         while True:
+            entries, margin, scale = scale * (wanted + 1), scale * TAIL_MARGIN, 8 * scale
             # Of both streams: the Engine counts its tail before it leaves one out.
             since, last, _, found = self._count(tail=entries, until="", stdout=1, stderr=1)
+            if not last and found < entries:
+                return self.open()
             if not last:
-                if found < entries:
-                    return self.open()
-                entries, margin = 8 * entries, 8 * margin
                 continue
             bounds: dict[str, Any] = {"since": since, "tail": 2 * entries + margin}
-            if not self.query["follow"]:  # what is written from now on is not in the tail
+            if not follow:  # what is written from now on is not in the tail
                 bounds["until"] = min(self.query.get("until", last), last, key=nanoseconds)
             earliest, _, lines, _ = self._count(**bounds)
             if found < entries or (lines > wanted and earliest == since):
                 with contextlib.ExitStack() as otherwise:
-                    follow = bool(self.query["follow"])
                     reader = self.open(max(0, lines - wanted), plain=follow, **bounds)
                     otherwise.callback(reader.close)
                     if follow or found < entries or reader.begins_at(since):
                         otherwise.pop_all()
                         return reader
-            entries, margin = 8 * entries, 8 * margin
 
     def _count(self, **query: Any) -> tuple[str, str, int, int]:
         """Return the first and last times as since takes them, the numbers of lines and entries."""
-        stamps, count = [b"Z"], 0
+        first, last, count = b"Z", b"", 0
         with contextlib.closing(self.open(follow=0, plain=False, **query)) as reader:
             for lines in reader.lines():
-                found = [line[0] for line in lines if self.query.get(STREAMS[line[2]], 1)]
-                stamps = [min([stamps[0], *found]), max([*stamps[1:], *found], default=b"")]
-                count += len(found)
+                for stamp, _, kind, _ in lines:
+                    if self.query.get(STREAMS[kind], 1):
+                        first, last, count = min(first, stamp), max(last, stamp), count + 1
         if not count:
             return "", "", 0, reader.entries
-        return unix_time(stamps[0]), unix_time(stamps[1]), count, reader.entries
+        return unix_time(first), unix_time(last), count, reader.entries
 
 
 def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
@@ -2502,8 +2505,9 @@ def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
     if as_json:
         texts = []
         for stamp, _, kind, text in lines:
-            origin = {"time": stamp.decode("ascii", "replace"), "stream": STREAMS[kind]}
-            texts.append(encode_json({**origin, "line": text.decode("utf-8", "replace")}))
+            shown = {"time": stamp.decode("ascii", "replace"), "stream": STREAMS[kind]}
+            shown["line"] = text.decode("utf-8", "replace")
+            texts.append(encode_json(shown))
         return texts
     if stamps:
         return [b"%b %b" % (stamp, text) for stamp, _, _, text in lines]
@@ -2736,7 +2740,7 @@ def logs(call: Call) -> Response:
     if last:
         ResumePoint(last)
     found = call.engine.json("GET", container_path(call.id, "json"))
-    watch = call.watch if follow else NOBODY  # a client may have shut its half
+    watch = call.watch if follow else call.watch._replace(stop=None)
     tty = bool(member(found, "Config", dict).get("Tty"))
     source = LogSource(call.engine, member_id(found), tty, query, watch)
     tail = asked.get("tail", "all")
@@ -2838,8 +2842,6 @@ ROUTES = (
     Route("POST", f"{API}/images/pull", pull, body=PULL),
     Route("POST", f"{API}/files", write_file, body=FILE),
 )
-
-
 TEMPLATES = [(route, route.path.split("/")) for route in ROUTES]
 
 

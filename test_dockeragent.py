@@ -1471,6 +1471,7 @@ def test_good_chunks(body, pair):
         ("size with an underscore", b"0_2\r\n{}\r\n0\r\n\r\n"),
         ("space before the size", b" 2\r\n{}\r\n0\r\n\r\n"),
         ("space after the size", b"2 \r\n{}\r\n0\r\n\r\n"),
+        ("size of too many digits", b"000000002\r\n{}\r\n0\r\n\r\n"),
         ("size that overflows", b"10000000000000002\r\n{}\r\n0\r\n\r\n"),
         ("bare LF after the size", b"2\n{}\r\n0\r\n\r\n"),
         ("bare LF in an extension", b"2;a\nb\r\n{}\r\n0\r\n\r\n"),
@@ -1496,7 +1497,8 @@ def test_bad_chunks_are_400_and_the_last(body, pair):
     tail = b"" if body.endswith((b"{}", b"{}\r\n", b"}\r\n0\r\n")) else SMUGGLED
     for size in (1 << 20, 1 if len(body) < 500 else 700):
         data = CHUNKED + body + tail
-        replies = split_replies(send_in_pieces(pair.agent, data, size, half_close=True))
+        # Whoever waits for more is answered at once, unless more could make it good.
+        replies = split_replies(send_in_pieces(pair.agent, data, size, half_close=not tail))
         assert len(replies) == 1
         assert_envelope(replies[0], 400)
     assert pair.engine.requests() == []
@@ -4257,13 +4259,21 @@ def test_log_is_of_the_container_that_was_inspected(fake_agent, fake_engine):
     assert_envelope(fake_agent.get(logs_path("x")), 501, "driver cannot read")
 
 
-def test_client_that_has_shut_its_half_still_gets_a_log(fake_agent, fake_engine):
-    log_of(fake_engine, chunked_answer(FIRST))
-    reply = fake_agent.raw(message(f"GET {logs_path('x')}"), half_close=True)
-    assert b'{"lines":["one"' in reply and reply.endswith(b"]}\n\r\n0\r\n\r\n")
+@pytest.mark.parametrize("follows", ["follow=1", "follow=0"])
+def test_client_that_has_shut_its_half_still_gets_a_log(fake_agent, fake_engine, follows):
+    def slow(sock: socket.socket) -> None:
+        time.sleep(0.3)
+        sock.sendall(chunked_answer(FIRST, end=False))
+        time.sleep(0.3)
+        sock.sendall(chunked_answer(TWO).partition(b"\r\n\r\n")[2])
+
+    log_of(fake_engine, slow, EXITED)
+    reply = fake_agent.raw(message(f"GET {logs_path('x', follows)}"), half_close=True)
+    assert b"one" in reply and b"two" in reply and reply.endswith(b"\n\r\n0\r\n\r\n")
 
 
-def test_client_that_leaves_takes_the_engines_stream_along(fake_agent, fake_engine):
+@pytest.mark.parametrize("follows", ["follow=1", "follow=0"])
+def test_client_that_leaves_takes_the_engines_stream_along(fake_agent, fake_engine, follows):
     closed = threading.Event()
 
     def silent(sock: socket.socket) -> None:
@@ -4274,7 +4284,7 @@ def test_client_that_leaves_takes_the_engines_stream_along(fake_agent, fake_engi
 
     log_of(fake_engine, silent)
     with fake_agent.connect() as sock:
-        head = f"GET {logs_path('x', 'follow=1')} HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\n\r\n"
+        head = f"GET {logs_path('x', follows)} HTTP/1.1\r\nHost: a\r\nX-API-Key: {KEY}\r\n\r\n"
         sock.sendall(head.encode())
         seen = b""
         while b"one" not in seen:
