@@ -98,7 +98,7 @@ RATE_WINDOW = 60.0  # seconds
 MAX_CLIENTS = 10_000  # windows kept; past it the least recently used is forgotten
 
 # What the Engine may take.
-NEWEST_API = (1, 51)  # the newest Engine API this file was written against
+NEWEST_API = 51  # 1.51 is the newest Engine API this file was written against
 CONNECT_TIMEOUT = 5.0
 CALL_TIMEOUT = 30.0
 START_TIMEOUT = 120.0  # create and start, and to undo them
@@ -137,14 +137,15 @@ MAX_PATH = 4096  # bytes, PATH_MAX
 # a bare LF or a NUL never matches; no white space before the colon, so no folded line does either.
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-\"$-~]+) HTTP/([0-9]\.[0-9])")
-STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [\t -~\x80-\xff]*)?")
+STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [\t -~\x80-\xff]*)?\r\n")
 FIELD_LINES = rb"(?:" + TOKEN + rb":[\t -~\x80-\xff]*\r\n)*"
 FIELD_BLOCK = re.compile(FIELD_LINES + rb"\r\n")
 FIELD_BLOCK_BEGUN = re.compile(FIELD_LINES + rb"(?:" + TOKEN + rb"(?::[\t -~\x80-\xff]*)?)?\r?")
-HOST_VALUE = re.compile(rb"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+HOST_VALUE = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 section 2.2
-LONE_CONTROL = re.compile(rb"(?<!\r)\n|\r(?!\n|\Z)|\0")
+LONE_CONTROL = re.compile(rb"\n(?<!\r\n)|\r(?!\n|\Z)|\0")
 CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
+CHUNK_LINE_BEGUN = re.compile(rb"\r?|\r\n[^\n]*")
 
 HOP_PORT = re.compile(r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$")  # what some proxies add
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -168,15 +169,15 @@ PHRASES.update({413: "Content Too Large", 414: "URI Too Long"})
 # Errors: one class a client is told about, one envelope
 # --------------------------------------------------------------------------------------------------
 
+Json = dict[str, Any]  # an object
+
 
 class ApiError(Exception):
     """A refusal the client is told about: one status, one sentence, perhaps headers."""
 
     def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
-        self.status = status
-        self.message = message
-        self.headers = headers or {}
+        self.status, self.message, self.headers = status, message, headers or {}
 
 
 class EngineError(ApiError):
@@ -188,13 +189,10 @@ class ClientGone(Exception):
 
 
 class Stopping(ApiError):
-    """The agent is being stopped; raised in waits that would outlast it."""
-
-    def __init__(self) -> None:
-        super().__init__(503, "the agent is being stopped; try again later")
+    """The agent is being stopped (503); raised in waits that would outlast it."""
 
 
-def envelope(status: int, message: str) -> dict[str, Any]:
+def envelope(status: int, message: str) -> Json:
     """Return the JSON object that every error is answered with."""
     message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
     return {"error": PHRASES.get(status, "Error"), "message": message, "status": status}
@@ -209,10 +207,13 @@ def encode_json(value: Any) -> bytes:
 # Configuration: the environment to one frozen Config; every problem names its variable
 # --------------------------------------------------------------------------------------------------
 
-Network = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
-
+Networks = tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
 SOCKET = "unix:///var/run/docker.sock"
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+# What a value must match, and what its variable's line says if it does not.
+API_VERSION = (r"(1\.[0-9]{1,3})?", "an Engine API version such as 1.41")
+PATH = ("(?s:/.*)", "an absolute path")
+LEVEL = ("|".join(LEVELS), "debug, info, warning or error")
 
 
 class ConfigError(Exception):
@@ -232,60 +233,49 @@ class Address(NamedTuple):
         return f"unix://{self.path}" if self.path else f"{self.scheme}://{host}:{self.port}"
 
 
-def integer(least: int, most: int) -> Callable[[str], int]:
-    """Return a parser of integers in ASCII digits; it raises ValueError."""
-
-    def parse(text: str) -> int:
-        if not (re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most):
-            raise ValueError(f"{text!r} is not an integer from {least} to {most}")
-        return int(text)
-
-    return parse
+def integer(least: int, most: int, text: str) -> int:
+    """Return an integer in ASCII digits. Raises ValueError."""
+    if not (re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most):
+        raise ValueError(f"{text!r} is not an integer from {least} to {most}")
+    return int(text)
 
 
-def matching(pattern: str, rule: str) -> Callable[[str], str]:
-    """Return a parser of what the pattern matches; it raises ValueError."""
-
-    def parse(text: str) -> str:
-        if not re.fullmatch(pattern, text):
-            raise ValueError(f"{text!r} is not {rule}")
-        return text
-
-    return parse
+def matched(pattern: str, rule: str, text: str) -> str:
+    """Return text. Raises ValueError, which tells the rule, if the pattern does not match it."""
+    if not re.fullmatch(pattern, text):
+        raise ValueError(f"{text!r} is not {rule}")
+    return text
 
 
 def parse_listen(text: str) -> Address:
     """Return the address of ":3000", "127.0.0.1:3000", "[::1]:3000" or "unix:///run/a.sock"."""
-    if re.fullmatch("unix:///.*[^/]", text):
-        return Address(path=text[len("unix://") :])
-    match = re.fullmatch(r"(localhost|[0-9.]*|\[([0-9a-fA-F:.]+)\]):([^:]*)", text)
+    match = re.fullmatch(r"unix://(/.*[^/])|(localhost|[0-9.]*|\[[0-9a-fA-F:.]+\]):([^:]*)", text)
     if not match:
         raise ValueError("write :3000, 127.0.0.1:3000, [::1]:3000 or unix:///path/to/socket")
-    host = match[2] or match[1]
+    path, host, port = match.groups("")
+    host = host.strip("[]")
     if host not in ("", "localhost"):
         host = str(ipaddress.ip_address(host))
-    return Address(host=host, port=integer(0, 65535)(match[3]))
+    return Address(path, host, 0 if path else integer(0, 65535, port))
 
 
 def parse_engine(text: str) -> Address:
     """Return the Engine's address from DOCKER_HOST's forms. Raises ValueError."""
-    if re.fullmatch("unix:///.*[^/]", text):
-        return Address(path=text[len("unix://") :])
-    name = r"[a-zA-Z0-9._-]+|\[([0-9a-fA-F:.]+)\]"
-    match = re.fullmatch(f"(tcp|https?)://({name})(?::([0-9]+))?/?", text)
+    name = r"[a-zA-Z0-9._-]+|\[[0-9a-fA-F:.]+\]"
+    match = re.fullmatch(f"unix://(/.*[^/])|(tcp|https?)://({name})(?::([0-9]+))?/?", text)
     if not match:
         raise ValueError(f"{text!r} is not unix:///path, tcp://host:port, http:// or https://")
-    port = integer(1, 65535)(match[4]) if match[4] else 0
-    return Address(host=match[3] or match[2], port=port, scheme=match[1])
+    path, scheme, host, port = match.groups("")
+    return Address(path, host.strip("[]"), integer(1, 65535, port) if port else 0, scheme or "tcp")
 
 
-def parse_networks(text: str) -> tuple[Network, ...]:
+def parse_networks(text: str) -> Networks:
     """Return the networks of a comma-separated list of CIDRs. Raises ValueError."""
-    networks = [ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip()]
+    networks = tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
     for network in networks:
         if getattr(network.network_address, "ipv4_mapped", None):
             raise ValueError(f"{network} never matches; write it as an IPv4 network")
-    return tuple(networks)
+    return networks
 
 
 def read_key_file(path: str) -> bytes:
@@ -296,7 +286,34 @@ def read_key_file(path: str) -> bytes:
         key = file.read(MAX_REQUEST_LINE + 1)
     if not key.strip() or len(key) > MAX_REQUEST_LINE:
         raise ValueError(f"{path} holds no key, or more than a header can carry")
-    return key[:-1] if key.endswith(b"\n") else key
+    return key.removesuffix(b"\n")
+
+
+def env(default: str, meaning: str, parse: Callable[..., Any] = str, *rule: Any) -> Any:
+    """Return how a field of Config is read; Any, to stand where the value will be."""
+    return default, meaning, functools.partial(parse, *rule)
+
+
+class Config(NamedTuple):
+    """The environment, under the variables' names in lower case, and two TLS contexts."""
+
+    api_key: bytes = env("", "the key that clients send as X-API-Key; required", os.fsencode)
+    api_key_file: bytes = env("", "file to read the key from instead", read_key_file)
+    listen_addr: Address = env(":3000", "or 127.0.0.1:3000, [::1]:3000, unix:///path", parse_listen)
+    docker_host: Address = env(SOCKET, "or tcp://host:port, http://, https://", parse_engine)
+    docker_tls_verify: str = env("", "when not empty, tcp:// speaks TLS")
+    docker_cert_path: str = env("", "folder of ca.pem, cert.pem and key.pem (~/.docker)")
+    docker_api_version: str = env("", "such as 1.41; else negotiated", matched, *API_VERSION)
+    host_root: str = env("/host", "where the host's / is mounted; / on a bare host", matched, *PATH)
+    rate_limit: int = env("100", "requests a minute and client; 0: no limit", integer, 0, 10**8)
+    trusted_proxies: Networks = env("", "CIDRs whose X-Forwarded-For is believed", parse_networks)
+    tls_cert_file: str = env("", "certificate (chain) to serve HTTPS with")
+    tls_key_file: str = env("", "its private key")
+    tls_client_ca_file: str = env("", "require a client certificate signed by this CA")
+    max_connections: int = env("1024", "served at once; one more gets 503", integer, 1, 10**6)
+    log_level: str = env("info", "or debug, warning, error", matched, *LEVEL)
+    server_tls: Optional[ssl.SSLContext] = None
+    engine_tls: Optional[ssl.SSLContext] = None
 
 
 class Setting(NamedTuple):
@@ -305,52 +322,10 @@ class Setting(NamedTuple):
     name: str
     default: str
     meaning: str
-    parse: Callable[[str], Any] = str
+    parse: Callable[[str], Any]
 
 
-parse_version = matching(r"(1\.[0-9]{1,3})?", "an Engine API version such as 1.41")
-parse_root = matching("(?s:/.*)", "an absolute path")
-parse_level = matching("|".join(LEVELS), "debug, info, warning or error")
-
-SETTINGS = (
-    Setting("API_KEY", "", "the key that clients send as X-API-Key; required", os.fsencode),
-    Setting("API_KEY_FILE", "", "file to read the key from instead", read_key_file),
-    Setting("LISTEN_ADDR", ":3000", "or 127.0.0.1:3000, [::1]:3000, unix:///path", parse_listen),
-    Setting("DOCKER_HOST", SOCKET, "or tcp://host:port, http://, https://", parse_engine),
-    Setting("DOCKER_TLS_VERIFY", "", "when not empty, tcp:// speaks TLS"),
-    Setting("DOCKER_CERT_PATH", "", "folder of ca.pem, cert.pem and key.pem (~/.docker)"),
-    Setting("DOCKER_API_VERSION", "", "such as 1.41; else negotiated", parse_version),
-    Setting("HOST_ROOT", "/host", "where the host's / is mounted; / on a bare host", parse_root),
-    Setting("RATE_LIMIT", "100", "requests a minute and client; 0: no limit", integer(0, 10**8)),
-    Setting("TRUSTED_PROXIES", "", "CIDRs whose X-Forwarded-For is believed", parse_networks),
-    Setting("TLS_CERT_FILE", "", "certificate (chain) to serve HTTPS with"),
-    Setting("TLS_KEY_FILE", "", "its private key"),
-    Setting("TLS_CLIENT_CA_FILE", "", "require a client certificate signed by this CA"),
-    Setting("MAX_CONNECTIONS", "1024", "served at once; one more gets 503", integer(1, 10**6)),
-    Setting("LOG_LEVEL", "info", "or debug, warning, error", parse_level),
-)
-
-
-class Config(NamedTuple):
-    """What SETTINGS parse to, under the variables' names in lower case, and two TLS contexts."""
-
-    api_key: bytes
-    api_key_file: bytes
-    listen_addr: Address
-    docker_host: Address
-    docker_tls_verify: str
-    docker_cert_path: str
-    docker_api_version: str
-    host_root: str
-    rate_limit: int
-    trusted_proxies: tuple[Network, ...]
-    tls_cert_file: str
-    tls_key_file: str
-    tls_client_ca_file: str
-    max_connections: int
-    log_level: str
-    server_tls: Optional[ssl.SSLContext] = None
-    engine_tls: Optional[ssl.SSLContext] = None
+SETTINGS = [Setting(name.upper(), *row) for name, row in Config._field_defaults.items() if row]
 
 
 def describe(error: Exception) -> str:
@@ -362,33 +337,29 @@ def describe(error: Exception) -> str:
 
 
 def load_config(environ: Mapping[str, str]) -> Config:
-    """Return the configuration in environ; an empty variable counts as not set.
-
-    Raises ConfigError with a line for each variable that is missing or wrong.
-    """
-    values: dict[str, Any] = {}
+    """Return what environ says; "" is as good as not set. Raises ConfigError: a line a problem."""
+    values: Json = {}
     problems = []
     for setting in SETTINGS:
+        text = environ.get(setting.name) or setting.default
         try:
-            value = setting.parse(environ.get(setting.name) or setting.default)
+            values[setting.name.lower()] = setting.parse(text)
         except (OSError, ValueError) as error:
-            value = None
             problems.append(f"{setting.name}: {describe(error)}")
-        values[setting.name.lower()] = value
     if not problems:
         config = Config(**values)
-        for check in (check_key, with_server_tls, with_engine_tls):
+        for name, use in ("api_key", use_key), ("server_tls", serve_tls), ("engine_tls", speak_tls):
             try:
-                config = check(config)
+                values[name] = use(config)
             except ConfigError as error:
                 problems += error.args
     if problems:
         raise ConfigError(*problems)
-    return config
+    return Config(**values)
 
 
-def check_key(config: Config) -> Config:
-    """Return config with the key, wherever it comes from. Raises ConfigError, without the key."""
+def use_key(config: Config) -> bytes:
+    """Return the key, wherever it comes from. Raises ConfigError, without the key."""
     name = "API_KEY_FILE" if config.api_key_file else "API_KEY"
     key = config.api_key_file or config.api_key
     if config.api_key and config.api_key_file:
@@ -397,24 +368,34 @@ def check_key(config: Config) -> Config:
         raise ConfigError("API_KEY: is required; try API_KEY=$(openssl rand -hex 32)")
     if re.search(rb"[\x00-\x1f\x7f]", key) or key != key.strip(b" "):
         raise ConfigError(f"{name}: no header can carry a control character, or a space at an end")
-    return config._replace(api_key=key)
+    return key
 
 
-def load(variable: str, path: str, use: Callable[[], object]) -> None:
-    """Use the file at path in a TLS context. Raises ConfigError that names the variable."""
-    try:
-        with open(path, "rb"):
-            use()
-    except ssl.SSLError as error:
-        raise ConfigError(f"{variable}: {path} is not what it should be: {error}") from error
-    except OSError as error:
-        place = "" if error.filename else f"{path}: "
-        raise ConfigError(f"{variable}: {place}{describe(error)}") from error
+def serve_tls(config: Config) -> ssl.SSLContext | None:
+    """Return the listener's TLS context, if it has one. Raises ConfigError."""
+    cert = ("TLS_CERT_FILE", config.tls_cert_file)
+    key = ("TLS_KEY_FILE", config.tls_key_file)
+    ca = ("TLS_CLIENT_CA_FILE", config.tls_client_ca_file)
+    given = [name for name, path in (cert, key, ca) if path]
+    missing = [name for name, path in (cert, key) if not path]
+    if given and missing:
+        raise ConfigError(f"{missing[0]}: is required with {given[0]}")
+    return tls_context(ssl.PROTOCOL_TLS_SERVER, cert, key, ca) if given else None
 
 
-def refuse_password() -> str:
-    """Refuse an encrypted key: OpenSSL would ask for its password on the terminal."""
-    raise OSError(errno.EINVAL, "the private key is encrypted")
+def speak_tls(config: Config) -> ssl.SSLContext | None:
+    """Return the TLS context for the Engine, if it takes one. Raises ConfigError."""
+    scheme, verify = config.docker_host.scheme, config.docker_tls_verify
+    if scheme != "https" and not (scheme == "tcp" and verify):
+        return None
+    if not (verify or config.docker_cert_path):
+        return ssl.create_default_context()
+    folder = config.docker_cert_path or os.path.expanduser("~/.docker")
+    names = ("cert.pem", "key.pem", "ca.pem")
+    cert, key, ca = (("DOCKER_CERT_PATH", os.path.join(folder, name)) for name in names)
+    if not (os.path.exists(cert[1]) or os.path.exists(key[1])):
+        cert = key = ("DOCKER_CERT_PATH", "")
+    return tls_context(ssl.PROTOCOL_TLS_CLIENT, cert, key, ca)
 
 
 def tls_context(
@@ -429,57 +410,45 @@ def tls_context(
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # which costs a stranger less than us
     if cert[1]:
-        chain = functools.partial(context.load_cert_chain, cert[1], key[1], refuse_password)
-        load(*cert, lambda: ssl.SSLContext(protocol).load_verify_locations(cert[1]))
-        load(*key, chain)
+        with blaming(*cert):
+            ssl.SSLContext(protocol).load_verify_locations(cert[1])
+        with blaming(*key):
+            context.load_cert_chain(cert[1], key[1], refuse_password)
     if ca[1]:
-        load(*ca, lambda: context.load_verify_locations(ca[1]))
+        with blaming(*ca):
+            context.load_verify_locations(ca[1])
         # Invariant: with a CA set, nobody without its certificate gets past the handshake.
         context.verify_mode = ssl.CERT_REQUIRED
     return context
 
 
-def with_server_tls(config: Config) -> Config:
-    """Return config with the listener's TLS context, if it has one. Raises ConfigError."""
-    cert = ("TLS_CERT_FILE", config.tls_cert_file)
-    key = ("TLS_KEY_FILE", config.tls_key_file)
-    ca = ("TLS_CLIENT_CA_FILE", config.tls_client_ca_file)
-    given = [name for name, path in (cert, key, ca) if path]
-    for name, path in (cert, key):
-        if given and not path:
-            raise ConfigError(f"{name}: is required with {given[0]}")
-    if not given:
-        return config
-    return config._replace(server_tls=tls_context(ssl.PROTOCOL_TLS_SERVER, cert, key, ca))
+@contextlib.contextmanager
+def blaming(variable: str, path: str) -> Iterator[None]:
+    """Have what fails in using the file at path name the variable. Raises ConfigError."""
+    try:
+        with open(path, "rb"):
+            yield
+    except OSError as error:
+        message = f"{variable}: {path} cannot be used: {error.strerror or error}"
+        raise ConfigError(message) from error
 
 
-def with_engine_tls(config: Config) -> Config:
-    """Return config with the TLS context for the Engine, if it takes one. Raises ConfigError."""
-    scheme, folder = config.docker_host.scheme, config.docker_cert_path
-    if scheme == "https" and not (folder or config.docker_tls_verify):
-        return config._replace(engine_tls=ssl.create_default_context())
-    if scheme != "https" and not (scheme == "tcp" and config.docker_tls_verify):
-        return config
-    folder = folder or os.path.expanduser("~/.docker")
-    ca, cert, key = (os.path.join(folder, name) for name in ("ca.pem", "cert.pem", "key.pem"))
-    if not (os.path.exists(cert) or os.path.exists(key)):
-        cert = ""
-    files = (("DOCKER_CERT_PATH", path) for path in (cert, key, ca))
-    return config._replace(engine_tls=tls_context(ssl.PROTOCOL_TLS_CLIENT, *files))
+def refuse_password() -> str:
+    """Refuse an encrypted key: OpenSSL would ask for its password on the terminal."""
+    raise OSError(errno.EINVAL, "the private key is encrypted")
 
 
 # --------------------------------------------------------------------------------------------------
 # Logging: one JSON object a line on standard output
 # --------------------------------------------------------------------------------------------------
 
+CLIENT_TEXT = {"method", "path", "request_id", "error", "traceback"}  # may hold what clients sent
+
 
 def timestamp(now: float, timespec: str = "milliseconds") -> str:
     """Return Unix seconds as RFC 3339 in UTC: "2026-02-21T10:00:00.000Z"."""
     moment = datetime.datetime.fromtimestamp(now, datetime.timezone.utc)
     return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
-
-
-CLIENT_TEXT = {"method", "path", "request_id", "error", "traceback"}  # may hold what clients sent
 
 
 class Log:
@@ -489,19 +458,18 @@ class Log:
         self._rank = LEVELS[level]
         text = secret.decode("latin-1")  # as what clients send is
         self._secrets = {text, secret.decode("utf-8", "replace"), quote(secret, safe="")}
-        descriptor = 1
+        self._descriptor = 1
         with contextlib.suppress(OSError):
-            if os.isatty(descriptor):
+            if os.isatty(1):
                 # A terminal polls writable while one byte fits, and may be held (Ctrl-S). By an
                 # open of our own, so that it stays blocking for whoever else has it.
                 flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-                descriptor = os.open(f"/proc/self/fd/{descriptor}", flags)
-        self._descriptor = descriptor
+                self._descriptor = os.open("/proc/self/fd/1", flags)
         self._mend = b""  # ends the line that a full disk cut short
         self._dropped = 0
         self._lock = threading.Lock()
         self._poll = select.poll()
-        self._poll.register(descriptor, select.POLLOUT)
+        self._poll.register(self._descriptor, select.POLLOUT)
 
     def __call__(self, level: str, msg: str, **fields: Any) -> None:
         """Write one line: time, level, msg and the fields."""
@@ -514,19 +482,15 @@ class Log:
         with self._lock:
             if self._dropped:
                 record["dropped"] = self._dropped
-            line = fit_line(record)
+            line, written = self._mend + fit_line(record), 0
             # A full disk, a closed pipe, a reader that is gone: none may end a request.
             with contextlib.suppress(OSError):
                 # Invariant: a full pipe never blocks: it polls writable only while PIPE_BUF bytes
                 # fit, and no line is longer.
                 if self._poll.poll(0):
-                    line = self._mend + line
-                    is_whole = os.write(self._descriptor, line) == len(line)
-                    self._mend = b"" if is_whole else b"\n"
-                    if is_whole:
-                        self._dropped = 0
-                        return
-            self._dropped += 1
+                    written = os.write(self._descriptor, line)
+                    self._mend = b"\n" if written < len(line) else b""
+            self._dropped = self._dropped + 1 if written < len(line) else 0
 
     def redact(self, text: str, least: int = 1) -> str:
         """Return text without the key in it, unless that has less than `least` characters."""
@@ -541,7 +505,7 @@ def describe_bug(error: BaseException | None) -> str:
     return "".join(places) + type(error).__name__
 
 
-def fit_line(record: dict[str, Any]) -> bytes:
+def fit_line(record: Json) -> bytes:
     """Return record as one line of ASCII JSON of at most PIPE_BUF bytes, its strings cut to fit.
 
     ASCII JSON has every control and every non-ASCII character escaped: no field can end its line.
@@ -568,7 +532,7 @@ def parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
     return getattr(address, "ipv4_mapped", None) or address
 
 
-def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> str:
+def client_address(peer: str, forwarded: str, trusted: Networks) -> str:
     """Return the address a request is counted under; peer is "" on a Unix socket.
 
     forwarded: X-Forwarded-For, believed only as far as the hop that wrote it is trusted: the
@@ -578,10 +542,8 @@ def client_address(peer: str, forwarded: str, trusted: tuple[Network, ...]) -> s
     if client is None:
         return "unix"
     for hop in reversed(forwarded.split(",")):
-        if not any(client in network for network in trusted):
-            break
         address = parse_ip(HOP_PORT.sub(r"\1\2", hop.strip()))
-        if address is None:
+        if address is None or not any(client in network for network in trusted):
             break
         client = address
     return str(client)
@@ -604,13 +566,24 @@ class RateLimiter:
         """
         if not self._limit:
             return {}
+        if ":" in client:  # one IPv6 client may use its whole /64
+            client = str(ipaddress.IPv6Network((client, 64), strict=False))
         with self._lock:
             now = self._clock()
-            times = self._window(client, has_key, now)
+            times = self._windows.pop((client, has_key), None) or array.array("d")
+            del times[: bisect.bisect_right(times, now - RATE_WINDOW)]
             admitted = len(times) < self._limit
             if admitted:
                 times.append(now)
             left, reset = self._limit - len(times), math.ceil(times[0] + RATE_WINDOW - now)
+            self._windows[client, has_key] = times
+            # Invariant: the table is bounded, whoever comes from however many addresses. None of
+            # its windows is empty, and the newest stays.
+            while True:
+                key, oldest = next(iter(self._windows.items()))
+                if oldest[-1] > now - RATE_WINDOW and len(self._windows) <= MAX_CLIENTS:
+                    break
+                del self._windows[key]
         wait = str(max(1, reset))
         numbers = {"Limit": str(self._limit), "Remaining": str(left), "Reset": wait}
         headers = {f"X-RateLimit-{name}": value for name, value in numbers.items()}
@@ -618,21 +591,6 @@ class RateLimiter:
             message = f"more than {self._limit} requests in 60 seconds; retry in {wait} s"
             raise ApiError(429, message, {**headers, "Retry-After": wait})
         return headers
-
-    def _window(self, client: str, has_key: bool, now: float) -> array.array[float]:
-        """Return the moments that still count, oldest first; forget the clients long gone."""
-        if ":" in client:  # one IPv6 client may use its whole /64
-            client = str(ipaddress.IPv6Network((client, 64), strict=False))
-        times = self._windows.pop((client, has_key), None) or array.array("d")
-        del times[: bisect.bisect_right(times, now - RATE_WINDOW)]
-        self._windows[client, has_key] = times
-        while len(self._windows) > 1:
-            key, oldest = next(iter(self._windows.items()))
-            # Invariant: the table is bounded, whoever comes from however many addresses.
-            if oldest and oldest[-1] > now - RATE_WINDOW and len(self._windows) <= MAX_CLIENTS:
-                break
-            del self._windows[key]
-        return times
 
 
 # --------------------------------------------------------------------------------------------------
@@ -642,17 +600,11 @@ class RateLimiter:
 Schema = dict[str, Any]
 
 # By type(), not isinstance(): to Python, a boolean is an integer.
-TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list,),
-    "object": (dict,),
-}
+KINDS: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
+KINDS |= {list: "array", dict: "object"}
 BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
-KEYWORDS = {"type", "properties", "required", "values", "items", "enum", "pattern", "minimum"}
-KEYWORDS |= {"maximum", "maxLength", "raw", "unique", "description"}
+KEYWORDS = {"type", "description", "properties", "required", "values", "items", "unique"}
+KEYWORDS |= {"pattern", "maxLength", "raw", "minimum", "maximum"}
 
 
 def check_schema(schema: Schema) -> Schema:
@@ -666,132 +618,99 @@ def check_schema(schema: Schema) -> Schema:
 
 
 def refuse(path: str, rule: str) -> NoReturn:
-    """Raise the ApiError (400) for the field at path."""
     raise ApiError(400, f"{path or 'body'}: {rule}")
 
 
-class NotJson(NamedTuple):
-    """Stands for a value that Python's decoder lets through, until its path is known."""
-
-    rule: str
+class NotJson(str):
+    """What is wrong with a value that Python's decoder lets through, until its path is known."""
 
 
 def validate(schema: Schema, value: Any, path: str = "") -> Any:
-    """Return value as schema allows it, less the members that are null.
-
-    Raises ApiError (400) that names the path and the rule: "ports[0].host_port: must be ...".
-    """
+    """Return value as schema allows it, less the members that are null. Raises ApiError (400)."""
     if isinstance(value, NotJson):
-        refuse(path, value.rule)
-    types = schema["type"].split("|")
-    if not any(type(value) in TYPES[name] for name in types):
-        names = " or ".join(("an " if name[0] in "aio" else "a ") + name for name in types)
-        refuse(path, f"must be {schema.get('description') or names}")
-    if isinstance(value, str):
-        validate_string(schema, value, path)
-    elif type(value) in TYPES["number"]:
-        low, high = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
-        if not low <= value <= high:
-            limits = f"between {low:,} and {high:,}" if high < math.inf else f"at least {low:,}"
-            refuse(path, f"must be {schema.get('description') or limits}")
-    elif isinstance(value, dict):
+        refuse(path, value)
+    rule = f"must be {schema.get('description', 'an ' + schema['type'])}"
+    if KINDS.get(type(value)) not in schema["type"].split("|"):
+        refuse(path, rule)
+    if isinstance(value, dict):
         return validate_object(schema, value, path)
-    elif isinstance(value, list):
+    if isinstance(value, list):
         items = [validate(schema["items"], item, f"{path}[{i}]") for i, item in enumerate(value)]
         if schema.get("unique") and len(set(items)) < len(items):
             refuse(path, "must not name the same twice")
         return items
+    if isinstance(value, str):
+        if "\0" in value and not schema.get("raw"):
+            refuse(path, "must not contain a NUL character")
+        if re.search(r"[\ud800-\udfff]", value):
+            refuse(path, "must not contain a lone surrogate")
+        if len(value) > schema["maxLength"]:
+            refuse(path, f"must be at most {schema['maxLength']} characters")
+        if not re.fullmatch(schema["pattern"], value):
+            refuse(path, rule)
+    if "maximum" in schema and value != "":  # a port may be written as a string
+        low, high = schema["minimum"], schema["maximum"]
+        if not low <= float(value) <= high:
+            refuse(path, f"must be between {low:,} and {high:,}")
     return value
 
 
-def validate_string(schema: Schema, value: str, path: str) -> None:
-    """Check one string. Raises ApiError (400)."""
-    if "\0" in value and not schema.get("raw"):
-        refuse(path, "must not contain a NUL character")
-    if re.search(r"[\ud800-\udfff]", value):
-        refuse(path, "must not contain a lone surrogate")
-    if "enum" in schema and value not in schema["enum"]:
-        refuse(path, f"must be one of {', '.join(schema['enum'])}")
-    if len(value) > schema.get("maxLength", MAX_BODY):
-        refuse(path, f"must be at most {schema['maxLength']} characters")
-    if "pattern" in schema and not re.fullmatch(schema["pattern"], value):
-        refuse(path, f"must be {schema['description']}")
-
-
-def validate_object(schema: Schema, value: dict[str, Any], path: str) -> dict[str, Any]:
+def validate_object(schema: Schema, value: Json, path: str) -> Json:
     """Return one object's members that are not null. Raises ApiError (400)."""
     properties, result = schema.get("properties", {}), {}
+    prefix = f"{path}." if path else ""
     for name, member in value.items():
         if "values" in schema:
-            validate_string({}, name, path)
+            validate(schema["values"], name, path)
         elif name not in properties:
-            known = f"known here: {', '.join(properties)}" if properties else "none is known here"
-            refuse(f"{path}.{name}" if path else name, f"is unknown; {known}")
+            refuse(prefix + name, f"is unknown; known here: {', '.join(properties) or 'nothing'}")
         if member is not None:
             rule = schema.get("values") or properties[name]
-            result[name] = validate(rule, member, f"{path}.{name}" if path else name)
+            result[name] = validate(rule, member, prefix + name)
     for name in schema.get("required", ()):
         if name not in result:
-            refuse(f"{path}.{name}" if path else name, "is required")
+            refuse(prefix + name, "is required")
     return result
 
 
 def decode_json(body: bytes) -> Any:
-    """Return the value of strict JSON (RFC 8259, and I-JSON's unique keys), or one with NotJson in
-    it, which `validate` refuses. Raises ApiError (400).
-    """
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        raise ApiError(400, f"body: is not UTF-8 at byte {error.start}") from error
-    # Invariant: the depth is known before the decoder, which recurses, sees it: all that is left
-    # without escapes and strings are brackets and scalars.
-    bare = re.sub(rb'"[^"]*"?', b"", re.sub(rb"\\.", b"", body, flags=re.DOTALL))
-    depth = 0
-    for bracket in re.finditer(rb"[\[{\]}]", bare):
-        depth += 1 if bracket[0] in b"[{" else -1
-        if depth > MAX_DEPTH:
-            raise ApiError(400, f"body: is nested more than {MAX_DEPTH} deep")
+    """Return the value of JSON (RFC 8259), NotJson for what `validate` refuses. Raises ApiError."""
+    # Invariant: the depth is known before the decoder, which recurses, sees it: without escapes,
+    # strings and scalars all that is left are brackets.
+    brackets = re.sub(rb'"[^"]*"?|[^"\[{\]}]+', b"", re.sub(rb"(?s)\\.", b"", body))
+    depths = itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets)
+    if any(depth > MAX_DEPTH for depth in depths):
+        refuse("", f"is nested more than {MAX_DEPTH} deep")
+    too_long = NotJson(f"has a number of more than {MAX_DIGITS} digits")
     try:
         return json.loads(
-            text,
+            body.decode(),
             object_pairs_hook=unique_object,
             parse_constant=lambda name: NotJson(f"{name} is not JSON"),
-            parse_int=bounded_int,
+            parse_int=lambda digits: int(digits) if len(digits) <= MAX_DIGITS else too_long,
         )
     except ValueError as error:
-        raise ApiError(400, f"body: is not JSON: {error}") from error
+        raise ApiError(400, f"body: is not JSON in UTF-8: {error}") from error
 
 
-def unique_object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | NotJson:
-    """Return pairs as a dict, unless a key comes twice."""
-    result: dict[str, Any] = {}
+def unique_object(pairs: list[tuple[str, Any]]) -> Json | NotJson:
+    """Return pairs as a dict, unless a key comes twice (RFC 7493 section 2.3)."""
+    result: Json = {}
     for name, value in pairs:
         if name in result:
-            return NotJson(f"has the key {json.dumps(name)} more than once")
+            return NotJson(f"has {json.dumps(name)} more than once")
         result[name] = value
     return result
 
 
-def bounded_int(digits: str) -> int | NotJson:
-    """Return an integer's value, unless no field could mean it."""
-    if len(digits) > MAX_DIGITS:
-        return NotJson(f"has a number of more than {MAX_DIGITS} digits")
-    return int(digits)
-
-
-def decode_query(query: str, schema: Schema) -> dict[str, Any]:
+def decode_query(query: str, schema: Schema) -> Json:
     """Return the parameters of a query string, typed as schema says. Raises ApiError (400)."""
-    values: dict[str, Any] = {}
+    pairs: list[tuple[str, Any]] = []
     for part in filter(None, query.split("&")):
-        raw_name, _, raw_value = part.partition("=")
-        name, value = (unquote(raw, errors="replace") for raw in (raw_name, raw_value))
-        if name in values:
-            raise ApiError(400, f"query parameter {name} is given more than once")
-        values[name] = value
-        if schema["properties"].get(name, {}).get("type") == "boolean":
-            values[name] = BOOLEANS.get(value.lower(), value)
-    checked: dict[str, Any] = validate(schema, values, "query")
+        name, _, value = (unquote(raw, errors="replace") for raw in part.partition("="))
+        is_boolean = schema["properties"].get(name, {}).get("type") == "boolean"
+        pairs.append((name, BOOLEANS.get(value.lower(), value) if is_boolean else value))
+    checked: Json = validate(schema, unique_object(pairs), "query")
     return checked
 
 
@@ -803,10 +722,6 @@ SIGNALS = (
     "ABRT|ALRM|BUS|CHLD|CONT|FPE|HUP|ILL|INT|KILL|PIPE|POLL|PROF|QUIT|SEGV|STOP|SYS|TERM|TRAP|TSTP"
     "|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ"
 )
-PORT = (
-    "0{0,9}(?:[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
-)
-PORT_RULE = "a port from 1 to 65535, in ASCII digits"
 NAME_RULE = "letters, digits, '_', '.' or '-', beginning with a letter or digit"
 # The distribution project's reference grammar: [domain[:port]/]path[:tag][@digest]
 IMAGE = (
@@ -817,45 +732,39 @@ IMAGE = (
 IMAGE_RULE = "an image such as nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
 
 
+# One function for each kind of value; it returns the value's schema.
 def text(pattern: str = "(?s:.*)", rule: str = "a string", longest: int = 4096) -> Schema:
-    """Return the schema of a string that the pattern matches whole."""
     return {"type": "string", "pattern": pattern, "description": rule, "maxLength": longest}
 
 
 def one_of(*words: str) -> Schema:
-    """Return the schema of one of several words."""
-    return {"type": "string", "enum": words}
+    return text("|".join(words), f"one of {', '.join(words)}")
 
 
 def whole(low: int, high: int) -> Schema:
-    """Return the schema of an integer."""
     return {"type": "integer", "minimum": low, "maximum": high}
 
 
 def many(item: Schema, **more: Any) -> Schema:
-    """Return the schema of an array."""
     return {"type": "array", "items": item, **more}
 
 
 def record(required: str, **properties: Schema) -> Schema:
-    """Return the checked schema of an object with these members."""
     return check_schema({"type": "object", "properties": properties, "required": required.split()})
 
 
-STRINGS = many({"type": "string"})
+STRING = text(longest=MAX_BODY)
 BOOLEAN = {"type": "boolean", "description": "true or false"}
-PORT_NUMBER = {**text(PORT, PORT_RULE), **whole(1, 65535), "type": "string|integer"}
+PORT = text("0{0,9}[1-9][0-9]{0,4}", "a port from 1 to 65535, in ASCII digits")
+PORT |= {**whole(1, 65535), "type": "string|integer"}
 SIGNAL = text(f"(?ai:(SIG)?({SIGNALS}))", "a POSIX signal name such as SIGTERM or HUP")
 USER_ID = whole(0, 2**32 - 2)  # one more means "no change"
-NETWORK = text(CONTAINER.pattern, f"a network's name: {NAME_RULE}", 255)
-MOMENT = text(longest=64)
 PLATFORM = text(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch such as linux/amd64", 64)
-EVENT = text(EVENT_ID.pattern, "an id that a log stream sent: 1700000000.000000000-1")
 
 PORTS = record(
     "container_port",
-    container_port=PORT_NUMBER,
-    host_port={**PORT_NUMBER, "pattern": f"({PORT})?"},  # empty: the Engine picks one
+    container_port=PORT,
+    host_port={**PORT, "pattern": f"({PORT['pattern']})?"},  # empty: the Engine picks one
     protocol=one_of("tcp", "udp", "sctp"),
     host_ip=text(longest=45),
 )
@@ -866,35 +775,26 @@ VOLUMES = record(
     read_only=BOOLEAN,
     type=one_of("bind", "volume", "tmpfs"),
 )
-RESTART = record(
-    "name",
-    name=one_of("no", "always", "on-failure", "unless-stopped"),
-    max_retry_count=whole(0, 2**31 - 1),
-)
-RESOURCES = record(
-    "",
-    # A hundredth is the Engine's own floor; much less would round to "no limit".
-    cpus={"type": "number", "minimum": 0.01, "maximum": 1_000_000},
-    memory_mb=whole(6, 2**40),
-    cpu_shares=whole(2, 262_144),
-)
+# A hundredth is the Engine's own floor; much less would round to "no limit".
+CPUS = {"type": "integer|number", "minimum": 0.01, "maximum": 10**6, "description": "a number"}
+RESTART = one_of("no", "always", "on-failure", "unless-stopped")
 CREATE = record(
     "image",
     image=text(f"{IMAGE}|(?:sha256:)?[0-9a-f]{{64}}", f"{IMAGE_RULE}, or an image's id", 512),
     name=text(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", f"at least two {NAME_RULE}", 255),
-    cmd=STRINGS,
-    entrypoint=STRINGS,
+    cmd=many(STRING),
+    entrypoint=many(STRING),
     env=many(text("(?s:[^=]+=.*)", "NAME=value", MAX_BODY)),
-    labels={"type": "object", "values": {"type": "string"}},
+    labels={"type": "object", "values": STRING},
     working_dir=text("(?s:/.*)", "an absolute path"),
     user=text(r"[^\s:]+(:[^\s:]+)?", "user, uid, user:group or uid:gid", 255),
     hostname=text(r"[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?", "letters, digits, '.' and '-'", 64),
     ports=many(PORTS),
     volumes=many(VOLUMES),
-    networks=many(NETWORK, unique=True),
+    networks=many(text(CONTAINER.pattern, f"a network's name: {NAME_RULE}", 255), unique=True),
     network_mode=text(f"(container:)?{CONTAINER.pattern}", "bridge, container:ID or a name", 255),
-    restart_policy=RESTART,
-    resources=RESOURCES,
+    restart_policy=record("name", name=RESTART, max_retry_count=whole(0, 2**31 - 1)),
+    resources=record("", cpus=CPUS, memory_mb=whole(6, 2**40), cpu_shares=whole(2, 262_144)),
     pull=one_of("missing", "always", "never"),
 )
 PULL = record("image", image=text(IMAGE, IMAGE_RULE, 512), platform=PLATFORM)
@@ -904,7 +804,7 @@ NOTHING = record("")
 FILE = record(
     "path content",
     path=text(longest=MAX_PATH),
-    content={"type": "string", "raw": True},
+    content={**STRING, "raw": True},
     encoding=one_of("utf-8", "base64"),
     permission=text("0?[0-7]{1,4}", "an octal mode up to 7777, such as 0644"),
     uid=USER_ID,
@@ -917,13 +817,13 @@ LOGS_QUERY = record(
     "",
     follow=BOOLEAN,
     tail=text("all|[0-9]{1,9}", "all or an integer of at least 0"),
-    since=MOMENT,
-    until=MOMENT,
+    since=text(longest=64),
+    until=text(longest=64),
     timestamps=BOOLEAN,
     stdout=BOOLEAN,
     stderr=BOOLEAN,
     format=one_of("text", "json"),
-    last_event_id=EVENT,
+    last_event_id=text(EVENT_ID.pattern, "an id that a log stream sent: 1700000000.000000000-1"),
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -934,19 +834,13 @@ Fields = dict[str, list[str]]
 
 
 class BadMessage(ApiError):
-    """What a peer sent is not HTTP, or ended too early: for a client 400."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(400, message)
+    """What a peer sent is not HTTP, or ended too early."""
 
 
 def parse_fields(block: bytes) -> Fields:
-    """Return field values by lower-case name, in order, of lines that end in an empty one.
-
-    Raises BadMessage (RFC 9112 section 5).
-    """
+    """Return a block's field values by lower-case name (RFC 9112 section 5). Raises BadMessage."""
     if not FIELD_BLOCK.fullmatch(block):
-        raise BadMessage("a header line is not of the form Name: value")
+        raise BadMessage(400, "a header line is not of the form Name: value")
     fields: Fields = {}
     for line in block.decode("latin-1").split("\r\n")[:-2]:
         name, _, value = line.partition(":")
@@ -954,42 +848,41 @@ def parse_fields(block: bytes) -> Fields:
     return fields
 
 
-def framing(fields: Fields) -> int | None:
+def framing(fields: Fields, otherwise: int = 0) -> int | None:
     """Return a body's length in bytes; None for a chunked one (RFC 9112 section 6).
 
-    Raises BadMessage for every framing that two parsers might read in two ways, ApiError (501) for
-    a coding other than chunked.
+    otherwise: what it is with neither given. Raises BadMessage for every framing that two parsers
+    might read in two ways (400), and for a coding other than chunked (501).
     """
     lengths, codings = fields.get("content-length", []), fields.get("transfer-encoding", [])
     if len(lengths) + len(codings) > 1:
-        raise BadMessage("more than one Content-Length or Transfer-Encoding")
+        raise BadMessage(400, "more than one Content-Length or Transfer-Encoding")
     if codings:
         if codings[0].lower() != "chunked":
-            raise ApiError(501, "Transfer-Encoding: only chunked is understood")
+            raise BadMessage(501, "Transfer-Encoding: only chunked is understood")
         return None
-    length = lengths[0] if lengths else "0"
-    if not (length.isascii() and length.isdigit()):
-        raise BadMessage("Content-Length must be plain digits")
+    if not lengths:
+        return otherwise
+    if not (lengths[0].isascii() and lengths[0].isdigit()):
+        raise BadMessage(400, "Content-Length must be plain digits")
     # 18 digits are past every limit here; int() of thousands would take its time.
-    return int(length.lstrip("0")[:18] or "0")
+    return int(lengths[0].lstrip("0")[:18] or "0")
 
 
 @functools.lru_cache(maxsize=512)
-def chunk_size(line: bytes) -> int:
-    """Return the size that a chunk's line gives. Raises BadMessage (RFC 9112 section 7.1)."""
+def chunk_size(line: bytes) -> int | None:
+    """Return the size that a chunk's line gives, None if the line goes on. Raises BadMessage."""
     match = CHUNK_LINE.fullmatch(line)
-    if not match or len(line) > MAX_CHUNK_LINE:
-        raise BadMessage("body: bad chunked coding")
-    return int(match[1], 16)
+    # Invariant: a chunk's line is not waited for without a bound; nor is the trailer, in `feed`.
+    if len(line) > MAX_CHUNK_LINE or not (match or CHUNK_LINE_BEGUN.fullmatch(line)):
+        raise BadMessage(400, "body: bad chunked coding")
+    return int(match[1], 16) if match else None
 
 
 class Body:
-    """Decodes a message body from bytes as they come; what follows it is left in `rest`.
+    """Decodes a message body from bytes as they come; what follows it is left in `rest`."""
 
-    length: in bytes; None for a chunked body, -1 for one that ends with the connection.
-    """
-
-    def __init__(self, length: int | None) -> None:
+    def __init__(self, length: int | None) -> None:  # None: chunked, RFC 9112 section 7.1
         self.done = length == 0
         self._chunked = length is None
         # Each chunk's line begins with the CRLF that ends the chunk before; so does the first's.
@@ -999,50 +892,28 @@ class Body:
 
     def feed(self, data: bytes) -> bytes:
         """Return the body's bytes in data. Raises BadMessage for bad chunked coding."""
-        if not self._chunked:
-            if self._left < 0:
-                return data
-            piece, self.rest = data[: self._left], data[self._left :]
-            self._left -= len(piece)
-            self.done = not self._left
-            return piece
         data, position, pieces, left = self.rest + data, 0, [], self._left
         length = len(data)
         while not self._last:
-            end = position + left
-            pieces.append(data[position:end])
-            if end > length:
-                position, left = length, end - length
+            pieces.append(data[position : position + left])
+            position += left
+            if position > length or not self._chunked:  # without chunks, all is one
+                self.done = position <= length
                 break
-            position, left = end, 0
-            end = data.find(b"\n", position + 2) + 1
-            if not end:
-                rest = data[position:]
-                # Invariant: neither a chunk's line nor the trailer is waited for without a bound.
-                if len(rest) > MAX_CHUNK_LINE or not b"\r\n".startswith(rest[:2]):
-                    raise BadMessage("body: bad chunked coding")
+            end = data.find(b"\n", position + 2) + 1 or length
+            size = chunk_size(data[position:end])
+            if size is None:
                 break
-            left = chunk_size(data[position:end])
-            position, self._last = end, not left
+            position, left, self._last = end, size, not size
         if self._last:
-            position = self._trailer_end(data, position)
-        self.rest, self._left = data[position:], left
+            whole = FIELD_BLOCK.match(data, position)
+            trailer = whole or FIELD_BLOCK_BEGUN.fullmatch(data, position)
+            if not trailer or trailer.end() - position > MAX_TRAILER:
+                raise BadMessage(400, "body: bad chunked coding")
+            if whole:  # its fields are dropped
+                position, self.done = whole.end(), True
+        self.rest, self._left = data[position:], max(0, position - length)
         return b"".join(pieces)
-
-    def _trailer_end(self, data: bytes, start: int) -> int:
-        """Return where the trailer ends, or start if it goes on. Its fields are dropped."""
-        match = FIELD_BLOCK.match(data, start)
-        end = match.end() if match else len(data)
-        if end - start > MAX_TRAILER or not (match or FIELD_BLOCK_BEGUN.fullmatch(data, start)):
-            raise BadMessage("body: bad chunked coding")
-        self.done = bool(match)
-        return end if match else start
-
-    def end(self) -> None:
-        """Take the end of the connection. Raises BadMessage if the body was not whole."""
-        if self._left >= 0 and not self.done:
-            raise BadMessage("the body ended early")
-        self.done = True
 
 
 class Watch(NamedTuple):
@@ -1052,10 +923,7 @@ class Watch(NamedTuple):
     stop: Optional[socket.socket] = None
 
     def wait(self, sock: socket.socket, deadline: float) -> bool:
-        """Wait until sock can be read; return False if it cannot at deadline (monotonic).
-
-        Raises ClientGone or Stopping.
-        """
+        """Return whether sock can be read by deadline (monotonic). Raises ClientGone, Stopping."""
         if isinstance(sock, ssl.SSLSocket) and sock.pending():
             return True
         poll = select.poll()  # select() cannot take descriptors past 1023
@@ -1067,7 +935,7 @@ class Watch(NamedTuple):
         seconds = deadline - time.monotonic()
         ready = {descriptor for descriptor, _ in poll.poll(max(0, math.ceil(seconds * 1000)))}
         if self.stop and self.stop.fileno() in ready:
-            raise Stopping
+            raise Stopping(503, "the agent is being stopped; try again later")
         if sock.fileno() in ready or not ready:
             return bool(ready)
         # The client has gone, or has shut only its half of the connection (nc -N): who waits for
@@ -1083,11 +951,8 @@ NOBODY = Watch()
 
 
 def receive(sock: socket.socket, deadline: float, watch: Watch = NOBODY) -> bytes:
-    """Return what comes next, b"" at the end. Raises socket.timeout past deadline (monotonic).
-
-    A TLS socket can be readable with nothing in it for us, so it must not block.
-    """
-    sock.setblocking(False)
+    """Return what comes next, b"" at the end. Raises socket.timeout past deadline (monotonic)."""
+    sock.setblocking(False)  # for a TLS socket can be readable with nothing in it for us
     # Invariant: a peer that never stops sending is held to the deadline, too.
     while watch.wait(sock, deadline) and time.monotonic() < deadline:
         with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
@@ -1120,11 +985,10 @@ def connect(address: Address, tls: ssl.SSLContext | None) -> socket.socket:
 # Engine client: calls (JSON) and streams (bytes) over a Unix socket, TCP or TLS
 # --------------------------------------------------------------------------------------------------
 
-Query = Optional[Mapping[str, Any]]
-
-# Statuses of the Engine that the caller is given as they are; any other is 502.
-KEPT = (400, 401, 403, 404, 409, 500, 501)
-CUT = "the Engine broke off its answer"
+Pool = list[tuple[float, socket.socket]]  # idle connections, and since when each is
+KEPT = (400, 401, 403, 404, 409, 500, 501)  # statuses the caller is given, too; any other is 502
+BROKEN = "the Engine gave no proper answer"
+UNTIL_END = 10**18  # the length of a body that only the end of the connection ends
 
 
 class Answer:
@@ -1134,47 +998,29 @@ class Answer:
     """
 
     def __init__(self, sock: socket.socket, watch: Watch, deadline: float) -> None:
-        """Read the head. Raises EngineError, OSError, and what Watch.wait raises."""
-        self.sock, self._watch, self._deadline = sock, watch, deadline
-        self.until_end = False
-        self.close: Callable[[], None] = sock.close  # or what keeps the connection, if it can
-        self._rest = b""
-        self._read_at = 0.0
-        self._read_head()
+        """Read the head. Raises BadMessage, OSError, and what Watch.wait raises."""
+        self._sock, self._watch, self._deadline = sock, watch, deadline
+        self.pool: Pool | None = None  # where `close` leaves the connection, if anywhere
+        self._read_at, self._rest = 0.0, b""
+        self.status = 100
         while 100 <= self.status < 200 and self.status != 101:  # interim: RFC 9110 section 15.2
-            self._read_head()
-        try:
-            length = framing(self.fields)
-        except ApiError as error:
-            raise EngineError(502, f"the Engine's answer is not HTTP: {error}") from error
+            while b"\r\n\r\n" not in self._rest:
+                data = receive(sock, deadline, watch)
+                if not data:
+                    raise ConnectionResetError("it hung up")
+                self._rest += data
+                if len(self._rest) > MAX_FIELD_BLOCK + RECEIVE:
+                    raise BadMessage(400, "its head is too large")
+            head, end, self._rest = self._rest.partition(b"\r\n\r\n")
+            line = STATUS_LINE.match(head + end)
+            if not line:
+                raise BadMessage(400, "it is not HTTP")
+            self.status, self.fields = int(line[1]), parse_fields((head + end)[line.end() :])
+        length = framing(self.fields, UNTIL_END)
         if self.status in (101, 204, 304):
             length = 0
-        elif length == 0 and "content-length" not in self.fields:
-            length = -1
-        self.until_end = length == -1  # whether only the end of the connection ends the body
+        self.until_end = length == UNTIL_END
         self._body = Body(length)
-
-    def _read_head(self) -> None:
-        """Read one head into status and fields."""
-        head = self._rest
-        while b"\r\n\r\n" not in head:
-            data = self._receive(self._deadline)
-            if data is None:
-                raise EngineError(504, "the Engine did not answer in time")
-            if not data:
-                raise ConnectionResetError("it hung up without an answer")
-            head += data
-            if len(head) > MAX_FIELD_BLOCK + RECEIVE:
-                raise EngineError(502, "the Engine's answer has too large a head")
-        head, end, self._rest = head.partition(b"\r\n\r\n")
-        first, _, block = (head + end).partition(b"\r\n")
-        match = STATUS_LINE.fullmatch(first)
-        if not match:
-            raise EngineError(502, "the Engine's answer is not HTTP")
-        try:
-            self.status, self.fields = int(match[1]), parse_fields(block)
-        except BadMessage as error:
-            raise EngineError(502, f"the Engine's answer is not HTTP: {error}") from error
 
     def read(self, deadline: float) -> bytes | None:
         """Return bytes of the body, b"" at its end, None if none came until deadline (monotonic).
@@ -1182,61 +1028,52 @@ class Answer:
         Raises EngineError (502) if the body is cut short, and what Watch.wait raises.
         """
         while not self._body.done:
+            if self.until_end:
+                time.sleep(max(0, self._read_at + BURST_PAUSE - time.monotonic()))
             try:
-                data = self._rest or self._receive(deadline)
-                if data is None:
-                    return None
-                self._rest = b""
-                piece = self._body.feed(data)
-                if not data:
-                    self._body.end()
+                data = self._rest or receive(self._sock, deadline, self._watch)
+                self._rest, self._read_at = b"", time.monotonic()
+                if not (data or self.until_end):
+                    raise BadMessage(400, "the body ended early")
+                if (piece := self._body.feed(data)) or not data:
+                    return piece
+            except socket.timeout:
+                return None
             except (OSError, BadMessage) as error:
-                raise EngineError(502, f"{CUT}: {describe(error)}") from error
-            if piece:
-                return piece
+                raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
         return b""
-
-    def _receive(self, deadline: float) -> bytes | None:
-        """Return what the Engine sends next, b"" if it hung up, None if it stayed silent."""
-        since = time.monotonic() - self._read_at
-        if since < BURST_PAUSE and self.until_end:
-            time.sleep(BURST_PAUSE - since)
-        try:
-            return receive(self.sock, deadline, self._watch)
-        except socket.timeout:
-            return None
-        finally:
-            self._read_at = time.monotonic()
 
     def read_all(self) -> bytes:
         """Return the whole body. Raises EngineError past MAX_ANSWER or the deadline."""
-        pieces, size = [], 0
+        whole = bytearray()
         while piece := self.read(self._deadline):
-            pieces.append(piece)
-            size += len(piece)
+            whole += piece
             # Invariant: no answer is read past a bound.
-            if size > MAX_ANSWER:
+            if len(whole) > MAX_ANSWER:
                 raise EngineError(502, "the Engine's answer is too large")
         if piece is None:
             raise EngineError(504, "the Engine did not finish its answer in time")
-        return b"".join(pieces)
+        return bytes(whole)
 
-    def is_reusable(self) -> bool:
-        """Return whether the connection can take the next request."""
-        closing = self.until_end or "close" in self.fields.get("connection", [])
-        return self._body.done and not self._body.rest and not closing
+    def close(self) -> None:
+        """Leave the connection for another request if it can take one, else close it."""
+        whole = self._body.done and not (self._rest or self._body.rest)
+        kept = whole and "close" not in self.fields.get("connection", [])
+        if kept and self.pool is not None and len(self.pool) < MAX_IDLE_CONNECTIONS:
+            self.pool.append((time.monotonic(), self._sock))
+        else:
+            self._sock.close()
 
 
 class Engine:
     """The Docker Engine at one address; remembers its API version and idle connections."""
 
     def __init__(self, address: Address, tls: ssl.SSLContext | None, version: str = "") -> None:
-        port = 2376 if tls else 2375
-        self.address = address if address.path or address.port else address._replace(port=port)
+        self.address = address._replace(port=address.port or (2376 if tls else 2375))
         self._tls = tls
         self._pinned = version
-        self._version = ("", 0.0)  # in use, and since when
-        self._idle: list[tuple[float, socket.socket]] = []  # when it became so, connection
+        self._version, self._asked = "", -math.inf  # the one in use, and since when
+        self._idle: Pool = []
         self._health_lock = threading.Lock()
         self._health = (-HEALTH_CACHE, False)
 
@@ -1245,16 +1082,16 @@ class Engine:
         with contextlib.closing(self.open(method, path, *args, **options)) as answer:
             return answer.read_all()
 
-    def json(self, method: str, path: str, *args: Any, **options: Any) -> dict[str, Any]:
+    def json(self, method: str, path: str, *args: Any, **options: Any) -> Json:
         """Return the JSON object the Engine answers with; as `open` otherwise."""
-        answer: dict[str, Any] = decode_answer(self.call(method, path, *args, **options))
+        answer: Json = decode_answer(self.call(method, path, *args, **options))
         return answer
 
     def open(
         self,
         method: str,
         path: str,
-        query: Query = None,
+        query: Mapping[str, Any] | None = None,
         body: Any = None,
         seconds: float = CALL_TIMEOUT,
         **options: Any,
@@ -1267,8 +1104,7 @@ class Engine:
         even what changes something can be tried again with the version that it speaks by now.
         """
         if body is not None:
-            json_type = {"Content-Type": "application/json"}
-            options.update(body=encode_json(body), headers=json_type)
+            options.update(body=encode_json(body), headers={"Content-Type": "application/json"})
         target = path + ("?" + urlencode(query) if query else "")
         deadline = time.monotonic() + seconds
         version = self.version(deadline)
@@ -1278,33 +1114,29 @@ class Engine:
                 break
             with contextlib.closing(answer):
                 error = engine_error(answer.status, answer.read_all())
-            if last or self._pinned or error.status != 400:
-                raise error
-            used, version = version, self.version(deadline, again=True)
+            used = version
+            if not last and error.status == 400:
+                version = self.version(deadline, again=True)
             if used == version:
                 raise error
         return answer
 
     def version(self, deadline: float, again: bool = False) -> str:
         """Return the API version in use, such as "1.41", asked for if it may be another by now."""
-        version, asked = self._version
-        if self._pinned:
-            return self._pinned
-        if again or not version or time.monotonic() - asked > VERSION_KEPT:
-            version = self._negotiate(deadline)
-            self._version = version, time.monotonic()
-        return version
+        is_old = again or time.monotonic() - self._asked > VERSION_KEPT
+        if is_old and not self._pinned:
+            self._negotiate(deadline)
+        return self._pinned or self._version
 
     def healthy(self) -> bool:
         """Return whether the Engine answers; it is asked at most once in HEALTH_CACHE seconds."""
         with self._health_lock:
             asked, healthy = self._health
             if time.monotonic() - asked >= HEALTH_CACHE:
-                healthy = True
-                try:
+                healthy = False
+                with contextlib.suppress(EngineError):
                     self._negotiate(time.monotonic() + PING_TIMEOUT)
-                except EngineError:
-                    healthy = False
+                    healthy = True
                 self._health = (time.monotonic(), healthy)
             return healthy
 
@@ -1314,36 +1146,36 @@ class Engine:
             while self._idle[0][0] < before:
                 self._idle.pop(0)[1].close()
 
-    def _negotiate(self, deadline: float) -> str:
-        """Return the API version both sides speak (Engine API, "Ping"). Raises EngineError."""
+    def _negotiate(self, deadline: float) -> None:
+        """Find the API version both sides speak (Engine API, "Ping"). Raises EngineError."""
         with contextlib.closing(self._ask("GET", "/_ping", deadline)) as answer:
             answer.read_all()
-        offered = answer.fields.get("api-version", [""])[0]
-        if answer.status != 200 or not re.fullmatch(r"1\.[0-9]{1,3}", offered):
+        offered = re.fullmatch(r"1\.([0-9]{1,3})", answer.fields.get("api-version", [""])[0])
+        if answer.status != 200 or not offered:
             raise EngineError(502, f"{self.address} does not answer as a Docker Engine does")
-        newest = min(tuple(map(int, offered.split("."))), NEWEST_API)
-        return "{}.{}".format(*newest)
+        self._version = f"1.{min(int(offered[1]), NEWEST_API)}"
+        self._asked = time.monotonic()
 
     def _ask(
         self,
         method: str,
         target: str,
         deadline: float,
-        body: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
         watch: Watch = NOBODY,
         plain: bool = False,
         again: bool = False,
+        **content: Any,
     ) -> Answer:
-        """Return an answer whose head was read before deadline. A GET has no headers of its own.
+        """Return an answer whose head was read before deadline.
 
         plain: as HTTP/1.0, which the Engine does not cut in chunks: a fifth quicker to read, but
-        whether it is whole has to be found out. Raises EngineError, and what Watch.wait raises.
+        whether it is whole has to be found out. content: body and headers, none for a GET. Raises
+        EngineError, and what Watch.wait raises.
         """
         # Invariant: what changes something is never sent twice. Only a GET goes out on a connection
         # that was idle, and once more on a new one if the Engine had closed that.
-        idle = None if plain or again or method != "GET" else self._idle_connection()
-        sock = idle or self._connect()
+        reuse = method == "GET" and not plain
+        sock, was_idle = self._connection(reuse and not again)
         with contextlib.ExitStack() as on_error:
             on_error.callback(sock.close)
             try:
@@ -1355,53 +1187,40 @@ class Engine:
                 else:
                     connection = http.client.HTTPConnection("docker")
                     connection.sock = sock
-                    connection.request(method, target, body, headers or {})
+                    connection.request(method, target, **content)
                 answer = Answer(sock, watch, deadline)
-                if method == "GET":
-                    answer.close = functools.partial(self._keep, answer)
+                answer.pool = self._idle if reuse else None
                 on_error.pop_all()
                 return answer
             except socket.timeout as error:
-                raise EngineError(504, "the Engine did not take the request in time") from error
-            except OSError as error:
-                self._version = ("", 0.0)  # perhaps it was restarted as another version
-                if not (idle and isinstance(error, ConnectionError)):
-                    raise EngineError(502, f"{CUT}: {describe(error)}") from error
-        return self._ask(method, target, deadline, body, headers, watch, again=True)
+                raise EngineError(504, "the Engine did not answer in time") from error
+            except (OSError, BadMessage) as error:
+                self._asked = -math.inf  # perhaps it was restarted as another version
+                if not (was_idle and isinstance(error, ConnectionError)):
+                    raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
+        return self._ask(method, target, deadline, watch, again=True)
 
-    def _idle_connection(self) -> socket.socket | None:
-        """Return a connection that the Engine has kept, and is silent on; None if there is none."""
-        with contextlib.suppress(IndexError):  # when there is none, or none any more
-            while True:
+    def _connection(self, reuse: bool) -> tuple[socket.socket, bool]:
+        """Return a connection, and whether it is one that was idle. Raises EngineError (503)."""
+        while reuse and self._idle:
+            with contextlib.suppress(IndexError):  # another thread took the last one
                 _, sock = self._idle.pop()
-                if not NOBODY.wait(sock, 0):
-                    return sock
+                if not NOBODY.wait(sock, 0):  # the Engine has neither closed it nor said a word
+                    return sock, True
                 sock.close()
-        return None
-
-    def _keep(self, answer: Answer) -> None:
-        """Keep a connection whose answer was read whole, close any other."""
-        if answer.is_reusable() and len(self._idle) < MAX_IDLE_CONNECTIONS:
-            self._idle.append((time.monotonic(), answer.sock))
-        else:
-            answer.sock.close()
-
-    def _connect(self) -> socket.socket:
-        """Return a connection to the Engine, TLS done. Raises EngineError (503)."""
         try:
-            return connect(self.address, self._tls)
+            return connect(self.address, self._tls), False
         except (OSError, ValueError) as error:
-            self._version = ("", 0.0)  # what comes back may be another version
+            self._asked = -math.inf  # what comes back may be another version
             message = f"the Engine at {self.address} is not reachable: {describe(error)}"
             raise EngineError(503, message) from error
 
 
 def engine_error(status: int, body: bytes) -> EngineError:
     """Return the error for a refusal of the Engine, whose body is {"message": ...}."""
-    message = None
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        message = json.loads(body)["message"]
-    if not isinstance(message, str):
+    try:
+        message = member(decode_answer(body), "message", str)
+    except EngineError:
         return EngineError(502, f"the Engine answered {status} without saying why")
     return EngineError(status if status in KEPT else 502, message)
 
@@ -1417,14 +1236,14 @@ def decode_answer(body: bytes, kind: type = dict) -> Any:
     return answer
 
 
-def member(answer: dict[str, Any], name: str, kind: type) -> Any:
+def member(answer: Json, name: str, kind: type) -> Any:
     """Return one member of an Engine's answer. Raises EngineError (502)."""
     if not isinstance(answer.get(name), kind):
         raise EngineError(502, f"the Engine's answer has no {name}")
     return answer[name]
 
 
-def member_id(answer: dict[str, Any]) -> str:
+def member_id(answer: Json) -> str:
     """Return the id in an Engine's answer about a container. Raises EngineError (502)."""
     if not CONTAINER.fullmatch(member(answer, "Id", str)):
         raise EngineError(502, "the Engine's answer has no Id")
@@ -1435,17 +1254,14 @@ def member_id(answer: dict[str, Any]) -> str:
 # Containers and images: our requests to the Engine's, its answers to ours
 # --------------------------------------------------------------------------------------------------
 
-
 # Our fields and the Engine's: a create's, those of its resources with our unit, a list's.
 CREATED = {"image": "Image", "cmd": "Cmd", "entrypoint": "Entrypoint", "env": "Env"}
 CREATED.update(labels="Labels", working_dir="WorkingDir", user="User", hostname="Hostname")
-RESOURCE_UNITS = {"cpus": ("NanoCpus", 10**9), "memory_mb": ("Memory", 2**20)}
-RESOURCE_UNITS.update(cpu_shares=("CpuShares", 1))
+LIMITS = {"cpus": ("NanoCpus", 1e9), "memory_mb": ("Memory", 2**20), "cpu_shares": ("CpuShares", 1)}
 LISTED = {"id": "Id", "names": "Names", "image": "Image", "image_id": "ImageID"}
 LISTED.update(command="Command", created="Created", state="State", status="Status")
 LISTED.update(ports="Ports", labels="Labels")
-LISTED_PORT = {"ip": "IP", "private_port": "PrivatePort", "public_port": "PublicPort"}
-LISTED_PORT.update(type="Type")
+PORT_ROW = {"ip": "IP", "private_port": "PrivatePort", "public_port": "PublicPort", "type": "Type"}
 
 
 def container_path(name: str, action: str = "") -> str:
@@ -1456,21 +1272,20 @@ def container_path(name: str, action: str = "") -> str:
     return f"/containers/{quote(name, safe='')}" + (f"/{action}" if action else "")
 
 
-def engine_ports(ports: list[dict[str, Any]]) -> dict[str, list[dict[str, str]]]:
+def engine_ports(ports: list[Json]) -> dict[str, list[dict[str, str]]]:
     """Return the Engine's PortBindings: {"80/tcp": [{"HostIp": "", "HostPort": "8080"}]}."""
     bindings: dict[str, list[dict[str, str]]] = {}
     for index, port in enumerate(ports):
         host_ip = port.get("host_ip", "")
         if "host_ip" in port and ("%" in host_ip or parse_ip(host_ip) is None):
             refuse(f"ports[{index}].host_ip", "must be an IPv4 or IPv6 address")
-        host_port = port.get("host_port", "")
         exposed = f"{int(port['container_port'])}/{port.get('protocol', 'tcp')}"
-        published = str(int(host_port)) if host_port != "" else ""
+        published = str(port.get("host_port", "")).lstrip("0")
         bindings.setdefault(exposed, []).append({"HostIp": host_ip, "HostPort": published})
     return bindings
 
 
-def engine_mount(volume: dict[str, Any], path: str) -> dict[str, Any]:
+def engine_mount(volume: Json, path: str) -> Json:
     """Return the Engine's Mount. Mounts, not Binds: no colon in a path can become an option."""
     source = volume.get("source", "")
     kind = volume.get("type") or ("bind" if source.startswith("/") else "volume")
@@ -1480,44 +1295,38 @@ def engine_mount(volume: dict[str, Any], path: str) -> dict[str, Any]:
         refuse(f"{path}.source", "must be an absolute path for a bind")
     if kind == "volume" and not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", source):
         refuse(f"{path}.source", f"must be a volume's name: at least two {NAME_RULE}")
-    there = {"Target": volume["target"], "ReadOnly": volume.get("read_only", False)}
-    return {"Type": kind, "Source": source, **there}
+    read_only = volume.get("read_only", False)
+    return {"Type": kind, "Source": source, "Target": volume["target"], "ReadOnly": read_only}
 
 
-def engine_networks(body: dict[str, Any]) -> tuple[str, list[str]]:
+def engine_networks(body: Json) -> tuple[str, list[str]]:
     """Return the network mode and the networks to join, the first of them at create."""
     names, mode = body.get("networks", []), body.get("network_mode", "")
-    if not names:
-        return mode, []
+    if not names or mode in ("bridge", "default"):
+        return mode, names
     if mode in ("host", "none") or ":" in mode:
         refuse("networks", f"cannot be joined in network_mode {mode}")
-    if mode in ("", names[0]):
-        return names[0], names
-    if mode in ("bridge", "default"):
-        return mode, names
+    mode = mode or names[0]
     return mode, [mode, *(name for name in names if name != mode)]
 
 
-def engine_container(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def engine_container(body: Json) -> tuple[Json, list[str]]:
     """Return the body of "Create a container" and the networks to connect before the start.
 
     Every value comes from a validated field. Raises ApiError (400) for fields that contradict.
     """
     ports = engine_ports(body.get("ports", []))
     mode, networks = engine_networks(body)
-    host: dict[str, Any] = {"PortBindings": ports}
-    if volumes := body.get("volumes"):
-        host["Mounts"] = [engine_mount(v, f"volumes[{i}]") for i, v in enumerate(volumes)]
-    if mode:
-        host["NetworkMode"] = mode
+    mounts = [engine_mount(v, f"volumes[{i}]") for i, v in enumerate(body.get("volumes", []))]
+    host: Json = {"PortBindings": ports, "Mounts": mounts, "NetworkMode": mode}
     if policy := body.get("restart_policy"):
         if "max_retry_count" in policy and policy["name"] != "on-failure":
             refuse("restart_policy.max_retry_count", "goes only with on-failure")
         retries = policy.get("max_retry_count", 0)
         host["RestartPolicy"] = {"Name": policy["name"], "MaximumRetryCount": retries}
-    for ours, (theirs, unit) in RESOURCE_UNITS.items():
-        if ours in (resources := body.get("resources", {})):
-            host[theirs] = round(resources[ours] * unit)
+    for ours, amount in body.get("resources", {}).items():
+        theirs, unit = LIMITS[ours]
+        host[theirs] = round(amount * unit)
     container = {theirs: body[ours] for ours, theirs in CREATED.items() if ours in body}
     container.update(ExposedPorts={port: {} for port in ports}, HostConfig=host)
     if networks:
@@ -1525,25 +1334,21 @@ def engine_container(body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     return container, networks[1:]
 
 
-def create_container(
-    engine: Engine, body: dict[str, Any], auth: str, watch: Watch
-) -> dict[str, Any]:
+def create_container(engine: Engine, body: Json, auth: str, watch: Watch) -> Json:
     """Create and start a container; return {"Id", "Warnings"}. Nothing is left if that fails."""
     container, networks = engine_container(body)
     query = {"name": body["name"]} if "name" in body else {}
-    create = functools.partial(
-        engine.json, "POST", "/containers/create", query, container, seconds=START_TIMEOUT
-    )
+    create = ("POST", "/containers/create", query, container, START_TIMEOUT)
     pull = body.get("pull", "missing")
     if pull == "always":
         pull_image(engine, body, auth, watch)
     try:
-        created = create()
+        created = engine.json(*create)
     except EngineError as error:
         if error.status != 404 or pull != "missing" or has_image(engine, body["image"]):
             raise
         pull_image(engine, body, auth, watch)
-        created = create()
+        created = engine.json(*create)
     path = container_path(member_id(created))
     try:
         for network in networks:
@@ -1579,34 +1384,30 @@ def split_image(image: str) -> tuple[str, str]:
     return name[:slash] + repository, digest or tag or "latest"
 
 
-def pull_progress(
-    engine: Engine, body: dict[str, Any], auth: str, watch: Watch
-) -> Iterator[dict[str, Any] | None]:
+def pull_progress(engine: Engine, body: Json, auth: str, watch: Watch) -> Iterator[Json | None]:
     """Yield the words of a pull as they come, None after PING_INTERVAL of silence.
 
-    body: {"image", "platform"?}; auth: X-Registry-Auth, checked. Raises EngineError for a pull
-    that fails; closing the generator ends the pull.
+    Raises EngineError for a pull that fails; closing the generator ends the pull.
     """
     name, tag = split_image(body["image"])
     if re.fullmatch("(sha256:)?[0-9a-f]{64}", body["image"]):
         raise EngineError(404, f"no such image: {body['image']}; an id cannot be pulled")
     query = {"fromImage": name, "tag": tag, **{k: body[k] for k in ("platform",) if k in body}}
+    create = ("POST", "/images/create", query, None, PULL_SILENCE)
     headers = {"X-Registry-Auth": auth} if auth else {}
     try:
-        answer = engine.open(
-            "POST", "/images/create", query, headers=headers, watch=watch, seconds=PULL_SILENCE
-        )
+        answer = engine.open(*create, headers=headers, watch=watch)
     except EngineError as error:
         raise pull_error(error.status, error.message) from error
     rest, heard = b"", time.monotonic()
     with contextlib.closing(answer):
         while (data := answer.read(time.monotonic() + PING_INTERVAL)) != b"":
+            heard = time.monotonic() if data else heard
+            if time.monotonic() - heard > PULL_SILENCE:
+                raise EngineError(504, f"the Engine said nothing for {PULL_SILENCE:.0f} s")
             if data is None:
-                if time.monotonic() - heard > PULL_SILENCE:
-                    raise EngineError(504, f"the Engine said nothing for {PULL_SILENCE:.0f} s")
                 yield None
                 continue
-            heard = time.monotonic()
             *lines, rest = (rest + data).split(b"\n")
             if len(rest) > MAX_LINE:
                 raise EngineError(502, "the Engine's answer has too long a line")
@@ -1615,9 +1416,9 @@ def pull_progress(
         yield pull_word(rest)
 
 
-def pull_word(line: bytes) -> dict[str, Any]:
+def pull_word(line: bytes) -> Json:
     """Return one object of a pull's stream. Raises EngineError if it tells of one."""
-    word: dict[str, Any] = decode_answer(line)
+    word: Json = decode_answer(line)
     if error := word.get("error") or word.get("errorDetail"):
         raise pull_error(502, str(error.get("message") if isinstance(error, dict) else error))
     return word
@@ -1641,22 +1442,22 @@ def pull_error(status: int, message: str) -> EngineError:
     return EngineError(status, message)
 
 
-def pull_image(engine: Engine, body: dict[str, Any], auth: str, watch: Watch) -> dict[str, Any]:
+def pull_image(engine: Engine, body: Json, auth: str, watch: Watch) -> Json:
     """Pull an image; return {"image", "digest", "status"}. Raises EngineError."""
     status = digest = ""
-    for word in pull_progress(engine, body, auth, watch):
-        status = (word or {}).get("status") or status
+    for word in filter(None, pull_progress(engine, body, auth, watch)):
+        status = word.get("status") or status
         digest = told_digest(word) or digest
     return {**pull_result(engine, body["image"], digest), "status": status}
 
 
-def told_digest(word: dict[str, Any] | None) -> str:
+def told_digest(word: Json | None) -> str:
     """Return the digest that one object of a pull's stream tells of, "" for none."""
     match = re.fullmatch("Digest: (sha256:[0-9a-f]{64})", str((word or {}).get("status")))
     return match[1] if match else ""
 
 
-def pull_result(engine: Engine, image: str, digest: str) -> dict[str, Any]:
+def pull_result(engine: Engine, image: str, digest: str) -> Json:
     """Return {"image", "digest"} of a pulled image; digest: as the pull told it, if it did."""
     name, tag = split_image(image)
     full = image if image.endswith((f":{tag}", f"@{tag}")) else f"{name}:{tag}"
@@ -1673,25 +1474,22 @@ def pull_result(engine: Engine, image: str, digest: str) -> dict[str, Any]:
 
 def shape_list(found: bytes) -> bytes:
     """Return our list of containers, as JSON, from the Engine's. Raises EngineError."""
+    rows = []
     try:
-        containers = [listed_container(entry) for entry in decode_answer(found, list)]
+        for container in decode_answer(found, list):
+            row = {ours: container.get(theirs) for ours, theirs in LISTED.items()}
+            ports = row["ports"] or []
+            row["ports"] = [{o: port.get(t) for o, t in PORT_ROW.items()} for port in ports]
+            row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
+            rows.append(row)
     except (AttributeError, KeyError, TypeError) as error:
         raise EngineError(502, "the Engine's answer is no list of containers") from error
-    return encode_json({"containers": containers}) + b"\n"
+    return encode_json({"containers": rows}) + b"\n"
 
 
 # Those who ask for these ask over and over, and the Engine's answer is mostly the same.
 container_list = functools.lru_cache(maxsize=4)(shape_list)
 check_object = functools.lru_cache(maxsize=8)(decode_answer)
-
-
-def listed_container(found: dict[str, Any]) -> dict[str, Any]:
-    """Return one row of our list from one of "List containers"."""
-    row = {ours: found.get(theirs) for ours, theirs in LISTED.items()}
-    ports = found.get("Ports") or []
-    row["ports"] = [{o: port.get(t) for o, t in LISTED_PORT.items()} for port in ports]
-    row.update(id=found["Id"], names=row["names"] or [], labels=row["labels"] or {})
-    return row
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1727,18 +1525,18 @@ FILE_ERRORS = {
 
 WRITING = threading.Lock()  # held by who uses a temporary name or writes in place
 ACCESS_LIST = "system.posix_acl_access"
-FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
 
 
 def split_path(path: str) -> list[bytes]:
     """Return the components of a path on the host. Raises ApiError (400)."""
-    parts = path.split("/")
-    if not path.startswith("/") or ".." in parts or parts[-1] in ("", ".") or "\0" in path:
+    encoded = path.encode()
+    parts = encoded.split(b"/")
+    if parts[0] or b".." in parts or parts[-1] in (b"", b".") or "\0" in path:
         refuse("path", "must be absolute, name a file, and have no .. component or trailing slash")
-    encoded = [part.encode() for part in parts if part not in ("", ".")]
-    if len(path.encode()) > MAX_PATH or any(len(part) > 255 for part in encoded):
+    if len(encoded) > MAX_PATH or any(len(part) > 255 for part in parts):
         refuse("path", f"must have at most {MAX_PATH} bytes, and a name at most 255")
-    return encoded
+    return [part for part in parts if part not in (b"", b".")]
 
 
 class Walk:
@@ -1751,7 +1549,7 @@ class Walk:
 
     def __init__(self, root: str) -> None:
         try:
-            self._stack = [os.open(root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
+            self._stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
         except OSError as error:
             remedy = "run the agent's container with -v /:/host, or set HOST_ROOT=/ on a bare host"
             message = f"HOST_ROOT={root} is not there ({error.strerror}): {remedy}"
@@ -1862,16 +1660,15 @@ def write_beneath(root: str, path: str, write: FileWrite) -> None:
 
 def write_in(parent: int, name: bytes, write: FileWrite) -> None:
     """Write the file called name in the folder held open. Raises ApiError or OSError."""
-    try:
+    found = None
+    with contextlib.suppress(FileNotFoundError):
         found = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    except FileNotFoundError:
-        found = None
-    if found:
         check_regular(found)
     if found and not write.atomic:
         overwrite(parent, name, write)
     else:
         replace(parent, name, found, write)
+        sync_folder(parent)
 
 
 def check_regular(found: os.stat_result) -> None:
@@ -1880,13 +1677,6 @@ def check_regular(found: os.stat_result) -> None:
         raise ApiError(400, "path: is a link; write to what it points at")
     if not stat.S_ISREG(found.st_mode):
         raise ApiError(409, "path: there is something other than a regular file")
-
-
-def write_all(descriptor: int, content: bytes) -> None:
-    """Write content from the descriptor's position on. Raises OSError."""
-    left = memoryview(content)
-    while left:
-        left = left[os.write(descriptor, left) :]
 
 
 @contextlib.contextmanager
@@ -1965,10 +1755,9 @@ def replace(parent: int, name: bytes, found: os.stat_result | None, write: FileW
     filesystem cannot do that (O_TMPFILE), it has a temporary one.
     """
     temporary = b""
-    flags = os.O_WRONLY | os.O_CLOEXEC
     with contextlib.ExitStack() as stack:
         try:
-            descriptor = os.open(b".", flags | os.O_TMPFILE, 0o600, dir_fd=parent)
+            descriptor = os.open(b".", os.O_WRONLY | os.O_TMPFILE, 0o600, dir_fd=parent)
         except OSError as error:
             if not os.fstat(parent).st_nlink:  # removed meanwhile, which ext4 calls EPERM
                 raise OSError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
@@ -1976,81 +1765,66 @@ def replace(parent: int, name: bytes, found: os.stat_result | None, write: FileW
                 raise
             temporary = stack.enter_context(temporary_name(parent, name))
             # Invariant: O_EXCL opens nothing that somebody else has put there.
-            flags |= os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             descriptor = os.open(temporary, flags, 0o600, dir_fd=parent)
-        stack.callback(os.close, descriptor)
-        write_all(descriptor, write.content)
+        file = stack.enter_context(open(descriptor, "wb"))
+        file.write(write.content)
+        file.flush()
         if found:
             set_owner_and_mode(descriptor, write, found)  # a change of owner takes capabilities
             keep_attributes(descriptor, parent, name)
         set_owner_and_mode(descriptor, write, found)
         with if_supported():
             os.fsync(descriptor)
-        if temporary:
-            os.replace(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
-        else:
-            publish(descriptor, parent, name, is_new=not found)
-    sync_folder(parent)
-
-
-def publish(descriptor: int, parent: int, name: bytes, is_new: bool) -> None:
-    """Give a complete file that has no name this one, in one step. Raises OSError."""
-    source = f"/proc/self/fd/{descriptor}"
-    if is_new:
-        with contextlib.suppress(FileExistsError):
-            os.link(source, name, dst_dir_fd=parent)
-            return
-    # A file can only be renamed over another from a name.
-    with temporary_name(parent, name) as temporary:
-        os.link(source, temporary, dst_dir_fd=parent)
+        if not temporary:
+            source = f"/proc/self/fd/{descriptor}"
+            if not found:
+                with contextlib.suppress(FileExistsError):
+                    os.link(source, name, dst_dir_fd=parent)
+                    return
+            # A file can only be renamed over another from a name.
+            temporary = stack.enter_context(temporary_name(parent, name))
+            os.link(source, temporary, dst_dir_fd=parent)
         os.replace(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
 
 
 def sync_folder(parent: int) -> None:
     """Make a rename last, if the folder may be opened, not only written to. Raises OSError."""
     try:
-        descriptor = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=parent)
+        descriptor = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=parent)
     except OSError:  # no reason to call a failure what is in place
         return
-    try:
-        with if_supported():
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with contextlib.ExitStack() as stack, if_supported():
+        stack.callback(os.close, descriptor)
+        os.fsync(descriptor)
 
 
 def overwrite(parent: int, name: bytes, write: FileWrite) -> None:
     """Write into the file that is there, keeping its inode. Raises ApiError or OSError."""
     # O_NONBLOCK: a FIFO put there meanwhile must not hold the thread.
-    flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-    descriptor = os.open(name, flags, dir_fd=parent)
-    try:
+    descriptor = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
+    with open(descriptor, "wb", buffering=0) as file:  # unbuffered: its end writes nothing
         with WRITING:  # or the file would end as one writer's text and another's length
             found = os.fstat(descriptor)
             check_regular(found)
-            make_room(descriptor, write, found)
-            write_all(descriptor, write.content)
-            os.ftruncate(descriptor, len(write.content))
+            if found.st_mode & (stat.S_ISUID | stat.S_ISGID):
+                os.fchmod(descriptor, stat.S_IMODE(found.st_mode))  # or we could not give them back
+            try:  # owner, mode and room are settled while the old content is still whole
+                set_owner_and_mode(descriptor, write, found)
+                with if_supported():
+                    os.posix_fallocate(descriptor, 0, len(write.content))
+            except OSError:
+                os.ftruncate(descriptor, found.st_size)
+                with contextlib.suppress(OSError):
+                    set_owner_and_mode(descriptor, FileWrite(b""), found)
+                raise
+            left = memoryview(write.content)
+            while left:
+                left = left[file.write(left) :]
+            file.truncate(len(write.content))
             set_owner_and_mode(descriptor, write, found)  # writing has cleared the set-id bits
         with if_supported():
             os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_room(descriptor: int, write: FileWrite, found: os.stat_result) -> None:
-    """Have owner, mode and room settled while the old content is still whole. Raises OSError."""
-    if found.st_mode & (stat.S_ISUID | stat.S_ISGID):
-        os.fchmod(descriptor, stat.S_IMODE(found.st_mode))  # or we could not give them back
-    try:
-        set_owner_and_mode(descriptor, write, found)
-        with if_supported():
-            os.posix_fallocate(descriptor, 0, len(write.content))
-    except OSError:
-        os.ftruncate(descriptor, found.st_size)
-        with contextlib.suppress(OSError):
-            set_owner_and_mode(descriptor, FileWrite(b""), found)
-        raise
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2059,6 +1833,9 @@ def make_room(descriptor: int, write: FileWrite, found: os.stat_result) -> None:
 
 Entry = tuple[int, bytes]  # stream type, "STAMP text\n" as the Engine logged it; no \n: goes on
 Line = tuple[bytes, int, int, bytes]  # stamp, its number among lines of that stamp, type, text
+Point = Optional[tuple[bytes, int]]  # a line's stamp and number, which make its event's id
+Render = Callable[[list[Line]], bytes]
+Stream = Generator[bytes, None, None]  # of an answer's body
 
 STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
 FRAME_HEADER = struct.Struct(">BxxxL")
@@ -2085,9 +1862,12 @@ class Demultiplexer:
             start = position + FRAME_HEADER.size
             payload = data[start : start + size]
             if kind > 2 or size > MAX_FRAME:
-                if not entries:
-                    raise frame_error(kind, payload)
-                break  # the next call finds the frame again, first of all
+                if entries:
+                    break  # the next call finds the frame again, first of all
+                if kind == 3:
+                    words = payload.decode(errors="replace").strip()
+                    raise EngineError(502, f"the Engine failed to read the log: {words}")
+                raise EngineError(502, "the Engine's log is not made of frames")
             if len(payload) < size:
                 break
             if size:
@@ -2104,37 +1884,30 @@ class Demultiplexer:
         return []
 
 
-class TtyDemultiplexer:
+class TtyDemultiplexer(Demultiplexer):
     """Takes entries out of a terminal's log, which has no frames but each entry's stamp."""
-
-    def __init__(self) -> None:
-        self._rest = b""
 
     def feed(self, data: bytes) -> list[Entry]:
         """Return the entries that are complete. Raises EngineError for one without a stamp."""
         data, position, entries = self._rest + data, 0, []
         while position < len(data):
-            newline = data.find(b"\n", position)
+            end = data.find(b"\n", position) + 1
             stamp = LOG_STAMP.match(data, position)
             if not stamp:
-                if newline < 0 and len(data) - position < 64:
+                if not end and len(data) - position < 64:
                     break
                 raise EngineError(502, "the Engine's log has no timestamps")
             # An entry of a long line ends where the very same stamp is put in again: after
             # ENTRY_SIZE bytes of the container's, each of which the Engine may have made U+FFFD.
-            line_end = newline if newline >= 0 else len(data)
             cut = stamp.end() + ENTRY_SIZE
-            again = data.find(stamp[0], cut, min(line_end, cut + 2 * ENTRY_SIZE + len(stamp[0])))
+            latest = cut + 2 * ENTRY_SIZE + len(stamp[0])
+            again = data.find(stamp[0], cut, min(end or latest, latest))
             if again >= 0:
                 end = again
-            elif newline >= 0:
-                end = newline + 1
-            elif len(data) - position > MAX_LINE:
-                entries.append((1, data[position:]))
-                data, position = stamp[0], 0
-                break
-            else:
-                break
+            elif not end:
+                if len(data) - position <= MAX_LINE:
+                    break
+                data, end = data + stamp[0], len(data)  # the line goes on as another entry
             entries.append((1, data[position:end]))
             position = end
         self._rest = data[position:]
@@ -2145,29 +1918,22 @@ class TtyDemultiplexer:
         return [(1, self._rest)] if self._rest else []
 
 
-def frame_error(kind: int, payload: bytes) -> EngineError:
-    """Return the error for a frame that holds no entry; kind 3 is the Engine's own word."""
-    if kind != 3:
-        return EngineError(502, "the Engine's log is not made of frames")
-    reason = payload.decode(errors="replace").strip()
-    return EngineError(502, f"the Engine failed to read the log: {reason}")
-
-
 class LineAssembler:
     """Puts entries together to whole lines, stdout and stderr apart, and numbers the lines."""
 
     def __init__(self) -> None:
         self.parts: dict[int, tuple[bytes, bytearray]] = {}  # a stream's stamp and text so far
-        self.counts: dict[bytes, int] = {}  # stamp: lines that had it
+        self.counts: dict[bytes, int] = {}  # stamp: lines that had it; 0 for one that has begun
 
     def feed(self, entries: list[Entry]) -> list[Line]:
         """Return the lines that are complete. Raises EngineError for an entry without a stamp."""
         lines: list[Line] = []
         counts, parts = self.counts, self.parts
         for kind, payload in entries:
-            if payload[29:31] != b"Z ":
-                stamp, text = split_entry(payload)
-                payload = b"%b %b" % (stamp, text)
+            if payload[29:31] != b"Z ":  # to nine digits and UTC; without a space there is no stamp
+                start = payload.find(b" ") + 1
+                moment = stamp_time(payload[:start].rstrip(b" "))
+                payload = b"%b %b" % (stamp_from(moment), payload[start:])
             stamp = payload[:STAMP_SIZE]
             if payload[-1] != NEWLINE or kind in parts or len(payload) > MAX_LINE:
                 lines += self._join(kind, stamp, payload[STAMP_SIZE + 1 :])
@@ -2189,8 +1955,7 @@ class LineAssembler:
         """Add an entry to its line; return the line if complete, and what exceeds MAX_LINE."""
         stamp, held = self.parts.pop(kind, (stamp, bytearray()))
         held += text
-        whole = held.endswith(b"\n")
-        if whole:
+        if whole := held.endswith(b"\n"):
             del held[-2 if held.endswith(b"\r\n") else -1 :]
         texts = []
         # Invariant: no line is held past MAX_LINE; two bytes more may be its CR LF.
@@ -2209,28 +1974,6 @@ class LineAssembler:
         return [(stamp, number + i, kind, text) for i, text in enumerate(texts, 1)]
 
 
-def split_entry(payload: bytes) -> tuple[bytes, bytes]:
-    """Return an entry's stamp, brought to nine digits and UTC, and text. Raises EngineError."""
-    match = LOG_STAMP.match(payload)
-    if not match:
-        raise EngineError(502, "the Engine's log has no timestamps")
-    try:
-        return stamp_from(parse_timestamp(match[0].strip().decode())), payload[match.end() :]
-    except ValueError as error:
-        raise EngineError(502, "the Engine's log has no timestamps") from error
-
-
-def parse_timestamp(moment: str) -> int:
-    """Return RFC 3339 as Unix nanoseconds. Raises ValueError."""
-    match = TIMESTAMP.fullmatch(moment)
-    if not match:
-        raise ValueError(f"{moment!r} is not an RFC 3339 timestamp")
-    second, fraction, zone = match.groups()
-    zone = "+00:00" if zone in "Zz" else zone
-    whole = datetime.datetime.fromisoformat(second.upper() + zone)
-    return int(whole.timestamp()) * 10**9 + int((fraction or "").ljust(9, "0"))
-
-
 def stamp_from(nanoseconds: int) -> bytes:
     """Return Unix nanoseconds as the Engine stamps log entries: STAMP_SIZE bytes."""
     second, fraction = divmod(nanoseconds, 10**9)
@@ -2238,179 +1981,77 @@ def stamp_from(nanoseconds: int) -> bytes:
     return f"{whole}.{fraction:09d}Z".encode()
 
 
-def engine_time(nanoseconds: int) -> str:
-    """Return Unix nanoseconds as the Engine's since and until take them."""
-    return "{}.{:09d}".format(*divmod(max(0, nanoseconds), 10**9))
-
-
-def nanoseconds(moment: str) -> int:
-    """Return what `engine_time` made as Unix nanoseconds."""
-    return int(moment.replace(".", ""))
+def stamp_time(stamp: bytes) -> int:
+    """Return a stamp, which is RFC 3339, as Unix nanoseconds. Raises EngineError."""
+    with contextlib.suppress(ValueError):
+        if match := TIMESTAMP.fullmatch(stamp.decode()):
+            second, fraction, zone = match.groups("")
+            whole = datetime.datetime.fromisoformat((second + zone).upper().replace("Z", "+00:00"))
+            return int(whole.timestamp()) * 10**9 + int(fraction.ljust(9, "0"))
+    raise EngineError(502, "the Engine's log has no timestamps")
 
 
 @functools.lru_cache(maxsize=64)
 def unix_second(second: bytes) -> bytes:
     """Return the Unix time of a stamp's first 20 bytes: b"1700000000.". Raises EngineError."""
-    try:
-        return b"%d." % (parse_timestamp(second[:-1].decode() + "Z") // 10**9)
-    except ValueError as error:
-        raise EngineError(502, "the Engine's log has no timestamps") from error
+    return b"%d." % (stamp_time(second[:-1] + b"Z") // 10**9)
 
 
-def unix_time(stamp: bytes) -> str:
-    """Return a stamp as the Engine's since takes it. Raises EngineError."""
-    return (unix_second(stamp[:20]) + stamp[20:29]).decode()
+def parse_moment(name: str, value: str) -> int:
+    """Return since or until as Unix nanoseconds. Raises ApiError (400).
 
-
-def parse_moment(name: str, value: str, now: int) -> str:
-    """Return since or until as the Engine takes it. now: Unix nanoseconds.
-
-    Unix seconds, RFC 3339, or a Go duration meaning that long ago. No float ever touches it: that
-    would lose the nanoseconds. Raises ApiError (400).
+    Unix seconds, RFC 3339, or a Go duration meaning that long ago; never a float, too coarse.
     """
     if match := UNIX_TIME.fullmatch(value):
-        return f"{match[1]}.{(match[2] or '').ljust(9, '0')}"
+        return int(match[1] + (match[2] or "").ljust(9, "0"))
     if re.fullmatch(f"(?:{DURATION.pattern})+", value):
         parts = DURATION.findall(value)
         ago = sum(int(a + b.ljust(15, "0")) * UNITS[unit] // 10**15 for a, b, unit in parts)
-        return engine_time(now - ago)
-    try:
-        return engine_time(parse_timestamp(value))
-    except ValueError:
-        refuse(name, "must be Unix seconds, an RFC 3339 time such as 2026-02-21T10:00:00Z, or 10m")
+        return time.time_ns() - ago
+    with contextlib.suppress(EngineError):
+        return stamp_time(value.encode())
+    refuse(name, "must be Unix seconds, an RFC 3339 time such as 2026-02-21T10:00:00Z, or 10m")
 
 
 class ResumePoint:
-    """Leaves out the lines up to the one whose id a client had last."""
+    """Leaves out the lines up to the one that a client had last."""
 
-    def __init__(self, event_id: str) -> None:
-        match = EVENT_ID.fullmatch(event_id)
-        if not match:
-            raise ApiError(400, "Last-Event-ID: must be an id that a log stream sent")
-        moment = int(match[1]) * 10**9 + int(match[2])
-        self.since = engine_time(moment - RESUME_MARGIN * 10**9)
-        self.found = False  # the very line, or that the Engine has it no longer
+    def __init__(self, point: Point) -> None:
         self.met = False  # the very line, after one of another stamp: its number is right
-        self.held: list[Line] = []  # came after the point unless the very line is still to come
-        self._stamp, self._number = stamp_from(moment), int(match[3])
-        self._late = stamp_from(moment + RESUME_JITTER)
+        self._point = point  # None: none, or it came, or the Engine has it no longer
+        self._held: list[Line] = []  # came after the point unless the very line is still to come
         self._first = b""  # the stamp of the first line that came
-        self._has_same = False  # whether lines of the very stamp came, fewer so far
+        # A line stamped later than this shows that the very line is gone: one of the other stream
+        # may be stored a little before it, but none between two lines of one stamp.
+        self._late = stamp_from(stamp_time(point[0]) + RESUME_JITTER) if point else b""
 
-    def after(self, lines: list[Line], begun: list[bytes]) -> list[Line]:
+    def after(self, lines: list[Line], begun: list[bytes], *, ended: bool) -> list[Line]:
         """Return those of lines that come after the point. begun: the stamps of unfinished lines.
 
         Lines come in the order in which they were finished, so what comes before the last line
         seen was seen, whatever its stamp. A line that the Engine no longer has is not waited for.
         """
-        if self.found:
+        if not self._point:
             return lines
+        stamp, _ = self._point
         self._first = self._first or (lines[0][0] if lines else b"")
-        for index, (stamp, number, _, _) in enumerate(lines):
-            if stamp == self._stamp and number == self._number:
-                self.found, self.met = True, self._first != stamp
-                return lines[index + 1 :]
-        if self._stamp in begun:
-            self.held.clear()
+        points = [line[:2] for line in lines]
+        if self._point in points:
+            lines = lines[points.index(self._point) + 1 :]
+            self._point, self.met = None, self._first != stamp
+            return lines
+        if stamp in begun:
+            self._held.clear()
             return []
         for index, line in enumerate(lines):
-            self._has_same = self._has_same or line[0] == self._stamp
-            if line[0] > self._stamp:
-                self.held.append(line)
-                # The very line is gone, unless this one is only stored before it: lines of the two
-                # streams may be, by a little.
-                if line[0] > self._late or self._has_same:
-                    self.found = True
-                    return [*self.held, *lines[index + 1 :]]
-        return []
-
-
-class LogReader:
-    """The lines of one container's log, from the Engine's answer to a query."""
-
-    def __init__(
-        self, answer: Answer, tty: bool, query: dict[str, Any], skip: int, resume: str
-    ) -> None:
-        self.done = False
-        self.query = query
-        self.skip = skip  # lines still to be left out
-        self.entries = 0  # so far
-        self.close = answer.close
-        self.until_end = answer.until_end  # whether a cut looks like the end
-        self._answer = answer
-        self._demultiplexer = TtyDemultiplexer() if tty else Demultiplexer()
-        self._assembler = LineAssembler()
-        self._last = resume  # the id of the last line that came
-        self._ahead: list[Line] = []  # read already, by begins_at
-        self._resume_id = resume
-        self._resume = ResumePoint(resume) if resume else None
-
-    def read(self, deadline: float) -> list[Line] | None:
-        """Return the lines that came, None if nothing did until deadline; `done` tells the end.
-
-        Raises EngineError, and what Watch.wait raises.
-        """
-        if self._ahead:
-            lines, self._ahead = self._ahead, []
-            return lines
-        data = self._answer.read(deadline)
-        if data is None:
-            return None
-        self.done = not data
-        entries = self._demultiplexer.feed(data) if data else self._demultiplexer.end()
-        self.entries += len(entries)
-        return self._passed(self._assembler.feed(entries))
-
-    def lines(self, *, whole: bool = True) -> Iterator[list[Line]]:
-        """Yield the lines of a log that is not followed. Raises EngineError.
-
-        whole: its end is the log's, so that what it left without a newline is a line, too.
-        """
-        while not self.done:
-            lines = self.read(time.monotonic() + CALL_TIMEOUT)
-            if lines is None:
-                raise EngineError(504, "the Engine did not finish the log in time")
-            yield lines
-        if whole:
-            yield self.unfinished()
-
-    def begins_at(self, moment: str) -> bool:
-        """Return whether a line of this time is among the first of a log that is not followed."""
-        for lines in self.lines(whole=False):
-            self._ahead += lines
-            if self.entries:
-                break
-        begun = (stamp for stamp, _ in self._assembler.parts.values())
-        return any(unix_time(stamp) == moment for stamp in (*self._assembler.counts, *begun))
-
-    def unfinished(self) -> list[Line]:
-        """Return the lines that the end of the log left without a newline, or held back."""
-        lines = self._passed(self._assembler.end())
-        return self._resume.held if self._resume and not self._resume.found else lines
-
-    def _passed(self, lines: list[Line]) -> list[Line]:
-        """Return those of lines that were asked for."""
-        if lines:
-            stamp, number, _, _ = lines[-1]
-            self._last = f"{unix_time(stamp)}-{number}"
-        if self._resume:
-            begun = [stamp for stamp, _ in self._assembler.parts.values()]
-            lines = self._resume.after(lines, begun)
-        skipped = min(self.skip, len(lines))
-        self.skip -= skipped
-        return lines[skipped:] if skipped else lines
-
-    def last_id(self) -> str:
-        """Return the id after which this log goes on, "" for its beginning."""
-        return self._last if not self._resume or self._resume.found else self._resume_id
-
-    def is_begun(self) -> bool:
-        """Return whether a line has begun whose end has not come."""
-        return any(text for _, text in self._assembler.parts.values())
-
-    def is_resumed(self) -> bool:
-        """Return whether the very line to resume after came, and what precedes it."""
-        return bool(self._resume and self._resume.met)
+            if line[0] == stamp:
+                self._late = stamp  # lines of one stamp stand together
+            elif line[0] > stamp:
+                self._held.append(line)
+                if line[0] > self._late:
+                    self._point = None
+                    return [*self._held, *lines[index + 1 :]]
+        return self._held if ended else []
 
 
 class LogSource(NamedTuple):
@@ -2419,85 +2060,146 @@ class LogSource(NamedTuple):
     engine: Engine
     container: str  # the full id: a name may pass to another container
     tty: bool
-    query: dict[str, Any]
+    query: Json  # as the Engine takes it, but since and until in nanoseconds
     watch: Watch
 
-    def open(self, skip: int = 0, resume: str = "", plain: bool = True, **query: Any) -> LogReader:
-        """Return a reader of the log, timestamps and all. Raises EngineError.
 
-        plain: quicker, but whether the log came whole is only known by `rest`.
-        """
-        path = container_path(self.container, "logs")
-        since = {"since": ResumePoint(resume).since} if resume else {}
-        query = {k: v for k, v in {**self.query, **since, **query}.items() if v != ""}
-        answer = self.engine.open("GET", path, query, watch=self.watch, plain=plain)
-        return LogReader(answer, self.tty, query, skip, resume)
+class LogReader:
+    """The lines of a log, timestamps and all, from the Engine's answer to one query.
 
-    def rest(self, reader: LogReader) -> Iterator[list[Line]]:
+    skip: how many lines to leave out. last: the line that was had last, only what comes after it
+    is wanted. plain: quicker, but whether the log came whole is only known by `rest`.
+    """
+
+    def __init__(
+        self, source: LogSource, skip: int = 0, last: Point = None, plain: bool = True, **query: Any
+    ) -> None:
+        """Ask the Engine for the log. Raises EngineError."""
+        self.source = source
+        self.done = False  # whether all of the answer came
+        self.entries = 0  # that came
+        self.resume = ResumePoint(last)
+        self._last = last  # the last line that came
+        self._skip = skip  # lines still to be left out
+        self._ahead: list[Line] = []  # read already, by begins_at
+        self._demultiplexer = TtyDemultiplexer() if source.tty else Demultiplexer()
+        self._assembler = LineAssembler()
+        if last:
+            query = {"since": stamp_time(last[0]) - RESUME_MARGIN * 10**9, **query}
+        self._query = {k: v for k, v in {**source.query, **query}.items() if v != ""}
+        asked = dict(self._query)
+        for name in {"since", "until"} & asked.keys():
+            asked[name] = "{}.{:09d}".format(*divmod(max(0, asked[name]), 10**9))
+        path = container_path(source.container, "logs")
+        self._answer = source.engine.open("GET", path, asked, watch=source.watch, plain=plain)
+        self.close = self._answer.close
+        self.verify = self._answer.until_end  # whether a cut looks like the end
+
+    def read(self, deadline: float) -> list[Line] | None:
+        """Return the lines that came, None if nothing did until deadline. Raises as Answer.read."""
+        data = self._answer.read(deadline)
+        if data is None:
+            return None
+        self.done = not data
+        entries = self._demultiplexer.feed(data) if data else self._demultiplexer.end()
+        self.entries += len(entries)
+        return self._passed(self._assembler.feed(entries))
+
+    def lines(self) -> Iterator[list[Line]]:
+        """Yield the lines of a log that is not followed. Raises EngineError."""
+        yield self._ahead
+        while not self.done:
+            lines = self.read(time.monotonic() + CALL_TIMEOUT)
+            if lines is None:
+                raise EngineError(504, "the Engine did not finish the log in time")
+            yield lines
+        yield from self.rest() if self.verify else [self._unfinished()]
+
+    def begins_at(self, stamp: bytes) -> bool:
+        """Return whether a line of this stamp is among the first, which `lines` still yields."""
+        self._ahead = next((lines for lines in self.lines() if self.entries), [])
+        return stamp in self._assembler.counts
+
+    def rest(self) -> Iterator[list[Line]]:
         """Yield what the log had after the lines that came. Raises EngineError.
 
         The end of a connection does not tell whether it was the log's, and the Engine may end the
         stream of a container that exits before its last lines (seen with 20.10 and some 100
         followers). So they are looked for in the log itself, by an answer that tells its end.
         """
-        query = {**reader.query, "follow": 0, "plain": False, "tail": ""}
-        last, begun = reader.last_id(), reader.is_begun()
+        query = {**self._query, "follow": 0, "plain": False, "tail": ""}
+        begun = self._assembler.parts
         if begun:  # its beginning may be before what is read again otherwise
             query.setdefault("since", "")
+        again = functools.partial(LogReader, self.source, self._skip, self._last, **query)
         try:
-            if last and not begun:
-                near = {**query, "tail": REST_ENTRIES}
-                with contextlib.closing(self.open(reader.skip, last, **near)) as static:
-                    lines = [line for some in static.lines() for line in some]
-                    if static.is_resumed():
-                        yield lines
+            if self._last and not begun:
+                with contextlib.closing(again(tail=REST_ENTRIES)) as near:
+                    near.verify = False
+                    found = list(near.lines())
+                    if near.resume.met:
+                        yield from found
                         return
-            with contextlib.closing(self.open(reader.skip, last, **query)) as static:
+            with contextlib.closing(again()) as static:
+                static.verify = False  # or this might never end
                 yield from static.lines()
         except EngineError as error:
             if error.status not in (404, 409):
                 raise
-            yield reader.unfinished()  # the container was removed meanwhile
+            yield self._unfinished()  # the container was removed meanwhile
 
-    def open_tail(self, wanted: int) -> LogReader:
-        """Return a reader of the last `wanted` lines. Raises EngineError.
+    def _unfinished(self) -> list[Line]:
+        """Return the lines that the end of the log left without a newline, or held back."""
+        return self._passed(self._assembler.end(), ended=True)
 
-        The Engine's own tail counts entries, of which a long line has several, and may begin in
-        the middle of one. So ask it only for a stamp early enough, and count the lines since. It
-        finds that stamp from the end, too: from the beginning it would read the whole log.
-        """
-        scale, follow = 1, bool(self.query["follow"])
-        while True:
-            entries, margin, scale = scale * (wanted + 1), scale * TAIL_MARGIN, 8 * scale
-            # Of both streams: the Engine counts its tail before it leaves one out.
-            since, last, _, found = self._count(tail=entries, until="", stdout=1, stderr=1)
-            if not last and found < entries:
-                return self.open()
-            if not last:
-                continue
-            bounds: dict[str, Any] = {"since": since, "tail": 2 * entries + margin}
-            if not follow:  # what is written from now on is not in the tail
-                bounds["until"] = min(self.query.get("until", last), last, key=nanoseconds)
-            earliest, _, lines, _ = self._count(**bounds)
-            if found < entries or (lines > wanted and earliest == since):
-                with contextlib.ExitStack() as otherwise:
-                    reader = self.open(max(0, lines - wanted), plain=follow, **bounds)
-                    otherwise.callback(reader.close)
-                    if follow or found < entries or reader.begins_at(since):
-                        otherwise.pop_all()
-                        return reader
+    def _passed(self, lines: list[Line], *, ended: bool = False) -> list[Line]:
+        """Return those of lines that were asked for."""
+        begun = [stamp for stamp, _ in self._assembler.parts.values()]
+        lines = self.resume.after(lines, begun, ended=ended)
+        if lines:
+            self._last = lines[-1][:2]
+        skip, self._skip = self._skip, max(0, self._skip - len(lines))
+        return lines[skip:]
 
-    def _count(self, **query: Any) -> tuple[str, str, int, int]:
-        """Return the first and last times as since takes them, the numbers of lines and entries."""
-        first, last, count = b"Z", b"", 0
-        with contextlib.closing(self.open(follow=0, plain=False, **query)) as reader:
-            for lines in reader.lines():
-                for stamp, _, kind, _ in lines:
-                    if self.query.get(STREAMS[kind], 1):
-                        first, last, count = min(first, stamp), max(last, stamp), count + 1
+
+def count_log(source: LogSource, **query: Any) -> tuple[bytes, bytes, int, int]:
+    """Return the first and last stamps of a log's lines, and its numbers of lines and entries."""
+    first, last, count = b"Z", b"", 0
+    with contextlib.closing(LogReader(source, plain=False, follow=0, **query)) as reader:
+        reader.verify = False
+        for stamp, _, kind, _ in itertools.chain.from_iterable(reader.lines()):
+            if source.query.get(STREAMS[kind], 1):
+                first, last, count = min(first, stamp), max(last, stamp), count + 1
+    return first, last, count, reader.entries
+
+
+def read_tail(source: LogSource, wanted: int) -> LogReader:
+    """Return a reader of the last `wanted` lines. Raises EngineError.
+
+    The Engine's own tail counts entries, of which a long line has several, and may begin in the
+    middle of one. So ask it only for a stamp early enough, and count the lines since. It finds
+    that stamp from the end, too: from the beginning it would read the whole log.
+    """
+    scale, follow = 1, bool(source.query["follow"])
+    while True:
+        entries, margin, scale = scale * (wanted + 1), scale * TAIL_MARGIN, 8 * scale
+        # Of both streams: the Engine counts its tail before it leaves one out.
+        since, last, count, found = count_log(source, tail=entries, until="", stdout=1, stderr=1)
         if not count:
-            return "", "", 0, reader.entries
-        return unix_time(first), unix_time(last), count, reader.entries
+            if found < entries:
+                return LogReader(source)
+            continue
+        bounds: Json = {"since": stamp_time(since), "tail": 2 * entries + margin}
+        if not follow:  # what is written from now on is not in the tail
+            bounds["until"] = min(source.query.get("until", math.inf), stamp_time(last))
+        earliest, _, count, _ = count_log(source, **bounds)
+        if found < entries or (count > wanted and earliest == since):
+            with contextlib.ExitStack() as otherwise:
+                reader = LogReader(source, max(0, count - wanted), plain=follow, **bounds)
+                otherwise.callback(reader.close)
+                if follow or found < entries or reader.begins_at(since):
+                    otherwise.pop_all()
+                    return reader
 
 
 def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
@@ -2542,43 +2244,32 @@ def event(name: str, data: Any) -> bytes:
     return f"event: {name}\ndata: ".encode() + encode_json(data) + b"\n\n"
 
 
-def log_document(
-    source: LogSource, reader: LogReader, render: Callable[[list[Line]], bytes]
-) -> Generator[bytes, None, None]:
+def log_document(reader: LogReader, render: Render) -> Stream:
     """Yield {"lines": [...]} as it is read. Raises EngineError, which leaves it broken off."""
     with contextlib.closing(reader):
         separator = b'{"lines":['
-        rest = source.rest(reader) if reader.until_end else ()
-        for lines in itertools.chain(reader.lines(whole=not reader.until_end), rest):
-            if lines:
-                yield separator + render(lines)
-                separator = b","
+        for items in map(render, filter(None, reader.lines())):
+            yield separator + items
+            separator = b","
         yield (b"" if separator == b"," else separator) + b"]}\n"
 
 
-def log_events(
-    source: LogSource, reader: LogReader, render: Callable[[list[Line]], bytes]
-) -> Generator[bytes, None, None]:
-    """Yield the event stream of a log that is followed."""
+def log_events(reader: LogReader, render: Render) -> Stream:
+    """Yield the event stream of a log that is followed. Raises EngineError or Stopping."""
     with contextlib.closing(reader):
-        try:
-            yield f"retry: {RETRY}\n\n".encode()
-            due = time.monotonic() + PING_INTERVAL
-            while not reader.done:
-                lines = reader.read(due)
-                if lines or time.monotonic() >= due:
-                    yield render(lines) if lines else b": ping\n\n"
-                    due = time.monotonic() + PING_INTERVAL
-            ending = log_ending(source)
-            yield from map(render, filter(None, source.rest(reader)))
-            yield event("end", ending)
-        except Stopping:
-            yield event("shutdown", {"reason": "the agent is being stopped; reconnect"})
-        except EngineError as error:
-            yield event("error", envelope(error.status, error.message))
+        yield f"retry: {RETRY}\n\n".encode()
+        due = time.monotonic() + PING_INTERVAL
+        while not reader.done:
+            lines = reader.read(due)
+            if lines or time.monotonic() >= due:
+                yield render(lines) if lines else b": ping\n\n"
+                due = time.monotonic() + PING_INTERVAL
+        ending = log_ending(reader.source)
+        yield from map(render, filter(None, reader.rest()))
+        yield event("end", ending)
 
 
-def log_ending(source: LogSource) -> dict[str, Any]:
+def log_ending(source: LogSource) -> Json:
     """Return why a followed log ended. Raises EngineError if nothing says that it should have."""
     try:
         found = source.engine.json("GET", container_path(source.container, "json"))
@@ -2588,7 +2279,7 @@ def log_ending(source: LogSource) -> dict[str, Any]:
         return {"reason": "removed", "exit_code": None}
     state = member(found, "State", dict)
     if state.get("Running") or state.get("Restarting"):
-        if "until" in source.query and nanoseconds(source.query["until"]) <= time.time_ns():
+        if source.query.get("until", math.inf) <= time.time_ns():
             return {"reason": "until", "exit_code": None}
         raise EngineError(502, "the Engine ended the log of a container that runs; reconnect")
     reason = "removed" if state.get("Status") in ("removing", "dead") else "exited"
@@ -2607,8 +2298,8 @@ class Call(NamedTuple):
     host_root: str
     watch: Watch
     id: str
-    query: dict[str, Any]
-    body: dict[str, Any]
+    query: Json
+    body: Json
     fields: Fields
 
     def field(self, name: str) -> str:
@@ -2625,18 +2316,15 @@ class Response(NamedTuple):
     body: Any = b""
     status: int = 200
     headers: Mapping[str, str] = {}
-    stream: Optional[Generator[bytes, None, None]] = None
-    content_type: str = "application/json"
+    stream: Optional[Stream] = None
 
 
 def health(call: Call) -> Response:
-    healthy = call.engine.healthy()
-    body = {
-        "status": "ok" if healthy else "degraded",
-        "docker": "connected" if healthy else "unreachable",
-        "timestamp": timestamp(time.time(), "seconds"),
-    }
-    return Response(body, 200 if healthy else 503)
+    code, status, docker = 200, "ok", "connected"
+    if not call.engine.healthy():
+        code, status, docker = 503, "degraded", "unreachable"
+    now = timestamp(time.time(), "seconds")
+    return Response({"status": status, "docker": docker, "timestamp": now}, code)
 
 
 def create(call: Call) -> Response:
@@ -2647,12 +2335,8 @@ def create(call: Call) -> Response:
 
 
 def registry_auth(call: Call) -> str:
-    """Return X-Registry-Auth as the Engine takes it: base64url, padded, of a JSON object; or "".
-
-    Raises ApiError (400) without repeating the value.
-    """
-    value = call.field("X-Registry-Auth")
-    if not value:
+    """Return X-Registry-Auth as padded base64url of a JSON object, or "". Raises ApiError (400)."""
+    if not (value := call.field("X-Registry-Auth")):
         return ""
     bare = value.rstrip("=")
     with contextlib.suppress(ApiError, ValueError):
@@ -2674,46 +2358,39 @@ def inspect(call: Call) -> Response:
     return Response(body)
 
 
-def act(call: Call, action: str, done: str, **options: Any) -> Response:
-    call.engine.call("POST", container_path(call.id, action), **options)
+def act(
+    call: Call, action: str, done: str, seconds: float = CALL_TIMEOUT, default_signal: str = ""
+) -> Response:
+    """Have the Engine do something to a container, with the signal and timeout in the body."""
+    query: Json = {}
+    if name := call.body.get("signal", default_signal).upper():
+        query["signal"] = "SIG" + name.removeprefix("SIG")
+    if "timeout" in call.body:
+        query["t"] = call.body["timeout"]
+    call.engine.call("POST", container_path(call.id, action), query, seconds=seconds)
     return Response({"message": f"container {done}"})
-
-
-start = functools.partial(act, action="start", done="started", seconds=START_TIMEOUT)
-pause = functools.partial(act, action="pause", done="paused")
-unpause = functools.partial(act, action="unpause", done="unpaused")
-
-
-def kill(call: Call) -> Response:
-    query = {"signal": engine_signal(call.body.get("signal", "KILL"))}
-    return act(call, "kill", "killed", query=query)
 
 
 def stop_or_restart(call: Call, action: str, done: str) -> Response:
     """Have the Engine do either, which may take the container's own time. Raises ApiError."""
-    query: dict[str, Any] = {}
     if "signal" in call.body:
         version = call.engine.version(time.monotonic() + CALL_TIMEOUT, again=True)
         if tuple(map(int, version.split("."))) < (1, 42):
-            rule = f"this Engine (API {version}) cannot {action} with a signal"
-            refuse("signal", f"{rule}, which takes API 1.42; use /kill")
-        query["signal"] = engine_signal(call.body["signal"])
-    if "timeout" in call.body:
-        query["t"] = wait = int(call.body["timeout"])
-    else:
+            refuse("signal", f"takes API 1.42, and this Engine has {version}; use /kill")
+    if (wait := call.body.get("timeout")) is None:
         found = call.engine.json("GET", container_path(call.id, "json"))
         own = member(found, "Config", dict).get("StopTimeout")
         # Invariant: a container's own timeout makes no wait longer than a client could ask for.
         wait = min(MAX_STOP, max(0, own)) if own and isinstance(own, int) else DEFAULT_STOP
-    return act(call, action, done, query=query, seconds=wait + CALL_TIMEOUT)
+    return act(call, action, done, wait + CALL_TIMEOUT)
 
 
+start = functools.partial(act, action="start", done="started", seconds=START_TIMEOUT)
 stop = functools.partial(stop_or_restart, action="stop", done="stopped")
 restart = functools.partial(stop_or_restart, action="restart", done="restarted")
-
-
-def engine_signal(name: str) -> str:
-    return name.upper() if name.upper().startswith("SIG") else f"SIG{name.upper()}"
+kill = functools.partial(act, action="kill", done="killed", default_signal="KILL")
+pause = functools.partial(act, action="pause", done="paused")
+unpause = functools.partial(act, action="unpause", done="unpaused")
 
 
 def remove(call: Call) -> Response:
@@ -2723,73 +2400,72 @@ def remove(call: Call) -> Response:
 
 
 def logs(call: Call) -> Response:
-    asked = call.query
-    stdout, stderr = asked.get("stdout", True), asked.get("stderr", True)
-    if not (stdout or stderr):
+    asked = {"stdout": True, "stderr": True, "follow": False, "tail": "all", **call.query}
+    if not (asked["stdout"] or asked["stderr"]):
         refuse("stdout", "and stderr cannot both be false")
-    now, follow = time.time_ns(), asked.get("follow", False)
-    query: dict[str, Any] = {"stdout": int(stdout), "stderr": int(stderr)}
-    query.update(timestamps=1, follow=int(follow))
+    query: Json = {name: int(asked[name]) for name in ("stdout", "stderr", "follow")}
+    query["timestamps"] = 1
     for name in ("since", "until"):
         if name in asked:
-            moment = parse_moment(name, asked[name], now)
+            moment = parse_moment(name, asked[name])
             if asked[name].strip("0."):  # 0 is no limit, as in Docker's own API
                 query[name] = moment
     # The header first: a browser that reconnects sends it beside the URL it began with.
-    last = call.field("Last-Event-ID") or asked.get("last_event_id", "")
-    if last:
-        ResumePoint(last)
+    event_id = call.field("Last-Event-ID") or asked.get("last_event_id", "")
+    match = EVENT_ID.fullmatch(event_id)
+    if event_id and not match:
+        refuse("Last-Event-ID", "must be an id that a log stream sent")
+    last = (stamp_from(int(match[1] + match[2])), int(match[3])) if match else None
     found = call.engine.json("GET", container_path(call.id, "json"))
-    watch = call.watch if follow else call.watch._replace(stop=None)
     tty = bool(member(found, "Config", dict).get("Tty"))
+    follow, whole = asked["follow"], asked["tail"] == "all" or last
+    watch = call.watch if follow else call.watch._replace(stop=None)
     source = LogSource(call.engine, member_id(found), tty, query, watch)
-    tail = asked.get("tail", "all")
-    whole = tail == "all" or last
-    reader = source.open(resume=last) if whole else source.open_tail(int(tail))
+    reader = LogReader(source, last=last) if whole else read_tail(source, int(asked["tail"]))
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
-    if not follow:
-        render = functools.partial(render_items, **shape)
-        return Response(stream=log_document(source, reader, render))
-    render = functools.partial(render_events, **shape)
-    return event_stream(log_events(source, reader, render))
+    render = functools.partial(render_events if follow else render_items, **shape)
+    if follow:
+        return event_stream(log_events(reader, render))
+    return Response(stream=log_document(reader, render))
 
 
-def event_stream(events: Generator[bytes, None, None]) -> Response:
+def event_stream(events: Stream) -> Response:
     headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
-    return Response(stream=events, headers=headers, content_type="text/event-stream")
+    headers["Content-Type"] = "text/event-stream"
+    return Response(stream=with_ending(events), headers=headers)
 
 
-def pull(call: Call) -> Response:
-    auth = registry_auth(call)
-    accepted = ",".join(call.fields.get("accept", []))
-    if "text/event-stream" not in accepted.lower():
-        watch = call.watch._replace(stop=None)
-        return Response(pull_image(call.engine, call.body, auth, watch))
-    words = pull_progress(call.engine, call.body, auth, call.watch)
-    return event_stream(pull_events(call.engine, call.body["image"], words))
-
-
-def pull_events(
-    engine: Engine, image: str, words: Iterator[dict[str, Any] | None]
-) -> Generator[bytes, None, None]:
-    """Yield the event stream of a pull."""
+def with_ending(events: Stream) -> Stream:
+    """Yield events, and one more that tells a client what broke them off."""
     try:
-        yield f"retry: {RETRY}\n\n".encode()
-        digest = ""
-        for word in words:
-            digest = told_digest(word) or digest
-            if word is None:
-                yield b": ping\n\n"
-                continue
-            detail = word.get("progressDetail")
-            detail = detail if isinstance(detail, dict) else {}
-            sizes = {name: detail.get(name) for name in ("current", "total")}
-            yield event("progress", {"id": word.get("id"), "status": word.get("status"), **sizes})
-        yield event("done", pull_result(engine, image, digest))
+        yield from events
     except Stopping:
         yield event("shutdown", {"reason": "the agent is being stopped; reconnect"})
     except EngineError as error:
         yield event("error", envelope(error.status, error.message))
+
+
+def pull(call: Call) -> Response:
+    auth = registry_auth(call)
+    if "text/event-stream" in ",".join(call.fields.get("accept", [])).lower():
+        return event_stream(pull_events(call, auth))
+    return Response(pull_image(call.engine, call.body, auth, call.watch._replace(stop=None)))
+
+
+def pull_events(call: Call, auth: str) -> Stream:
+    """Yield the event stream of a pull. Raises EngineError or Stopping."""
+    yield f"retry: {RETRY}\n\n".encode()
+    digest = ""
+    for word in pull_progress(call.engine, call.body, auth, call.watch):
+        digest = told_digest(word) or digest
+        if word is None:
+            yield b": ping\n\n"
+            continue
+        detail = word.get("progressDetail")
+        shown = {**detail, **word} if isinstance(detail, dict) else word
+        names = ("id", "status", "current", "total")
+        yield event("progress", {name: shown.get(name) for name in names})
+    yield event("done", pull_result(call.engine, call.body["image"], digest))
 
 
 def write_file(call: Call) -> Response:
@@ -2811,8 +2487,7 @@ def write_file(call: Call) -> Response:
 # Routes: the table and its lookup
 # --------------------------------------------------------------------------------------------------
 
-PUBLIC = "public"
-KEY = "key"
+PUBLIC, KEY = "public", "key"
 
 
 class Route(NamedTuple):
@@ -2849,7 +2524,6 @@ def split_target(target: str) -> tuple[list[str], str]:
     """Return a request target's path segments, decoded once, and its query."""
     target = re.sub("(?i)^https?://[^/?]*", "", target)  # RFC 9112 section 3.2.2, "absolute-form"
     path, _, query = target.partition("?")
-    path = path or "/"
     return [unquote(segment, errors="replace") for segment in path.split("/")], query
 
 
@@ -2860,16 +2534,15 @@ def is_api(segments: list[str]) -> bool:
 
 def find_route(method: str, segments: list[str]) -> tuple[Route, str]:
     """Return a route and the {id} in its path. Raises ApiError (404, 405)."""
-    method = "GET" if method == "HEAD" else method
-    allowed = []
+    allowed: list[str] = []
     for route, template in TEMPLATES:
         if len(template) != len(segments):
             continue
         if all(a in ("{id}", b) for a, b in zip(template, segments)):
-            if route.method == method:
-                name = segments[template.index("{id}")] if "{id}" in template else ""
-                return route, name
-            allowed += ["GET", "HEAD"] if route.method == "GET" else [route.method]
+            methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
+            if method in methods:
+                return route, dict(zip(template, segments)).get("{id}", "")
+            allowed += methods
     if allowed:
         options = ", ".join(allowed)
         raise ApiError(405, f"use {options} here", {"Allow": options})
@@ -2880,48 +2553,7 @@ def find_route(method: str, segments: list[str]) -> tuple[Route, str]:
 # HTTP handler: read the head, limit, authorise, route, read the body, answer
 # --------------------------------------------------------------------------------------------------
 
-
-CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-
-
-def head_end(data: bytes, scanned: int = 0) -> int:
-    """Return the length of the head that data begins with, 0 if it goes on.
-
-    scanned: bytes of it that were here before, so that a head in tiny pieces costs no more.
-    Raises ApiError (400, 414, 431) as soon as it can be no head: nobody waits for its end.
-    """
-    start = max(0, scanned - 3)
-    end = data.find(b"\r\n\r\n", start)
-    size = end + 4 if end >= 0 else len(data)
-    line = data.find(b"\r\n", 0, MAX_REQUEST_LINE + 2)
-    # Invariant: the head is bounded before any of it is looked at.
-    if line < 0 and size > MAX_REQUEST_LINE + data[: MAX_REQUEST_LINE + 1].endswith(b"\r"):
-        raise ApiError(414, f"the request line is longer than {MAX_REQUEST_LINE} bytes")
-    if size - max(line, 0) - 4 > MAX_FIELD_BLOCK:
-        raise ApiError(431, f"the headers are longer than {MAX_FIELD_BLOCK} bytes")
-    if LONE_CONTROL.search(data, start, size):
-        raise ApiError(400, "the head has a bare CR, a bare LF or a NUL in it")
-    return size if end >= 0 else 0
-
-
-def body_length(fields: Fields, minor: int) -> int | None:
-    """Return the body's length, None for a chunked one. Raises ApiError (400, 501).
-
-    What two parsers may frame differently is refused: behind a proxy it smuggles requests in.
-    """
-    hosts = fields.get("host", [])
-    if len(hosts) > 1 or (minor and not hosts):
-        raise ApiError(400, "Host: must be given once")
-    if hosts and not HOST_VALUE.fullmatch(hosts[0].encode("latin-1")):
-        raise ApiError(400, "Host: is not a host and port")
-    if not minor and "transfer-encoding" in fields:
-        raise ApiError(400, "Transfer-Encoding: HTTP/1.0 has none")
-    return framing(fields)
-
-
-@functools.lru_cache(maxsize=1)
-def http_date(now: int) -> str:
-    return email.utils.formatdate(now, usegmt=True)
+http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
 class Handler(socketserver.BaseRequestHandler):
@@ -2931,24 +2563,20 @@ class Handler(socketserver.BaseRequestHandler):
     """
 
     server: Server
-
-    def setup(self) -> None:
-        self.sock: socket.socket = self.request
-        self.buffer = b""
-        self.keep = True
-        self.answered = False  # so that the last answer is given time to be read
-        self.neighbour = client_address(self.client_address, "", ())
+    buffer = b""  # received, and not taken yet
+    keep = True
+    answered = False  # so that the last answer is given time to be read
 
     def handle(self) -> None:
-        if self.client_address:
+        self.sock: socket.socket = self.request
+        if self.sock.family != socket.AF_UNIX:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A client whose machine has died is given up after as long as one that reads nothing.
             timeout = int(WRITE_TIMEOUT * 1000)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
         deadline = time.monotonic() + HEAD_TIMEOUT
-        tls = self.server.config.server_tls
-        if tls and not self.shake_hands(tls, deadline):
-            return
+        if tls := self.server.config.server_tls:
+            self.keep = self.shake_hands(tls, deadline)
         while self.keep and self.wait_for_request(deadline):
             self.serve()
             deadline = time.monotonic() + IDLE_TIMEOUT
@@ -2956,14 +2584,13 @@ class Handler(socketserver.BaseRequestHandler):
     def shake_hands(self, tls: ssl.SSLContext, deadline: float) -> bool:
         """Return whether the connection is a TLS one by now."""
         try:
-            if not Watch(stop=self.server.stopping).wait(self.sock, deadline):
-                return False
-            self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-            self.sock = tls.wrap_socket(self.sock, server_side=True)
+            if Watch(stop=self.server.stopping).wait(self.sock, deadline):
+                self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+                self.sock = tls.wrap_socket(self.sock, server_side=True)
+                return True
         except (Stopping, OSError, ValueError) as error:
             self.server.log("debug", "handshake failed", error=describe(error))
-            return False
-        return True
+        return False
 
     def finish(self) -> None:
         """Half-close, then drain: no reset may take an answer away (RFC 9112 section 9.6)."""
@@ -2979,19 +2606,16 @@ class Handler(socketserver.BaseRequestHandler):
 
     def wait_for_request(self, deadline: float) -> bool:
         """Return whether a request begins before deadline; False too if the agent stops."""
-        skipped = 0
         with contextlib.suppress(OSError, Stopping):
-            # Invariant: even empty lines are taken up to a bound only.
             while True:
-                skipped += len(self.buffer)
-                self.buffer = EMPTY_LINES.sub(b"", self.buffer)
-                skipped -= len(self.buffer)
-                if skipped > MAX_REQUEST_LINE:
+                begun = EMPTY_LINES.sub(b"", self.buffer)
+                # Invariant: even empty lines are taken up to a bound only.
+                if len(self.buffer) - len(begun) > MAX_REQUEST_LINE:
                     break
-                if self.buffer not in (b"", b"\r"):
+                if begun not in (b"", b"\r"):
+                    self.buffer = begun
                     return True
-                data = receive(self.sock, deadline, Watch(stop=self.server.stopping))
-                if not data:
+                if not (data := receive(self.sock, deadline, Watch(stop=self.server.stopping))):
                     break
                 self.buffer += data
         self.answered = self.answered and NOBODY.wait(self.sock, 0)  # else there is no more to read
@@ -2999,9 +2623,9 @@ class Handler(socketserver.BaseRequestHandler):
 
     def serve(self) -> None:
         """Answer one request and log it. The one place where errors become answers."""
-        self.started = time.monotonic()
+        started = time.monotonic()
         self.id = secrets.token_hex(8)
-        self.method, self.path, self.client = "", "", self.neighbour
+        self.method, self.path, self.client = "", "", self.client_address
         self.headers: dict[str, str] = {}
         self.minor, self.status, self.sent = 1, 0, 0
         self.unread = True  # until the request's end is known and reached
@@ -3017,17 +2641,10 @@ class Handler(socketserver.BaseRequestHandler):
             with contextlib.suppress(ClientGone):
                 message = f"an error of the agent's own; its log has it under {self.id}"
                 self.respond_error(ApiError(500, message))
-        self.server.log(
-            "error" if self.status >= 500 else "info",
-            "request",
-            method=self.method,
-            path=self.path,
-            status=self.status,
-            latency_ms=round((time.monotonic() - self.started) * 1000, 3),
-            request_id=self.id,
-            client_ip=self.client,
-            bytes=max(0, self.sent),
-        )
+        fields: Json = {"method": self.method, "path": self.path, "status": self.status}
+        fields["latency_ms"] = round((time.monotonic() - started) * 1000, 3)
+        fields.update(request_id=self.id, client_ip=self.client, bytes=max(0, self.sent))
+        self.server.log("error" if self.status >= 500 else "info", "request", **fields)
 
     def fill(self, deadline: float, what: str, watch: Watch) -> bytes:
         """Return more of the request. Raises ApiError (400, 408) or ClientGone."""
@@ -3041,24 +2658,26 @@ class Handler(socketserver.BaseRequestHandler):
             raise ApiError(400, f"the connection ended within the {what}")
         return data
 
+    def head_until(self, end: bytes, limit: int, status: int, what: str, deadline: float) -> bytes:
+        """Return what is before end; take neither. Raises ApiError as soon as it can be told."""
+        scanned = 0  # so that a head in tiny pieces costs no more
+        while True:
+            # Invariant: the head is bounded before any of it is looked at. What may be the
+            # beginning of end does not count; more CRs and LFs are refused below.
+            part, found, _ = self.buffer[: limit + len(end)].partition(end)
+            if len(part.rstrip(b"\r\n")) > limit:
+                raise ApiError(status, f"the {what} longer than {limit} bytes")
+            if LONE_CONTROL.search(part + found, scanned):
+                raise ApiError(400, "the head has a bare CR, a bare LF or a NUL in it")
+            if found:
+                return part
+            scanned = len(part) - 1
+            self.buffer += self.fill(deadline, "head", Watch(stop=self.server.stopping))
+
     def read_head(self) -> Fields:
         """Take the next request's head out of the buffer, return its fields. Raises ApiError."""
-        deadline, scanned, end = time.monotonic() + HEAD_TIMEOUT, 0, 0
-        while not end:
-            line, whole, _ = self.buffer[: MAX_REQUEST_LINE + 2].partition(b"\r\n")
-            if not self.path:  # not even an answer that refuses a HEAD has a body
-                self.method = "HEAD" if line.startswith(b"HEAD ") else ""
-            if whole and not self.path:
-                self.read_request_line(line)
-            end, scanned = head_end(self.buffer, scanned), len(self.buffer)
-            if not end:
-                self.buffer += self.fill(deadline, "head", Watch(stop=self.server.stopping))
-        block, self.buffer = self.buffer[len(line) + 2 : end], self.buffer[end:]
-        if block.count(b"\n") - 1 > MAX_FIELDS:
-            raise ApiError(431, f"there are more than {MAX_FIELDS} headers")
-        return parse_fields(block)
-
-    def read_request_line(self, line: bytes) -> None:
+        deadline = time.monotonic() + HEAD_TIMEOUT
+        line = self.head_until(b"\r\n", MAX_REQUEST_LINE, 414, "request line is", deadline)
         # Invariant: the head is matched by the grammar before any other code sees it.
         match = REQUEST_LINE.fullmatch(line)
         if not match:
@@ -3067,20 +2686,40 @@ class Handler(socketserver.BaseRequestHandler):
         if version not in ("1.0", "1.1"):
             raise ApiError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
         self.minor = int(version[-1])
+        self.buffer = self.buffer[len(line) :]  # its CRLF stays: it ends a head without fields
+        block = self.head_until(b"\r\n\r\n", MAX_FIELD_BLOCK, 431, "headers are", deadline)
+        self.buffer = self.buffer[len(block) + 4 :]
+        if block.count(b"\n") > MAX_FIELDS:
+            raise ApiError(431, f"there are more than {MAX_FIELDS} headers")
+        return parse_fields((block + b"\r\n\r\n")[2:])
 
-    def answer(self, fields: Fields) -> Response:
-        """Check one request, in the order that tells a stranger least, and have it answered."""
+    def check_head(self, fields: Fields) -> int | None:
+        """Note who asks; return the body's length, None if chunked. Raises ApiError (400, 501).
+
+        What two parsers may frame differently is refused: behind a proxy it smuggles requests in.
+        """
         own = ",".join(fields.get("x-request-id", []))
         if REQUEST_ID.fullmatch(own) and self.server.log.redact(own, SHORT_KEY) == own:
             self.id = own
-        config = self.server.config
         if forwarded := ",".join(fields.get("x-forwarded-for", [])):
-            self.client = client_address(self.client_address, forwarded, config.trusted_proxies)
-        length = body_length(fields, self.minor)
+            trusted = self.server.config.trusted_proxies
+            self.client = client_address(self.client_address, forwarded, trusted)
+        hosts = fields.get("host", [])
+        if len(hosts) > 1 or (self.minor and not hosts):
+            raise ApiError(400, "Host: must be given once")
+        if not HOST_VALUE.fullmatch("".join(hosts)):
+            raise ApiError(400, "Host: is not a host and port")
+        if not self.minor and "transfer-encoding" in fields:
+            raise ApiError(400, "Transfer-Encoding: HTTP/1.0 has none")
+        length = framing(fields)
         self.unread = length != 0
-        connection = ",".join(fields.get("connection", [])).lower()
-        closing = "close" in [option.strip() for option in connection.split(",")]
-        self.keep = self.keep and bool(self.minor) and not closing
+        options = ",".join(fields.get("connection", [])).lower().split(",")
+        self.keep = self.minor == 1 and "close" not in map(str.strip, options)
+        return length
+
+    def answer(self, fields: Fields) -> Response:
+        """Check one request, in the order that tells a stranger least, and have it answered."""
+        length = self.check_head(fields)
         segments, query = split_target(self.path)
         if is_api(segments):
             self.authorise(fields)
@@ -3093,7 +2732,8 @@ class Handler(socketserver.BaseRequestHandler):
         parameters = decode_query(query, route.query)
         body = self.read_body(fields, route, length)
         watch = Watch(self.sock, self.server.stopping)
-        call = Call(self.server.engine, config.host_root, watch, name, parameters, body, fields)
+        host_root = self.server.config.host_root
+        call = Call(self.server.engine, host_root, watch, name, parameters, body, fields)
         return route.endpoint(call)
 
     def authorise(self, fields: Fields) -> None:
@@ -3107,10 +2747,10 @@ class Handler(socketserver.BaseRequestHandler):
             headers = {"WWW-Authenticate": 'ApiKey realm="dockeragent", header="X-API-Key"'}
             raise ApiError(401, f"X-API-Key: {rule}", headers)
 
-    def read_body(self, fields: Fields, route: Route, length: int | None) -> dict[str, Any]:
+    def read_body(self, fields: Fields, route: Route, length: int | None) -> Json:
         """Return the checked JSON of the body, {} if the route takes none. Raises ApiError."""
-        expected = fields.get("expect", [])
-        if self.minor and expected and [value.lower() for value in expected] != ["100-continue"]:
+        expected = [value.lower() for value in fields.get("expect", ()) if self.minor]
+        if expected not in ([], ["100-continue"]):
             raise ApiError(417, "Expect: only 100-continue is understood")
         if length is not None and length > MAX_BODY:
             raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
@@ -3118,37 +2758,25 @@ class Handler(socketserver.BaseRequestHandler):
             if length != 0:
                 raise ApiError(400, "body: none is taken here")
             return {}
-        data = b""
-        if length != 0:
-            if self.minor and expected and not self.buffer:
-                self.write(CONTINUE, len(CONTINUE))
-            data = self.receive_body(Body(length))
+        if expected and length != 0 and not self.buffer:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.sent = 0
+        deadline, body = time.monotonic() + BODY_TIMEOUT, Body(length)
+        received = bytearray(body.feed(self.buffer))
+        while len(received) <= MAX_BODY and not body.done:
+            received += body.feed(self.fill(deadline, "body", NOBODY))
+        if len(received) > MAX_BODY:
+            raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
+        data, self.buffer = bytes(received), body.rest
         self.unread = False
-        if not data.strip(b" \t\r\n") and not route.body["required"]:
+        if not route.body["required"] and data.strip(b" \t\r\n") in (b"", b"null"):
             return {}
-        value = decode_json(data)
-        if value is None and not route.body["required"]:
-            return {}
-        checked: dict[str, Any] = validate(route.body, value)
+        checked: Json = validate(route.body, decode_json(data))
         return checked
 
-    def receive_body(self, body: Body) -> bytes:
-        """Return the whole body; what follows it stays in the buffer. Raises ApiError."""
-        deadline, pieces, size = time.monotonic() + BODY_TIMEOUT, [], 0
-        data, self.buffer = self.buffer, b""
-        while True:
-            piece = body.feed(data)
-            pieces.append(piece)
-            size += len(piece)
-            if size > MAX_BODY:
-                raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
-            if body.done:
-                break
-            data = self.fill(deadline, "body", NOBODY)
-        self.buffer = body.rest
-        return b"".join(pieces)
-
     def respond_error(self, error: ApiError) -> None:
+        if not self.path and self.buffer.startswith(b"HEAD "):
+            self.method = "HEAD"  # not even an answer that refuses one has a body
         if self.status:  # a head is out: nothing but the missing end can tell now
             self.keep = False
             level = "warning" if error.status < 500 else "error"
@@ -3161,55 +2789,43 @@ class Handler(socketserver.BaseRequestHandler):
     def respond(self, response: Response) -> None:
         """Send an answer. Raises ClientGone, and ApiError from within a stream."""
         if response.stream is None:
-            body = response.body
-            if not isinstance(body, bytes):
-                body = encode_json(body) + b"\n"
-            head = self.head(response, f"Content-Length: {len(body)}\r\n")
-            self.write(head + (b"" if self.method == "HEAD" else body), len(head))
+            as_is = isinstance(response.body, bytes)
+            body = response.body if as_is else encode_json(response.body) + b"\n"
+            self.begin(response, {"Content-Length": str(len(body))}, body)
             return
         with contextlib.closing(response.stream) as stream:
-            first = next(stream, b"")
-            coding = "Transfer-Encoding: chunked\r\n" if self.minor else ""
-            self.keep = self.keep and bool(self.minor)
-            head = self.head(response, coding)
+            first = self.chunk(next(stream, b""))
+            self.begin(response, {"Transfer-Encoding": "chunked"} if self.minor else {}, first)
             if self.method == "HEAD":
-                self.write(head, len(head))
                 return
-            with contextlib.suppress(OSError):
-                self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_BUFFER)
-            self.write(head + self.chunk(first), len(head))
-            for piece in stream:
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_BUFFER)
+            for piece in itertools.chain(stream, (b"",)):  # an empty chunk is the last
                 self.write(self.chunk(piece))
-            if self.minor:
-                self.write(b"0\r\n\r\n")
 
     def chunk(self, data: bytes) -> bytes:
         return b"%x\r\n%b\r\n" % (len(data), data) if self.minor else data
 
-    def head(self, response: Response, framed: str) -> bytes:
-        """Return the head of an answer. No text of the request's is in it that no regex passed."""
+    def begin(self, response: Response, framed: Mapping[str, str], body: bytes) -> None:
+        """Send the head and what there is of the body, which a HEAD is not sent."""
         # Invariant: after an answer that leaves body bytes unread, the connection closes.
         self.keep = self.keep and not self.unread
         self.status = response.status
-        headers = {
-            "Date": http_date(int(time.time())),
-            "Content-Type": response.content_type,
-            "Cache-Control": "no-store",
-            "X-Content-Type-Options": "nosniff",
-            "X-Request-ID": self.id,
-            **self.headers,
-            **response.headers,
-        }
+        headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **self.headers}
+        headers |= {**response.headers, **framed}
         if not self.keep:
             headers["Connection"] = "close"
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        phrase = PHRASES.get(response.status, "Unknown")
-        return f"HTTP/1.1 {response.status} {phrase}\r\n{lines}{framed}\r\n".encode("latin-1")
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        # No text of the request's is in it that no regex passed.
+        head = (
+            f"HTTP/1.1 {self.status} {PHRASES[self.status]}\r\n{lines}X-Request-ID: {self.id}\r\n"
+            f"Date: {http_date(int(time.time()))}\r\nX-Content-Type-Options: nosniff\r\n\r\n"
+        ).encode("latin-1")
+        self.sent = -len(head)  # so that the body's bytes are counted
+        self.write(head + (b"" if self.method == "HEAD" else body))
 
-    def write(self, data: bytes, uncounted: int = 0) -> None:
+    def write(self, data: bytes) -> None:
         """Send data. Raises ClientGone when the client hangs up or takes nothing for too long."""
         left = memoryview(data)
-        self.sent -= uncounted
         self.answered = True
         try:
             self.sock.settimeout(WRITE_TIMEOUT)
@@ -3232,27 +2848,23 @@ class Server(http.server.ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
-    request_queue_size = 128
     allow_reuse_port = False  # another process could share the port and take the keys
 
     def __init__(self, config: Config, engine: Engine, log: Log, listener: socket.socket) -> None:
         super().__init__(("", 0), Handler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
-        self.config = config
-        self.engine = engine
-        self.log = log
+        self.config, self.engine, self.log = config, engine, log
         self.limiter = RateLimiter(config.rate_limit)
-        self.active = 0  # connections being served
+        self.active: set[socket.socket] = set()  # connections being served
         self.stopping, self._stop = socket.socketpair()  # the first can be read once we stop
-        self._lock = threading.Lock()
         self._refused: collections.deque[tuple[float, socket.socket]] = collections.deque()
 
     def get_request(self) -> tuple[socket.socket, str]:
-        """Return a connection and the client's IP address, "" over a Unix socket."""
+        """Return a connection and the client's IP address, "unix" over a Unix socket."""
         try:
             sock, address = self.socket.accept()
-            return sock, address[0] if isinstance(address, tuple) else ""
+            return sock, client_address(address[0] if isinstance(address, tuple) else "", "", ())
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.1)  # the connection stays queued; do not spin until one ends
@@ -3260,29 +2872,23 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it, without blocking the next one."""
-        with self._lock:
-            # Invariant: no more threads than MAX_CONNECTIONS, however many connect.
-            free = self.active < self.config.max_connections
-            self.active += free
-        try:
-            if free:
+        # Invariant: no more threads than MAX_CONNECTIONS, however many connect: one thread adds.
+        if len(self.active) < self.config.max_connections:
+            self.active.add(request)
+            try:
                 super().process_request(request, client_address)
                 return
-        except RuntimeError:  # no thread to be had
-            self._free_slot()
+            except RuntimeError:  # no thread to be had
+                self.active.discard(request)
         self._refuse(request, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free_slot()
+            self.active.discard(request)
 
-    def _free_slot(self) -> None:
-        with self._lock:
-            self.active -= 1
-
-    def _refuse(self, request: socket.socket, peer: str) -> None:
+    def _refuse(self, request: socket.socket, client: str) -> None:
         """Send a 503 without waiting, and leave the connection for a moment so that it is read."""
         request_id = secrets.token_hex(8)
         body = encode_json(envelope(503, "too many connections; try again later")) + b"\n"
@@ -3297,13 +2903,11 @@ class Server(http.server.ThreadingHTTPServer):
                 request.send(head.encode() + body)
             request.shutdown(socket.SHUT_WR)
         self._refused.append((time.monotonic() + 1, request))
-        self.service_actions()
         fields = {"method": "", "path": "", "status": 503, "latency_ms": 0, "bytes": len(body)}
-        client = client_address(peer, "", ())
         self.log("warning", "request", **fields, request_id=request_id, client_ip=client)
 
     def service_actions(self) -> None:
-        """Close what has had its moment, here and at the Engine; called twice a second."""
+        """Close what has had its moment, here and at the Engine; also called twice a second."""
         now = time.monotonic()
         self.engine.close_idle(now - IDLE_CONNECTION)
         while self._refused and (self._refused[0][0] < now or len(self._refused) > REFUSALS):
@@ -3316,16 +2920,16 @@ class Server(http.server.ThreadingHTTPServer):
         """Stop accepting; wake the streams and the idle connections."""
         self.shutdown()
         self.socket.close()
-        if self.config.listen_addr.path:
+        if path := self.config.listen_addr.path:
             with contextlib.suppress(OSError):
-                os.unlink(self.config.listen_addr.path)
-        self._stop.send(b"x")
+                os.unlink(path)
+        self._stop.close()
 
     def server_close(self) -> None:
-        """Close what the server has opened."""
         super().server_close()
-        for sock in (*(sock for _, sock in self._refused), self.stopping, self._stop):
+        for _, sock in self._refused:
             sock.close()
+        self.stopping.close()
         self.engine.close_idle()
 
 
@@ -3344,37 +2948,26 @@ def complain(*lines: str) -> None:
 
 def listen(address: Address) -> socket.socket:
     """Return a listening socket; a Unix one has mode 0660. Raises OSError."""
-    backlog = Server.request_queue_size
     if not address.path:
         dual = not address.host and socket.has_dualstack_ipv6()
         family = socket.AF_INET6 if dual or ":" in address.host else socket.AF_INET
         there = (address.host, address.port)
-        return socket.create_server(there, family=family, backlog=backlog, dualstack_ipv6=dual)
-    remove_stale(address.path)
-    with contextlib.ExitStack() as on_error:
-        listener = on_error.enter_context(socket.socket(socket.AF_UNIX))
-        mask = os.umask(0o117)
-        try:
-            listener.bind(address.path)
-        finally:
-            os.umask(mask)
-        listener.listen(backlog)
-        on_error.pop_all()
-    return listener
-
-
-def remove_stale(path: str) -> None:
-    """Remove a Unix socket that nobody listens at. Raises OSError for anything else there."""
+        return socket.create_server(there, family=family, dualstack_ipv6=dual)
+    # A socket that nobody listens at any more is removed, and nothing else that is there.
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        if not stat.S_ISSOCK(os.lstat(address.path).st_mode):
             raise OSError(errno.EEXIST, "something other than a socket is there")
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-        else:
+        with contextlib.suppress(ConnectionRefusedError):
+            probe.connect(address.path)
             raise OSError(errno.EADDRINUSE, "another server listens there")
+        os.unlink(address.path)
+    with socket.socket(socket.AF_UNIX) as listener:
+        os.umask(0o117)  # for the socket's mode; no thread has started
+        listener.bind(address.path)
+        os.umask(0)
+        listener.listen()
+        return listener.dup()
 
 
 def notify(state: str) -> None:
@@ -3382,18 +2975,6 @@ def notify(state: str) -> None:
     if path := os.environ.get("NOTIFY_SOCKET", ""):
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
             sock.sendto(state.encode(), "\0" + path[1:] if path[0] == "@" else path)
-
-
-def prepare_process() -> None:
-    """Set what the whole process shares: signals, umask, open files, stack size."""
-    # Blocked before the first thread starts, so that no handler ever runs inside other code.
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
-    os.umask(0)  # every mode here is explicit
-    # The same everywhere: musl's default is too little, and json's decoder needs over 1 MiB.
-    threading.stack_size(4 * 1024 * 1024)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def healthcheck(config: Config) -> int:
@@ -3406,20 +2987,17 @@ def healthcheck(config: Config) -> int:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.load_cert_chain(config.tls_cert_file, config.tls_key_file)
     connection = http.client.HTTPConnection("localhost")
+    sock = None
     try:
-        connection.sock = connect(address, context)
-    except (OSError, ValueError) as error:
-        complain(f"{address}: {describe(error)}")
-        return 1
-    with contextlib.closing(connection):
-        try:
+        sock = connection.sock = connect(address, context)
+        with contextlib.closing(connection):
             connection.request("GET", "/health")
             return 0 if connection.getresponse().status == 200 else 1
-        except (OSError, http.client.HTTPException) as error:
-            complain(f"{address}: {describe(error)}")
-            # With the handshake done, a server that takes another CA's certificates refuses ours.
-            is_refusal = isinstance(error, (ssl.SSLError, ConnectionError))
-            return 0 if is_refusal and config.tls_client_ca_file else 1
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        complain(f"{address}: {describe(error)}")
+        # With the handshake done, a server that takes another CA's certificates refuses ours.
+        is_refusal = sock and isinstance(error, (ssl.SSLError, ConnectionError))
+        return 0 if is_refusal and config.tls_client_ca_file else 1
 
 
 def announce(log: Log, address: Address, engine: Engine) -> None:
@@ -3428,14 +3006,20 @@ def announce(log: Log, address: Address, engine: Engine) -> None:
 
 
 def run(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit status."""
-    prepare_process()
+    """Serve until SIGTERM or SIGINT; return the exit status. Raises ConfigError."""
+    # Blocked before the first thread starts, so that no handler ever runs inside other code.
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    os.umask(0)  # every mode here is explicit
+    # The same everywhere: musl's default is too little, and json's decoder needs over 1 MiB.
+    threading.stack_size(4 * 1024 * 1024)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     address = config.listen_addr
     try:
         listener = listen(address)
     except OSError as error:
-        complain(f"LISTEN_ADDR: {address}: {describe(error)}")
-        return 2
+        raise ConfigError(f"LISTEN_ADDR: {address}: {describe(error)}") from error
     if not address.path:
         address = address._replace(port=listener.getsockname()[1])
     log = Log(config.log_level, config.api_key)
@@ -3461,7 +3045,6 @@ def run(config: Config) -> int:
 
 
 def usage() -> str:
-    """Return the text of --help."""
     rows = [f"  {s.name:<20} {s.meaning}\n{'':<22} default: {s.default or '-'}" for s in SETTINGS]
     return (
         "usage: dockeragent.py [--help | --version | healthcheck]\n\n"
