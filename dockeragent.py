@@ -2190,7 +2190,9 @@ def read_tail(source: LogSource, wanted: int) -> LogReader:
                 return LogReader(source)
             continue
         bounds: Json = {"since": stamp_time(since), "tail": 2 * entries + margin}
-        if not follow:  # what is written from now on is not in the tail
+        # What is written from now on is not in the tail. Stamps to the second, which podman's are,
+        # tell too little for that, and its until leaves out their own second.
+        if not (follow or last.endswith(b".000000000Z")):
             bounds["until"] = min(source.query.get("until", math.inf), stamp_time(last))
         earliest, _, count, _ = count_log(source, **bounds)
         if found < entries or (count > wanted and earliest == since):

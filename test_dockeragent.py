@@ -4486,6 +4486,21 @@ def test_log_that_was_cut_is_read_to_its_end(fake_agent, fake_engine, came, quer
     assert lines == [str(n) for n in range(301)]
 
 
+def test_tail_of_stamps_to_the_second(fake_agent, fake_engine):
+    """As podman has them, whose until leaves out its own second."""
+    frames = [frame(1, b"%d\n" % n, b"2026-02-21T10:00:00Z") for n in range(3)]
+
+    def log(sock: socket.socket) -> None:
+        target = fake_engine.requests()[-1].target
+        tail = int(re.search("tail=([0-9]+)", target)[1])
+        sock.sendall(chunked_answer(*([] if "until" in target else frames[-tail:])))
+
+    log_of(fake_engine, log, EXITED)
+    for tail in (1, 2, 3):
+        lines = fake_agent.get(logs_path("x", f"tail={tail}")).json()["lines"]
+        assert lines == ["0", "1", "2"][-tail:]
+
+
 def test_tail_that_was_cut_behind_an_http_1_0_proxy_is_read_to_its_end(fake_agent, fake_engine):
     stamps = [b"2026-02-21T10:00:00.%09dZ" % n for n in range(20)]
     frames = [frame(1, b"%d\n" % n, stamp) for n, stamp in enumerate(stamps)]
