@@ -60,7 +60,6 @@ import struct
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, Optional, Union
 from urllib.parse import quote, unquote, urlencode
@@ -90,7 +89,7 @@ LINGER_TIMEOUT = 3.0  # for the client to read an answer that came before its bo
 GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
 RECEIVE = 64 * 1024  # bytes asked of a socket at once
 STREAM_BUFFER = 128 * 1024  # bytes the kernel holds for a slow reader of a stream
-SHORT_KEY = 8  # characters; answers may have the words that a shorter one is in
+SHORT_KEY = 32  # characters; a shorter one might be guessed
 MAX_MESSAGE = 2000  # characters of an error's message; it may repeat what a client sent
 REFUSALS = 256  # refused connections left open for a moment so that their 503 is read
 
@@ -195,11 +194,10 @@ class Stopping(ApiError):
 def envelope(status: int, message: str) -> Json:
     """Return the JSON object that every error is answered with."""
     message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
-    return {"error": PHRASES.get(status, "Error"), "message": message, "status": status}
+    return {"error": PHRASES[status], "message": message, "status": status}
 
 
 def encode_json(value: Any) -> bytes:
-    """Return value as compact UTF-8 JSON."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
@@ -456,6 +454,7 @@ class Log:
 
     def __init__(self, level: str, secret: bytes) -> None:
         self._rank = LEVELS[level]
+        self._length = len(secret)
         text = secret.decode("latin-1")  # as what clients send is
         self._secrets = {text, secret.decode("utf-8", "replace"), quote(secret, safe="")}
         self._descriptor = 1
@@ -493,14 +492,16 @@ class Log:
             self._dropped = self._dropped + 1 if written < len(line) else 0
 
     def redact(self, text: str, least: int = 1) -> str:
-        """Return text without the key in it, unless that has less than `least` characters."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***") if len(secret) >= least else text
+        """Return text without the key in it, unless it has less than `least` characters."""
+        for secret in self._secrets if self._length >= least else ():
+            text = text.replace(secret, "***")
         return text
 
 
 def describe_bug(error: BaseException | None) -> str:
     """Return where an error was raised, and its class; its text could hold what a client sent."""
+    import traceback  # here, as it takes a fiftieth of the start, which needs it for nothing
+
     places = traceback.format_tb(error.__traceback__ if error else None)
     return "".join(places) + type(error).__name__
 
@@ -1366,7 +1367,6 @@ def create_container(engine: Engine, body: Json, auth: str, watch: Watch) -> Jso
 
 
 def has_image(engine: Engine, image: str) -> bool:
-    """Return whether the Engine has an image."""
     try:
         engine.call("GET", f"/images/{quote(image)}/json")
     except EngineError as error:
@@ -1434,7 +1434,7 @@ def pull_error(status: int, message: str) -> EngineError:
         ("unauthorized|authentication required|no basic auth|(incorrect|invalid) username", 401),
         ("denied:|is denied|access denied|forbidden", 403),
         ("(manifest|name) unknown|(?<!file )not found|no (such image|matching manifest)", 404),
-        ("does not exist", 404),
+        ("does not exist|does not match the specified platform", 404),
         ("https?://|dial tcp|lookup |x509|timeout|EOF", 502),
     ):
         if status in (500, 502) and re.search(words, message, re.IGNORECASE):
@@ -1451,9 +1451,9 @@ def pull_image(engine: Engine, body: Json, auth: str, watch: Watch) -> Json:
     return {**pull_result(engine, body["image"], digest), "status": status}
 
 
-def told_digest(word: Json | None) -> str:
+def told_digest(word: Json) -> str:
     """Return the digest that one object of a pull's stream tells of, "" for none."""
-    match = re.fullmatch("Digest: (sha256:[0-9a-f]{64})", str((word or {}).get("status")))
+    match = re.fullmatch("Digest: (sha256:[0-9a-f]{64})", str(word.get("status")))
     return match[1] if match else ""
 
 
@@ -1652,8 +1652,10 @@ def write_beneath(root: str, path: str, write: FileWrite) -> None:
                 write_in(walk.descend(parents), name, write)
             return
         except OSError as error:
-            if attempts_left and error.errno == errno.ENOENT:
-                continue  # another request made a folder here, failed and undid it
+            # Another request made a folder here, failed and undid it; or another agent on this host
+            # has used the same temporary name.
+            if attempts_left and error.errno in (errno.ENOENT, errno.EEXIST):
+                continue
             status, advice = FILE_ERRORS.get(error.errno or 0, (500, "see the host's kernel log"))
             raise ApiError(status, f"path: {error.strerror}: {advice}") from error
 
@@ -2093,7 +2095,6 @@ class LogReader:
         path = container_path(source.container, "logs")
         self._answer = source.engine.open("GET", path, asked, watch=source.watch, plain=plain)
         self.close = self._answer.close
-        self.verify = self._answer.until_end  # whether a cut looks like the end
 
     def read(self, deadline: float) -> list[Line] | None:
         """Return the lines that came, None if nothing did until deadline. Raises as Answer.read."""
@@ -2105,15 +2106,15 @@ class LogReader:
         self.entries += len(entries)
         return self._passed(self._assembler.feed(entries))
 
-    def lines(self) -> Iterator[list[Line]]:
-        """Yield the lines of a log that is not followed. Raises EngineError."""
+    def lines(self, *, verify: bool = False) -> Iterator[list[Line]]:
+        """Yield the lines of one answer; verify: and what a cut took. Raises EngineError."""
         yield self._ahead
         while not self.done:
             lines = self.read(time.monotonic() + CALL_TIMEOUT)
             if lines is None:
                 raise EngineError(504, "the Engine did not finish the log in time")
             yield lines
-        yield from self.rest() if self.verify else [self._unfinished()]
+        yield from self.rest() if verify and self._answer.until_end else [self._unfinished()]
 
     def begins_at(self, stamp: bytes) -> bool:
         """Return whether a line of this stamp is among the first, which `lines` still yields."""
@@ -2135,13 +2136,11 @@ class LogReader:
         try:
             if self._last and not begun:
                 with contextlib.closing(again(tail=REST_ENTRIES)) as near:
-                    near.verify = False
                     found = list(near.lines())
                     if near.resume.met:
                         yield from found
                         return
             with contextlib.closing(again()) as static:
-                static.verify = False  # or this might never end
                 yield from static.lines()
         except EngineError as error:
             if error.status not in (404, 409):
@@ -2166,7 +2165,6 @@ def count_log(source: LogSource, **query: Any) -> tuple[bytes, bytes, int, int]:
     """Return the first and last stamps of a log's lines, and its numbers of lines and entries."""
     first, last, count = b"Z", b"", 0
     with contextlib.closing(LogReader(source, plain=False, follow=0, **query)) as reader:
-        reader.verify = False
         for stamp, _, kind, _ in itertools.chain.from_iterable(reader.lines()):
             if source.query.get(STREAMS[kind], 1):
                 first, last, count = min(first, stamp), max(last, stamp), count + 1
@@ -2250,7 +2248,7 @@ def log_document(reader: LogReader, render: Render) -> Stream:
     """Yield {"lines": [...]} as it is read. Raises EngineError, which leaves it broken off."""
     with contextlib.closing(reader):
         separator = b'{"lines":['
-        for items in map(render, filter(None, reader.lines())):
+        for items in map(render, filter(None, reader.lines(verify=True))):
             yield separator + items
             separator = b","
         yield (b"" if separator == b"," else separator) + b"]}\n"
@@ -2360,13 +2358,11 @@ def inspect(call: Call) -> Response:
     return Response(body)
 
 
-def act(
-    call: Call, action: str, done: str, seconds: float = CALL_TIMEOUT, default_signal: str = ""
-) -> Response:
+def act(call: Call, action: str, done: str, seconds: float = CALL_TIMEOUT) -> Response:
     """Have the Engine do something to a container, with the signal and timeout in the body."""
     query: Json = {}
-    if name := call.body.get("signal", default_signal).upper():
-        query["signal"] = "SIG" + name.removeprefix("SIG")
+    if "signal" in call.body:
+        query["signal"] = "SIG" + call.body["signal"].upper().removeprefix("SIG")
     if "timeout" in call.body:
         query["t"] = call.body["timeout"]
     call.engine.call("POST", container_path(call.id, action), query, seconds=seconds)
@@ -2390,7 +2386,7 @@ def stop_or_restart(call: Call, action: str, done: str) -> Response:
 start = functools.partial(act, action="start", done="started", seconds=START_TIMEOUT)
 stop = functools.partial(stop_or_restart, action="stop", done="stopped")
 restart = functools.partial(stop_or_restart, action="restart", done="restarted")
-kill = functools.partial(act, action="kill", done="killed", default_signal="KILL")
+kill = functools.partial(act, action="kill", done="killed")
 pause = functools.partial(act, action="pause", done="paused")
 unpause = functools.partial(act, action="unpause", done="unpaused")
 
@@ -2459,10 +2455,10 @@ def pull_events(call: Call, auth: str) -> Stream:
     yield f"retry: {RETRY}\n\n".encode()
     digest = ""
     for word in pull_progress(call.engine, call.body, auth, call.watch):
-        digest = told_digest(word) or digest
         if word is None:
             yield b": ping\n\n"
             continue
+        digest = told_digest(word) or digest
         detail = word.get("progressDetail")
         shown = {**detail, **word} if isinstance(detail, dict) else word
         names = ("id", "status", "current", "total")
@@ -2784,7 +2780,8 @@ class Handler(socketserver.BaseRequestHandler):
             level = "warning" if error.status < 500 else "error"
             self.server.log(level, "broken off", request_id=self.id, error=error.message)
             return
-        # Invariant: no answer holds the key, not even one that repeats what a client sent.
+        # Invariant: no answer holds the key, not even one that repeats what a client sent. But from
+        # what is missing there, a stranger could tell that he has guessed a short one.
         body = envelope(error.status, self.server.log.redact(error.message, SHORT_KEY))
         self.respond(Response(body, error.status, error.headers))
 
@@ -2796,12 +2793,13 @@ class Handler(socketserver.BaseRequestHandler):
             self.begin(response, {"Content-Length": str(len(body))}, body)
             return
         with contextlib.closing(response.stream) as stream:
-            first = self.chunk(next(stream, b""))
+            pieces = filter(None, stream)  # an empty chunk is the last
+            first = self.chunk(next(pieces))
             self.begin(response, {"Transfer-Encoding": "chunked"} if self.minor else {}, first)
             if self.method == "HEAD":
                 return
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_BUFFER)
-            for piece in itertools.chain(stream, (b"",)):  # an empty chunk is the last
+            for piece in itertools.chain(pieces, (b"",)):
                 self.write(self.chunk(piece))
 
     def chunk(self, data: bytes) -> bytes:
@@ -3026,8 +3024,8 @@ def run(config: Config) -> int:
         address = address._replace(port=listener.getsockname()[1])
     log = Log(config.log_level, config.api_key)
     engine = Engine(config.docker_host, config.engine_tls, config.docker_api_version)
-    if len(config.api_key) < 32:
-        log("warning", "the key is shorter than 32 characters; try openssl rand -hex 32")
+    if len(config.api_key) < SHORT_KEY:
+        log("warning", f"the key is shorter than {SHORT_KEY} characters; try openssl rand -hex 32")
     with Server(config, engine, log, listener) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         notify("READY=1")

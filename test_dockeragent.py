@@ -34,6 +34,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
+from urllib.parse import quote
 
 import pytest
 
@@ -1189,19 +1190,17 @@ def test_repeated_key_among_many_is_found_in_one_pass():
 @pytest.mark.parametrize(
     "body, target",
     cases(
-        ("none", b"", "SIGKILL"),
-        ("white space", b" \r\n", "SIGKILL"),
-        ("no fields", {}, "SIGKILL"),
-        ("null is absent", {"signal": None}, "SIGKILL"),
-        ("any case, no SIG", {"signal": "uSr1"}, "SIGUSR1"),
-        ("escaped letters", b'{"signal":"\\u0048UP"}', "SIGHUP"),
+        ("none", b"", ""),
+        ("white space", b" \r\n", ""),
+        ("no fields", {}, ""),
+        ("null is absent", {"signal": None}, ""),
+        ("any case, no SIG", {"signal": "uSr1"}, "?signal=SIGUSR1"),
+        ("escaped letters", b'{"signal":"\\u0048UP"}', "?signal=SIGHUP"),
     ),
 )
 def test_good_body(body, target, pair):
     assert pair.agent.post(KILL, body, headers={"Content-Type": "x/y"}).status == 200
-    assert [seen.target for seen in pair.engine.requests()] == [
-        f"/containers/web/kill?signal={target}"
-    ]
+    assert [seen.target for seen in pair.engine.requests()] == [f"/containers/web/kill{target}"]
 
 
 @pytest.mark.parametrize(
@@ -1661,6 +1660,17 @@ def test_short_key_garbles_no_answer(fake_engine):
         assert reply.headers["x-request-id"] == "web-1"
         assert_envelope(agent.post(KILL, {"web": 1}, key="web"), 400, "web: is unknown")
         assert "web" not in json.dumps(until(lambda: agent.lines("request")[1:], "the log"))
+
+
+def test_no_answer_tells_that_a_short_key_was_guessed(fake_engine):
+    right, wrong = "k" * 30 + "!", "x" * 30 + "!"
+    with Agent(DOCKER_HOST=fake_engine.url, API_KEY=right) as agent:
+        for guess in (right, wrong):
+            id = f"a{guess[:-1]}"
+            for shown in (guess, quote(guess, safe="")):
+                reply = agent.get(f"/health?a{quote(shown)}", key="", headers={"X-Request-ID": id})
+                assert_envelope(reply, 400, f"query.a{shown}: is unknown")
+                assert reply.headers["x-request-id"] == id
 
 
 def test_http_1_0_is_answered_and_closed(pair):
@@ -2599,7 +2609,9 @@ def start_failures() -> list[Any]:
     return [
         pytest.param({"ports": ports}, 500, "address already in use", id="port in use"),
         pytest.param({"cmd": ["/no/such"]}, 400, "no such file or directory", id="no such command"),
-        pytest.param({"working_dir": "/etc/passwd"}, None, "", id="working_dir is a file"),
+        pytest.param(
+            {"working_dir": "/bin/busybox"}, None, "not a directory", id="working_dir is a file"
+        ),
         pytest.param({"user": "nobody-here"}, None, "unable to find user", id="no such user"),
         pytest.param(first, 404, "no-such", id="no first network"),
         pytest.param({"networks": connected}, 404, "no-such-network", id="no second network"),
@@ -3096,6 +3108,7 @@ def test_bad_auth_is_refused_and_not_repeated(fakes, path, auth):
         ([b'{"error":"denied: requested access is denied"}\r\n'], True, 403, "denied"),
         ([b'{"error":"toomanyrequests: slow down"}'], True, 502, "toomanyrequests"),
         ([b'{"errorDetail":{"message":"name unknown: x"}}'], True, 404, "name unknown"),
+        ([b'{"error":"x does not match the specified platform: y"}'], True, 404, "platform"),
         ([b'{"errorDetail":{"message":"x is denied"}, "error":""}'], True, 403, "denied"),
         ([b'{"error":"exec: executable file not found in $PATH"}'], True, 502, "executable"),
         ([b'{"status":"a"}\n{"err', b'or":"lookup x: no such host"}\n'], True, 502, "no such host"),
@@ -3674,16 +3687,18 @@ def test_killed_writer_leaves_old_or_new_and_no_litter(tree, names):
 def test_last_of_many_writers_wins_and_none_fails(tree_agent, tree):
     statuses: list[int] = []
 
-    def rewrite(letter: str) -> None:
-        for _ in range(50):
-            statuses.append(write(tree_agent, "/app/old", letter * 5000).status)
+    def rewrite(agents: tuple[Agent, Path], letter: str) -> None:
+        for _ in range(100):
+            statuses.append(write(agents, "/app/old", letter * 5000).status)
 
-    threads = [threading.Thread(target=rewrite, args=(letter,)) for letter in "abcd"]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert statuses == [201] * 200
+    with Agent(**{**tree_agent[0].env, "LISTEN_ADDR": "127.0.0.1:0"}) as other:
+        agents = [tree_agent, (other, tree)] * 2
+        threads = [threading.Thread(target=rewrite, args=pair) for pair in zip(agents, "abcd")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert statuses == [201] * 400
     content = (tree / "host/app/old").read_text()
     assert content == content[0] * 5000
     assert not list((tree / "host/app").glob(".dockeragent-*"))
