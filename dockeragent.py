@@ -139,26 +139,27 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-\"$-~]+) HTTP/([0-9]\.[0-9])"
 STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [\t -~\x80-\xff]*)?\r\n")
 FIELD_LINES = rb"(?:" + TOKEN + rb":[\t -~\x80-\xff]*\r\n)*"
 FIELD_BLOCK = re.compile(FIELD_LINES + rb"\r\n")
-FIELD_BLOCK_BEGUN = re.compile(FIELD_LINES + rb"(?:" + TOKEN + rb"(?::[\t -~\x80-\xff]*)?)?\r?")
 HOST_VALUE = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 section 2.2
 LONE_CONTROL = re.compile(rb"\n(?<!\r\n)|\r(?!\n|\Z)|\0")
-CHUNK_LINE = re.compile(rb"\r\n([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n")
-CHUNK_LINE_BEGUN = re.compile(rb"\r?|\r\n[^\n]*")
+# The rest is compiled when it is first used: no start should wait for it.
+FIELD_BLOCK_BEGUN = FIELD_LINES + rb"(?:" + TOKEN + rb"(?::[\t -~\x80-\xff]*)?)?\r?"
+CHUNK_LINE = rb"\r\n([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n"
+CHUNK_LINE_BEGUN = rb"\r?|\r\n[^\n]*"
 
-HOP_PORT = re.compile(r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$")  # what some proxies add
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-CONTAINER = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9_.-]*")
-TIMESTAMP = re.compile(
+HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # what some proxies add
+REQUEST_ID = r"[A-Za-z0-9._-]{1,64}"
+CONTAINER = r"[a-zA-Z0-9][a-zA-Z0-9_.-]*"
+TIMESTAMP = (
     r"([0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?"
     r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
-LOG_STAMP = re.compile(TIMESTAMP.pattern.encode() + b" ")
-UNIX_TIME = re.compile(r"([0-9]{1,11})(?:\.([0-9]{1,9}))?")
-DURATION = re.compile(r"(?=\.?[0-9])([0-9]{0,15})(?:\.([0-9]{0,15}))?(ns|us|µs|μs|ms|s|m|h)")
+LOG_STAMP = TIMESTAMP.encode() + b" "
+UNIX_TIME = r"([0-9]{1,11})(?:\.([0-9]{1,9}))?"
+DURATION = r"(?=\.?[0-9])([0-9]{0,15})(?:\.([0-9]{0,15}))?(ns|us|µs|μs|ms|s|m|h)"
 UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9}  # nanoseconds
 UNITS.update(m=60 * UNITS["s"], h=3600 * UNITS["s"])
-EVENT_ID = re.compile(r"([0-9]{1,11})\.([0-9]{9})-([1-9][0-9]{0,14})")
+EVENT_ID = r"([0-9]{1,11})\.([0-9]{9})-([1-9][0-9]{0,14})"
 
 # Python's phrases changed between 3.9 and 3.13 (413, 414, 416, 422); these are RFC 9110's.
 PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
@@ -500,7 +501,7 @@ class Log:
 
 def describe_bug(error: BaseException | None) -> str:
     """Return where an error was raised, and its class; its text could hold what a client sent."""
-    import traceback  # here, as it takes a fiftieth of the start, which needs it for nothing
+    import traceback  # here: no start should wait for it
 
     places = traceback.format_tb(error.__traceback__ if error else None)
     return "".join(places) + type(error).__name__
@@ -543,7 +544,7 @@ def client_address(peer: str, forwarded: str, trusted: Networks) -> str:
     if client is None:
         return "unix"
     for hop in reversed(forwarded.split(",")):
-        address = parse_ip(HOP_PORT.sub(r"\1\2", hop.strip()))
+        address = parse_ip(re.sub(HOP_PORT, r"\1\2", hop.strip()))
         if address is None or not any(client in network for network in trusted):
             break
         client = address
@@ -792,8 +793,8 @@ CREATE = record(
     hostname=text(r"[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?", "letters, digits, '.' and '-'", 64),
     ports=many(PORTS),
     volumes=many(VOLUMES),
-    networks=many(text(CONTAINER.pattern, f"a network's name: {NAME_RULE}", 255), unique=True),
-    network_mode=text(f"(container:)?{CONTAINER.pattern}", "bridge, container:ID or a name", 255),
+    networks=many(text(CONTAINER, f"a network's name: {NAME_RULE}", 255), unique=True),
+    network_mode=text(f"(container:)?{CONTAINER}", "bridge, container:ID or a name", 255),
     restart_policy=record("name", name=RESTART, max_retry_count=whole(0, 2**31 - 1)),
     resources=record("", cpus=CPUS, memory_mb=whole(6, 2**40), cpu_shares=whole(2, 262_144)),
     pull=one_of("missing", "always", "never"),
@@ -824,7 +825,7 @@ LOGS_QUERY = record(
     stdout=BOOLEAN,
     stderr=BOOLEAN,
     format=one_of("text", "json"),
-    last_event_id=text(EVENT_ID.pattern, "an id that a log stream sent: 1700000000.000000000-1"),
+    last_event_id=text(EVENT_ID, "an id that a log stream sent: 1700000000.000000000-1"),
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -873,9 +874,9 @@ def framing(fields: Fields, otherwise: int = 0) -> int | None:
 @functools.lru_cache(maxsize=512)
 def chunk_size(line: bytes) -> int | None:
     """Return the size that a chunk's line gives, None if the line goes on. Raises BadMessage."""
-    match = CHUNK_LINE.fullmatch(line)
+    match = re.fullmatch(CHUNK_LINE, line)
     # Invariant: a chunk's line is not waited for without a bound; nor is the trailer, in `feed`.
-    if len(line) > MAX_CHUNK_LINE or not (match or CHUNK_LINE_BEGUN.fullmatch(line)):
+    if len(line) > MAX_CHUNK_LINE or not (match or re.fullmatch(CHUNK_LINE_BEGUN, line)):
         raise BadMessage(400, "body: bad chunked coding")
     return int(match[1], 16) if match else None
 
@@ -908,7 +909,7 @@ class Body:
             position, left, self._last = end, size, not size
         if self._last:
             whole = FIELD_BLOCK.match(data, position)
-            trailer = whole or FIELD_BLOCK_BEGUN.fullmatch(data, position)
+            trailer = whole or re.compile(FIELD_BLOCK_BEGUN).fullmatch(data, position)
             if not trailer or trailer.end() - position > MAX_TRAILER:
                 raise BadMessage(400, "body: bad chunked coding")
             if whole:  # its fields are dropped
@@ -1246,7 +1247,7 @@ def member(answer: Json, name: str, kind: type) -> Any:
 
 def member_id(answer: Json) -> str:
     """Return the id in an Engine's answer about a container. Raises EngineError (502)."""
-    if not CONTAINER.fullmatch(member(answer, "Id", str)):
+    if not re.fullmatch(CONTAINER, member(answer, "Id", str)):
         raise EngineError(502, "the Engine's answer has no Id")
     return str(answer["Id"])
 
@@ -1268,7 +1269,7 @@ PORT_ROW = {"ip": "IP", "private_port": "PrivatePort", "public_port": "PublicPor
 def container_path(name: str, action: str = "") -> str:
     """Return the Engine's path for a container. Raises ApiError (400) for what is no id or name."""
     # Invariant: only what matches reaches an Engine URL, and it is quoted there all the same.
-    if not CONTAINER.fullmatch(name):
+    if not re.fullmatch(CONTAINER, name):
         raise ApiError(400, f"a container's id or name is {NAME_RULE}")
     return f"/containers/{quote(name, safe='')}" + (f"/{action}" if action else "")
 
@@ -1892,9 +1893,10 @@ class TtyDemultiplexer(Demultiplexer):
     def feed(self, data: bytes) -> list[Entry]:
         """Return the entries that are complete. Raises EngineError for one without a stamp."""
         data, position, entries = self._rest + data, 0, []
+        stamp_at = re.compile(LOG_STAMP).match
         while position < len(data):
             end = data.find(b"\n", position) + 1
-            stamp = LOG_STAMP.match(data, position)
+            stamp = stamp_at(data, position)
             if not stamp:
                 if not end and len(data) - position < 64:
                     break
@@ -1986,7 +1988,7 @@ def stamp_from(nanoseconds: int) -> bytes:
 def stamp_time(stamp: bytes) -> int:
     """Return a stamp, which is RFC 3339, as Unix nanoseconds. Raises EngineError."""
     with contextlib.suppress(ValueError):
-        if match := TIMESTAMP.fullmatch(stamp.decode()):
+        if match := re.fullmatch(TIMESTAMP, stamp.decode()):
             second, fraction, zone = match.groups("")
             whole = datetime.datetime.fromisoformat((second + zone).upper().replace("Z", "+00:00"))
             return int(whole.timestamp()) * 10**9 + int(fraction.ljust(9, "0"))
@@ -2004,10 +2006,10 @@ def parse_moment(name: str, value: str) -> int:
 
     Unix seconds, RFC 3339, or a Go duration meaning that long ago; never a float, too coarse.
     """
-    if match := UNIX_TIME.fullmatch(value):
+    if match := re.fullmatch(UNIX_TIME, value):
         return int(match[1] + (match[2] or "").ljust(9, "0"))
-    if re.fullmatch(f"(?:{DURATION.pattern})+", value):
-        parts = DURATION.findall(value)
+    if re.fullmatch(f"(?:{DURATION})+", value):
+        parts = re.findall(DURATION, value)
         ago = sum(int(a + b.ljust(15, "0")) * UNITS[unit] // 10**15 for a, b, unit in parts)
         return time.time_ns() - ago
     with contextlib.suppress(EngineError):
@@ -2410,7 +2412,7 @@ def logs(call: Call) -> Response:
                 query[name] = moment
     # The header first: a browser that reconnects sends it beside the URL it began with.
     event_id = call.field("Last-Event-ID") or asked.get("last_event_id", "")
-    match = EVENT_ID.fullmatch(event_id)
+    match = re.fullmatch(EVENT_ID, event_id)
     if event_id and not match:
         refuse("Last-Event-ID", "must be an id that a log stream sent")
     last = (stamp_from(int(match[1] + match[2])), int(match[3])) if match else None
@@ -2697,7 +2699,7 @@ class Handler(socketserver.BaseRequestHandler):
         What two parsers may frame differently is refused: behind a proxy it smuggles requests in.
         """
         own = ",".join(fields.get("x-request-id", []))
-        if REQUEST_ID.fullmatch(own) and self.server.log.redact(own, SHORT_KEY) == own:
+        if re.fullmatch(REQUEST_ID, own) and self.server.log.redact(own, SHORT_KEY) == own:
             self.id = own
         if forwarded := ",".join(fields.get("x-forwarded-for", [])):
             trusted = self.server.config.trusted_proxies
@@ -2967,7 +2969,7 @@ def listen(address: Address) -> socket.socket:
         listener.bind(address.path)
         os.umask(0)
         listener.listen()
-        return listener.dup()
+        return listener.dup()  # which the end of `with` leaves open
 
 
 def notify(state: str) -> None:
