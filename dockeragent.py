@@ -60,7 +60,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, Optional, Union
 from urllib.parse import quote, unquote, urlencode
 
@@ -87,11 +87,11 @@ WRITE_TIMEOUT = 30.0  # without a byte taken by the client
 HALF_CLOSED = 2.0  # of silence, after which a client that sends no more is taken for gone
 LINGER_TIMEOUT = 3.0  # for the client to read an answer that came before its body was read
 GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
-RECEIVE = 64 * 1024  # bytes asked of a socket at once
+RECV_SIZE = 64 * 1024  # bytes asked of a socket at once
 STREAM_BUFFER = 128 * 1024  # bytes the kernel holds for a slow reader of a stream
 SHORT_KEY = 32  # characters; a shorter one might be guessed
 MAX_MESSAGE = 2000  # characters of an error's message; it may repeat what a client sent
-REFUSALS = 256  # refused connections left open for a moment so that their 503 is read
+MAX_LINGERING_REFUSALS = 256  # refused connections left open for a moment so that their 503 is read
 
 RATE_WINDOW = 60.0  # seconds
 MAX_CLIENTS = 10_000  # windows kept; past it the least recently used is forgotten
@@ -105,7 +105,7 @@ PING_TIMEOUT = 3.0
 PULL_SILENCE = 120.0  # between two words about a pull
 DEFAULT_STOP = 10  # seconds, the Engine's own default
 MAX_STOP = 86_400  # seconds; no wait here is unbounded
-MAX_ANSWER = 64 * 1024 * 1024  # bytes of one answer that is not a stream
+MAX_RESPONSE = 64 * 1024 * 1024  # bytes of one answer that is not a stream
 MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
 IDLE_CONNECTION = 2.0  # seconds that each is kept
 VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded while nobody asks it anything
@@ -116,7 +116,10 @@ MAX_LINE = 1024 * 1024  # bytes of one log line; the rest goes on as the next
 MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own hold up to 16 KiB and a timestamp
 RECENT_STAMPS = 2000  # whose lines are counted, for the ids
 ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into entries of this size
-RETRY = 3000  # milliseconds before an event stream's client reconnects
+# Sent at the start of an event stream, with the milliseconds before its client reconnects. No empty
+# line follows it or a ping: some clients would dispatch that as an empty message.
+STREAM_START = b"retry: 3000\n"
+PING = b": ping\n"
 PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event stream's proxies awake
 # The Engine writes each log entry by itself. In a burst, a read this long after the one before
 # finds some 200 together, which takes a third off the time of the whole log.
@@ -128,7 +131,9 @@ REST_ENTRIES = 500  # read again at the end of a followed log
 TAIL_MARGIN = 1000  # entries that may be written between two looks at a log's tail
 RESUME_JITTER = 10_000_000  # nanoseconds by which stdout and stderr may be stored out of order
 
-WALKS = 20  # attempts at a path whose folders another request takes away, one after the other
+MAX_PATH_RETRIES = (
+    20  # attempts at a path whose folders another request takes away, one after the other
+)
 MAX_LINKS = 40  # symbolic links in one path, as Linux has it
 MAX_PATH = 4096  # bytes, PATH_MAX
 
@@ -203,6 +208,172 @@ def encode_json(value: Any) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------------
+# Validation: a subset of JSON Schema, strict JSON, query strings
+# --------------------------------------------------------------------------------------------------
+
+Schema = dict[str, Any]
+
+# By type(), not isinstance(): to Python, a boolean is an integer.
+KINDS: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
+KINDS |= {list: "array", dict: "object"}
+BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
+KEYWORDS = {"type", "description", "properties", "required", "values", "items", "unique"}
+KEYWORDS |= {"pattern", "maxLength", "raw", "minimum", "maximum"}
+
+
+def check_schema(schema: Schema) -> Schema:
+    """Return schema. Raises ValueError for a keyword that `validate` would not enforce."""
+    if unknown := set(schema) - KEYWORDS:
+        raise ValueError(f"unknown keywords {unknown} in {schema}")
+    nested = [schema[key] for key in ("items", "values") if key in schema]
+    for child in (*schema.get("properties", {}).values(), *nested):
+        check_schema(child)
+    return schema
+
+
+def refuse(path: str, rule: str) -> NoReturn:
+    raise ApiError(400, f"{path or 'body'}: {rule}")
+
+
+class NotJson(str):
+    """What is wrong with a value that Python's decoder lets through, until its path is known."""
+
+
+def validate(schema: Schema, value: Any, path: str = "") -> Any:
+    """Return value as schema allows it, less the members that are null. Raises ApiError (400)."""
+    if isinstance(value, NotJson):
+        refuse(path, value)
+    rule = f"must be {schema.get('description', 'an ' + schema['type'])}"
+    if KINDS.get(type(value)) not in schema["type"].split("|"):
+        refuse(path, rule)
+    if isinstance(value, dict):
+        return validate_object(schema, value, path)
+    if isinstance(value, list):
+        items = [validate(schema["items"], item, f"{path}[{i}]") for i, item in enumerate(value)]
+        if schema.get("unique") and len(set(items)) < len(items):
+            refuse(path, "must not name the same twice")
+        return items
+    if isinstance(value, str):
+        if "\0" in value and not schema.get("raw"):
+            refuse(path, "must not contain a NUL character")
+        if re.search(r"[\ud800-\udfff]", value):
+            refuse(path, "must not contain a lone surrogate")
+        if len(value) > schema["maxLength"]:
+            refuse(path, f"must be at most {schema['maxLength']} characters")
+        if not re.fullmatch(schema["pattern"], value):
+            refuse(path, rule)
+    if "maximum" in schema and value != "":  # a port may be written as a string
+        low, high = schema["minimum"], schema["maximum"]
+        if not low <= float(value) <= high:
+            refuse(path, f"must be between {low:,} and {high:,}")
+    return value
+
+
+def validate_object(schema: Schema, value: Json, path: str) -> Json:
+    """Return one object's members that are not null. Raises ApiError (400)."""
+    properties, result = schema.get("properties", {}), {}
+    prefix = f"{path}." if path else ""
+    for name, member in value.items():
+        if "values" in schema:
+            validate(schema["values"], name, path)
+        elif name not in properties:
+            refuse(prefix + name, f"is unknown; known here: {', '.join(properties) or 'nothing'}")
+        if member is not None:
+            rule = schema.get("values") or properties[name]
+            result[name] = validate(rule, member, prefix + name)
+    for name in schema.get("required", ()):
+        if name not in result:
+            refuse(prefix + name, "is required")
+    return result
+
+
+# One function for each kind of value; it returns the value's schema.
+def string_schema(pattern: str = "(?s:.*)", rule: str = "a string", longest: int = 4096) -> Schema:
+    return {"type": "string", "pattern": pattern, "description": rule, "maxLength": longest}
+
+
+def one_of(*words: str) -> Schema:
+    return string_schema("|".join(words), f"one of {', '.join(words)}")
+
+
+def integer_schema(low: int, high: int) -> Schema:
+    return {"type": "integer", "minimum": low, "maximum": high}
+
+
+def array_of(item: Schema, **more: Any) -> Schema:
+    return {"type": "array", "items": item, **more}
+
+
+def object_schema(required: str, **properties: Schema) -> Schema:
+    return check_schema({"type": "object", "properties": properties, "required": required.split()})
+
+
+NOTHING = object_schema("")
+
+
+def decode_json(body: bytes) -> Any:
+    """Return the value of JSON (RFC 8259), NotJson for what `validate` refuses. Raises ApiError."""
+    # Invariant: the depth is known before the decoder, which recurses, sees it: without escapes,
+    # strings and scalars all that is left are brackets.
+    brackets = re.sub(rb'"[^"]*"?|[^"\[{\]}]+', b"", re.sub(rb"(?s)\\.", b"", body))
+    depths = itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets)
+    if any(depth > MAX_DEPTH for depth in depths):
+        refuse("", f"is nested more than {MAX_DEPTH} deep")
+    too_long = NotJson(f"has a number of more than {MAX_DIGITS} digits")
+    try:
+        return json.loads(
+            body.decode(),
+            object_pairs_hook=unique_object,
+            parse_constant=lambda name: NotJson(f"{name} is not JSON"),
+            parse_int=lambda digits: int(digits) if len(digits) <= MAX_DIGITS else too_long,
+        )
+    except ValueError as error:
+        raise ApiError(400, f"body: is not JSON in UTF-8: {error}") from error
+
+
+def unique_object(pairs: list[tuple[str, Any]]) -> Json | NotJson:
+    """Return pairs as a dict, unless a key comes twice (RFC 7493 section 2.3)."""
+    result: Json = {}
+    for name, value in pairs:
+        if name in result:
+            return NotJson(f"has {json.dumps(name)} more than once")
+        result[name] = value
+    return result
+
+
+def decode_query(query: str, schema: Schema) -> Json:
+    """Return the parameters of a query string, typed as schema says. Raises ApiError (400)."""
+    pairs: list[tuple[str, Any]] = []
+    for part in filter(None, query.split("&")):
+        name, _, value = (unquote(raw, errors="replace") for raw in part.partition("="))
+        is_boolean = schema["properties"].get(name, {}).get("type") == "boolean"
+        pairs.append((name, BOOLEANS.get(value.lower(), value) if is_boolean else value))
+    checked: Json = validate(schema, unique_object(pairs), "query")
+    return checked
+
+
+# --------------------------------------------------------------------------------------------------
+# Keys and policy: who asks, and whether he may
+# --------------------------------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """One key's entry: its name, and what a limited key may do."""
+
+    name: str
+    master: bool = False
+
+    def covers(self, kind: str, name: str) -> bool:
+        """Return whether the key may see the container, image, network or volume of this name.
+
+        kind: "containers", "images", "networks" or "volumes".
+        """
+        return self.master
+
+
+MASTER = Key("master", master=True)
+
+# --------------------------------------------------------------------------------------------------
 # Configuration: the environment to one frozen Config; every problem names its variable
 # --------------------------------------------------------------------------------------------------
 
@@ -232,14 +403,14 @@ class Address(NamedTuple):
         return f"unix://{self.path}" if self.path else f"{self.scheme}://{host}:{self.port}"
 
 
-def integer(least: int, most: int, text: str) -> int:
+def parse_int(least: int, most: int, text: str) -> int:
     """Return an integer in ASCII digits. Raises ValueError."""
     if not (re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most):
         raise ValueError(f"{text!r} is not an integer from {least} to {most}")
     return int(text)
 
 
-def matched(pattern: str, rule: str, text: str) -> str:
+def parse_matching(pattern: str, rule: str, text: str) -> str:
     """Return text. Raises ValueError, which tells the rule, if the pattern does not match it."""
     if not re.fullmatch(pattern, text):
         raise ValueError(f"{text!r} is not {rule}")
@@ -255,7 +426,7 @@ def parse_listen(text: str) -> Address:
     host = host.strip("[]")
     if host not in ("", "localhost"):
         host = str(ipaddress.ip_address(host))
-    return Address(path, host, 0 if path else integer(0, 65535, port))
+    return Address(path, host, 0 if path else parse_int(0, 65535, port))
 
 
 def parse_engine(text: str) -> Address:
@@ -265,7 +436,9 @@ def parse_engine(text: str) -> Address:
     if not match:
         raise ValueError(f"{text!r} is not unix:///path, tcp://host:port, http:// or https://")
     path, scheme, host, port = match.groups("")
-    return Address(path, host.strip("[]"), integer(1, 65535, port) if port else 0, scheme or "tcp")
+    return Address(
+        path, host.strip("[]"), parse_int(1, 65535, port) if port else 0, scheme or "tcp"
+    )
 
 
 def parse_networks(text: str) -> Networks:
@@ -288,7 +461,7 @@ def read_key_file(path: str) -> bytes:
     return key.removesuffix(b"\n")
 
 
-def env(default: str, meaning: str, parse: Callable[..., Any] = str, *rule: Any) -> Any:
+def variable(default: str, meaning: str, parse: Callable[..., Any] = str, *rule: Any) -> Any:
     """Return how a field of Config is read; Any, to stand where the value will be."""
     return default, meaning, functools.partial(parse, *rule)
 
@@ -296,21 +469,33 @@ def env(default: str, meaning: str, parse: Callable[..., Any] = str, *rule: Any)
 class Config(NamedTuple):
     """The environment, under the variables' names in lower case, and two TLS contexts."""
 
-    api_key: bytes = env("", "the key that clients send as X-API-Key; required", os.fsencode)
-    api_key_file: bytes = env("", "file to read the key from instead", read_key_file)
-    listen_addr: Address = env(":3000", "or 127.0.0.1:3000, [::1]:3000, unix:///path", parse_listen)
-    docker_host: Address = env(SOCKET, "or tcp://host:port, http://, https://", parse_engine)
-    docker_tls_verify: str = env("", "when not empty, tcp:// speaks TLS")
-    docker_cert_path: str = env("", "folder of ca.pem, cert.pem and key.pem (~/.docker)")
-    docker_api_version: str = env("", "such as 1.41; else negotiated", matched, *API_VERSION)
-    host_root: str = env("/host", "where the host's / is mounted; / on a bare host", matched, *PATH)
-    rate_limit: int = env("100", "requests a minute and client; 0: no limit", integer, 0, 10**8)
-    trusted_proxies: Networks = env("", "CIDRs whose X-Forwarded-For is believed", parse_networks)
-    tls_cert_file: str = env("", "certificate (chain) to serve HTTPS with")
-    tls_key_file: str = env("", "its private key")
-    tls_client_ca_file: str = env("", "require a client certificate signed by this CA")
-    max_connections: int = env("1024", "served at once; one more gets 503", integer, 1, 10**6)
-    log_level: str = env("info", "or debug, warning, error", matched, *LEVEL)
+    api_key: bytes = variable("", "the key that clients send as X-API-Key; required", os.fsencode)
+    api_key_file: bytes = variable("", "file to read the key from instead", read_key_file)
+    listen_addr: Address = variable(
+        ":3000", "or 127.0.0.1:3000, [::1]:3000, unix:///path", parse_listen
+    )
+    docker_host: Address = variable(SOCKET, "or tcp://host:port, http://, https://", parse_engine)
+    docker_tls_verify: str = variable("", "when not empty, tcp:// speaks TLS")
+    docker_cert_path: str = variable("", "folder of ca.pem, cert.pem and key.pem (~/.docker)")
+    docker_api_version: str = variable(
+        "", "such as 1.41; else negotiated", parse_matching, *API_VERSION
+    )
+    host_root: str = variable(
+        "/host", "where the host's / is mounted; / on a bare host", parse_matching, *PATH
+    )
+    rate_limit: int = variable(
+        "100", "requests a minute and client; 0: no limit", parse_int, 0, 10**8
+    )
+    trusted_proxies: Networks = variable(
+        "", "CIDRs whose X-Forwarded-For is believed", parse_networks
+    )
+    tls_cert_file: str = variable("", "certificate (chain) to serve HTTPS with")
+    tls_key_file: str = variable("", "its private key")
+    tls_client_ca_file: str = variable("", "require a client certificate signed by this CA")
+    max_connections: int = variable(
+        "1024", "served at once; one more gets 503", parse_int, 1, 10**6
+    )
+    log_level: str = variable("info", "or debug, warning, error", parse_matching, *LEVEL)
     server_tls: Optional[ssl.SSLContext] = None
     engine_tls: Optional[ssl.SSLContext] = None
 
@@ -409,12 +594,12 @@ def tls_context(
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION  # which costs a stranger less than us
     if cert[1]:
-        with blaming(*cert):
+        with config_errors(*cert):
             ssl.SSLContext(protocol).load_verify_locations(cert[1])
-        with blaming(*key):
+        with config_errors(*key):
             context.load_cert_chain(cert[1], key[1], refuse_password)
     if ca[1]:
-        with blaming(*ca):
+        with config_errors(*ca):
             context.load_verify_locations(ca[1])
         # Invariant: with a CA set, nobody without its certificate gets past the handshake.
         context.verify_mode = ssl.CERT_REQUIRED
@@ -422,7 +607,7 @@ def tls_context(
 
 
 @contextlib.contextmanager
-def blaming(variable: str, path: str) -> Iterator[None]:
+def config_errors(variable: str, path: str) -> Iterator[None]:
     """Have what fails in using the file at path name the variable. Raises ConfigError."""
     try:
         with open(path, "rb"):
@@ -596,239 +781,6 @@ class RateLimiter:
 
 
 # --------------------------------------------------------------------------------------------------
-# Validation: a subset of JSON Schema, strict JSON, query strings
-# --------------------------------------------------------------------------------------------------
-
-Schema = dict[str, Any]
-
-# By type(), not isinstance(): to Python, a boolean is an integer.
-KINDS: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
-KINDS |= {list: "array", dict: "object"}
-BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
-KEYWORDS = {"type", "description", "properties", "required", "values", "items", "unique"}
-KEYWORDS |= {"pattern", "maxLength", "raw", "minimum", "maximum"}
-
-
-def check_schema(schema: Schema) -> Schema:
-    """Return schema. Raises ValueError for a keyword that `validate` would not enforce."""
-    if unknown := set(schema) - KEYWORDS:
-        raise ValueError(f"unknown keywords {unknown} in {schema}")
-    nested = [schema[key] for key in ("items", "values") if key in schema]
-    for child in (*schema.get("properties", {}).values(), *nested):
-        check_schema(child)
-    return schema
-
-
-def refuse(path: str, rule: str) -> NoReturn:
-    raise ApiError(400, f"{path or 'body'}: {rule}")
-
-
-class NotJson(str):
-    """What is wrong with a value that Python's decoder lets through, until its path is known."""
-
-
-def validate(schema: Schema, value: Any, path: str = "") -> Any:
-    """Return value as schema allows it, less the members that are null. Raises ApiError (400)."""
-    if isinstance(value, NotJson):
-        refuse(path, value)
-    rule = f"must be {schema.get('description', 'an ' + schema['type'])}"
-    if KINDS.get(type(value)) not in schema["type"].split("|"):
-        refuse(path, rule)
-    if isinstance(value, dict):
-        return validate_object(schema, value, path)
-    if isinstance(value, list):
-        items = [validate(schema["items"], item, f"{path}[{i}]") for i, item in enumerate(value)]
-        if schema.get("unique") and len(set(items)) < len(items):
-            refuse(path, "must not name the same twice")
-        return items
-    if isinstance(value, str):
-        if "\0" in value and not schema.get("raw"):
-            refuse(path, "must not contain a NUL character")
-        if re.search(r"[\ud800-\udfff]", value):
-            refuse(path, "must not contain a lone surrogate")
-        if len(value) > schema["maxLength"]:
-            refuse(path, f"must be at most {schema['maxLength']} characters")
-        if not re.fullmatch(schema["pattern"], value):
-            refuse(path, rule)
-    if "maximum" in schema and value != "":  # a port may be written as a string
-        low, high = schema["minimum"], schema["maximum"]
-        if not low <= float(value) <= high:
-            refuse(path, f"must be between {low:,} and {high:,}")
-    return value
-
-
-def validate_object(schema: Schema, value: Json, path: str) -> Json:
-    """Return one object's members that are not null. Raises ApiError (400)."""
-    properties, result = schema.get("properties", {}), {}
-    prefix = f"{path}." if path else ""
-    for name, member in value.items():
-        if "values" in schema:
-            validate(schema["values"], name, path)
-        elif name not in properties:
-            refuse(prefix + name, f"is unknown; known here: {', '.join(properties) or 'nothing'}")
-        if member is not None:
-            rule = schema.get("values") or properties[name]
-            result[name] = validate(rule, member, prefix + name)
-    for name in schema.get("required", ()):
-        if name not in result:
-            refuse(prefix + name, "is required")
-    return result
-
-
-def decode_json(body: bytes) -> Any:
-    """Return the value of JSON (RFC 8259), NotJson for what `validate` refuses. Raises ApiError."""
-    # Invariant: the depth is known before the decoder, which recurses, sees it: without escapes,
-    # strings and scalars all that is left are brackets.
-    brackets = re.sub(rb'"[^"]*"?|[^"\[{\]}]+', b"", re.sub(rb"(?s)\\.", b"", body))
-    depths = itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets)
-    if any(depth > MAX_DEPTH for depth in depths):
-        refuse("", f"is nested more than {MAX_DEPTH} deep")
-    too_long = NotJson(f"has a number of more than {MAX_DIGITS} digits")
-    try:
-        return json.loads(
-            body.decode(),
-            object_pairs_hook=unique_object,
-            parse_constant=lambda name: NotJson(f"{name} is not JSON"),
-            parse_int=lambda digits: int(digits) if len(digits) <= MAX_DIGITS else too_long,
-        )
-    except ValueError as error:
-        raise ApiError(400, f"body: is not JSON in UTF-8: {error}") from error
-
-
-def unique_object(pairs: list[tuple[str, Any]]) -> Json | NotJson:
-    """Return pairs as a dict, unless a key comes twice (RFC 7493 section 2.3)."""
-    result: Json = {}
-    for name, value in pairs:
-        if name in result:
-            return NotJson(f"has {json.dumps(name)} more than once")
-        result[name] = value
-    return result
-
-
-def decode_query(query: str, schema: Schema) -> Json:
-    """Return the parameters of a query string, typed as schema says. Raises ApiError (400)."""
-    pairs: list[tuple[str, Any]] = []
-    for part in filter(None, query.split("&")):
-        name, _, value = (unquote(raw, errors="replace") for raw in part.partition("="))
-        is_boolean = schema["properties"].get(name, {}).get("type") == "boolean"
-        pairs.append((name, BOOLEANS.get(value.lower(), value) if is_boolean else value))
-    checked: Json = validate(schema, unique_object(pairs), "query")
-    return checked
-
-
-# --------------------------------------------------------------------------------------------------
-# Request schemas: the tables, nothing else
-# --------------------------------------------------------------------------------------------------
-
-SIGNALS = (
-    "ABRT|ALRM|BUS|CHLD|CONT|FPE|HUP|ILL|INT|KILL|PIPE|POLL|PROF|QUIT|SEGV|STOP|SYS|TERM|TRAP|TSTP"
-    "|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ"
-)
-NAME_RULE = "letters, digits, '_', '.' or '-', beginning with a letter or digit"
-# The distribution project's reference grammar: [domain[:port]/]path[:tag][@digest]
-IMAGE = (
-    r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?/)?"
-    r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
-    r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64}|@sha512:[0-9a-f]{128})?"
-)
-IMAGE_RULE = "an image such as nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
-
-
-# One function for each kind of value; it returns the value's schema.
-def text(pattern: str = "(?s:.*)", rule: str = "a string", longest: int = 4096) -> Schema:
-    return {"type": "string", "pattern": pattern, "description": rule, "maxLength": longest}
-
-
-def one_of(*words: str) -> Schema:
-    return text("|".join(words), f"one of {', '.join(words)}")
-
-
-def whole(low: int, high: int) -> Schema:
-    return {"type": "integer", "minimum": low, "maximum": high}
-
-
-def many(item: Schema, **more: Any) -> Schema:
-    return {"type": "array", "items": item, **more}
-
-
-def record(required: str, **properties: Schema) -> Schema:
-    return check_schema({"type": "object", "properties": properties, "required": required.split()})
-
-
-STRING = text(longest=MAX_BODY)
-BOOLEAN = {"type": "boolean", "description": "true or false"}
-PORT = text("0{0,9}[1-9][0-9]{0,4}", "a port from 1 to 65535, in ASCII digits")
-PORT |= {**whole(1, 65535), "type": "string|integer"}
-SIGNAL = text(f"(?ai:(SIG)?({SIGNALS}))", "a POSIX signal name such as SIGTERM or HUP")
-USER_ID = whole(0, 2**32 - 2)  # one more means "no change"
-PLATFORM = text(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch such as linux/amd64", 64)
-
-PORTS = record(
-    "container_port",
-    container_port=PORT,
-    host_port={**PORT, "pattern": f"({PORT['pattern']})?"},  # empty: the Engine picks one
-    protocol=one_of("tcp", "udp", "sctp"),
-    host_ip=text(longest=45),
-)
-VOLUMES = record(
-    "target",
-    source=text("(?s:.+)", "a path or a volume's name"),
-    target=text(r"/+[^/](?s:.*)", "an absolute path other than /"),
-    read_only=BOOLEAN,
-    type=one_of("bind", "volume", "tmpfs"),
-)
-# A hundredth is the Engine's own floor; much less would round to "no limit".
-CPUS = {"type": "integer|number", "minimum": 0.01, "maximum": 10**6, "description": "a number"}
-RESTART = one_of("no", "always", "on-failure", "unless-stopped")
-CREATE = record(
-    "image",
-    image=text(f"{IMAGE}|(?:sha256:)?[0-9a-f]{{64}}", f"{IMAGE_RULE}, or an image's id", 512),
-    name=text(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", f"at least two {NAME_RULE}", 255),
-    cmd=many(STRING),
-    entrypoint=many(STRING),
-    env=many(text("(?s:[^=]+=.*)", "NAME=value", MAX_BODY)),
-    labels={"type": "object", "values": STRING},
-    working_dir=text("(?s:/.*)", "an absolute path"),
-    user=text(r"[^\s:]+(:[^\s:]+)?", "user, uid, user:group or uid:gid", 255),
-    hostname=text(r"[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?", "letters, digits, '.' and '-'", 64),
-    ports=many(PORTS),
-    volumes=many(VOLUMES),
-    networks=many(text(CONTAINER, f"a network's name: {NAME_RULE}", 255), unique=True),
-    network_mode=text(f"(container:)?{CONTAINER}", "bridge, container:ID or a name", 255),
-    restart_policy=record("name", name=RESTART, max_retry_count=whole(0, 2**31 - 1)),
-    resources=record("", cpus=CPUS, memory_mb=whole(6, 2**40), cpu_shares=whole(2, 262_144)),
-    pull=one_of("missing", "always", "never"),
-)
-PULL = record("image", image=text(IMAGE, IMAGE_RULE, 512), platform=PLATFORM)
-STOP = record("", timeout=whole(0, MAX_STOP), signal=SIGNAL)
-KILL = record("", signal=SIGNAL)
-NOTHING = record("")
-FILE = record(
-    "path content",
-    path=text(longest=MAX_PATH),
-    content={**STRING, "raw": True},
-    encoding=one_of("utf-8", "base64"),
-    permission=text("0?[0-7]{1,4}", "an octal mode up to 7777, such as 0644"),
-    uid=USER_ID,
-    gid=USER_ID,
-    atomic=BOOLEAN,
-)
-LIST_QUERY = record("", all=BOOLEAN)
-REMOVE_QUERY = record("", force=BOOLEAN, v=BOOLEAN)
-LOGS_QUERY = record(
-    "",
-    follow=BOOLEAN,
-    tail=text("all|[0-9]{1,9}", "all or an integer of at least 0"),
-    since=text(longest=64),
-    until=text(longest=64),
-    timestamps=BOOLEAN,
-    stdout=BOOLEAN,
-    stderr=BOOLEAN,
-    format=one_of("text", "json"),
-    last_event_id=text(EVENT_ID, "an id that a log stream sent: 1700000000.000000000-1"),
-)
-
-# --------------------------------------------------------------------------------------------------
 # Sockets: field lines, body framing and waits, for clients and Engine alike
 # --------------------------------------------------------------------------------------------------
 
@@ -918,13 +870,13 @@ class Body:
         return b"".join(pieces)
 
 
-class Watch(NamedTuple):
+class Interrupts(NamedTuple):
     """Whom a wait must not outlive: a client, and (by a socket that tells of its end) the agent."""
 
     client: Optional[socket.socket] = None
     stop: Optional[socket.socket] = None
 
-    def wait(self, sock: socket.socket, deadline: float) -> bool:
+    def wait_readable(self, sock: socket.socket, deadline: float) -> bool:
         """Return whether sock can be read by deadline (monotonic). Raises ClientGone, Stopping."""
         if isinstance(sock, ssl.SSLSocket) and sock.pending():
             return True
@@ -943,22 +895,22 @@ class Watch(NamedTuple):
         # The client has gone, or has shut only its half of the connection (nc -N): who waits for
         # an answer gets what comes soon.
         patience = time.monotonic() + HALF_CLOSED
-        came = self._replace(client=None).wait(sock, min(deadline, patience))
+        came = self._replace(client=None).wait_readable(sock, min(deadline, patience))
         if not came and patience <= deadline:
             raise ClientGone
         return came
 
 
-NOBODY = Watch()
+NEVER = Interrupts()
 
 
-def receive(sock: socket.socket, deadline: float, watch: Watch = NOBODY) -> bytes:
+def receive(sock: socket.socket, deadline: float, interrupts: Interrupts = NEVER) -> bytes:
     """Return what comes next, b"" at the end. Raises socket.timeout past deadline (monotonic)."""
     sock.setblocking(False)  # for a TLS socket can be readable with nothing in it for us
     # Invariant: a peer that never stops sending is held to the deadline, too.
-    while watch.wait(sock, deadline) and time.monotonic() < deadline:
+    while interrupts.wait_readable(sock, deadline) and time.monotonic() < deadline:
         with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
-            return sock.recv(RECEIVE)
+            return sock.recv(RECV_SIZE)
     raise socket.timeout("timed out")
 
 
@@ -984,513 +936,478 @@ def connect(address: Address, tls: ssl.SSLContext | None) -> socket.socket:
 
 
 # --------------------------------------------------------------------------------------------------
-# Engine client: calls (JSON) and streams (bytes) over a Unix socket, TCP or TLS
+# HTTP handler: read the head, limit, authorise, route, read the body, answer
 # --------------------------------------------------------------------------------------------------
 
-Pool = list[tuple[float, socket.socket]]  # idle connections, and since when each is
-KEPT = (400, 401, 403, 404, 409, 500, 501)  # statuses the caller is given, too; any other is 502
-BROKEN = "the Engine gave no proper answer"
-UNTIL_END = 10**18  # the length of a body that only the end of the connection ends
+
+class Request(NamedTuple):
+    """One request, checked."""
+
+    key: Key
+    interrupts: Interrupts
+    name: str  # {id} in the path
+    query: Json
+    body: Json
+    fields: Fields
+    target: Json  # what is acted upon, for the log: {"id", "name"}, {"image"}, {"path"}...
+
+    def header(self, name: str) -> str:
+        """Return a header's value, "" if it is absent. Raises ApiError (400) if it is repeated."""
+        values = self.fields.get(name.lower(), [""])
+        if len(values) > 1:
+            raise ApiError(400, f"{name}: is given more than once")
+        return values[0]
 
 
-class Answer:
-    """An answer of the Engine, its head read; its body comes whole or piece by piece.
+class Response(NamedTuple):
+    """An answer: bytes, or a stream of them. Anything else but bytes is sent as JSON."""
 
-    http.client's own forgives bad framing, waits anew for each byte, and cannot be polled.
+    body: Any = b""
+    status: int = 200
+    headers: Mapping[str, str] = {}
+    stream: Optional[Stream] = None
+
+
+PUBLIC, KEY = "public", "key"
+
+
+class Route(NamedTuple):
+    """All that is known of one operation."""
+
+    method: str
+    path: str  # "{id}" stands for a container's id or name
+    endpoint: Callable[[Request, Any], Response]
+    permission: str = KEY
+    body: Optional[Schema] = None  # None: a body is refused
+    query: Schema = NOTHING
+
+
+def split_target(target: str) -> tuple[list[str], str]:
+    """Return a request target's path segments, decoded once, and its query."""
+    target = re.sub("(?i)^https?://[^/?]*", "", target)  # RFC 9112 section 3.2.2, "absolute-form"
+    path, _, query = target.partition("?")
+    return [unquote(segment, errors="replace") for segment in path.split("/")], query
+
+
+def is_api(segments: list[str]) -> bool:
+    """Return whether a path is under /api/v1, where nothing is told without the key."""
+    return segments[:3] == API.split("/")
+
+
+def find_route(routes: Iterable[Route], method: str, segments: list[str]) -> tuple[Route, str]:
+    """Return a route and the {id} in its path. Raises ApiError (404, 405)."""
+    allowed: list[str] = []
+    for route in routes:
+        template = route.path.split("/")
+        if len(template) != len(segments):
+            continue
+        if all(a in ("{id}", b) for a, b in zip(template, segments)):
+            methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
+            if method in methods:
+                return route, dict(zip(template, segments)).get("{id}", "")
+            allowed += methods
+    if allowed:
+        options = ", ".join(allowed)
+        raise ApiError(405, f"use {options} here", {"Allow": options})
+    raise ApiError(404, "there is nothing at this path; the README lists the endpoints")
+
+
+http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One connection: its requests one after the other, each logged.
+
+    Not http.server's BaseHTTPRequestHandler: nothing of its lax parser or HTML errors is reachable.
     """
 
-    def __init__(self, sock: socket.socket, watch: Watch, deadline: float) -> None:
-        """Read the head. Raises BadMessage, OSError, and what Watch.wait raises."""
-        self._sock, self._watch, self._deadline = sock, watch, deadline
-        self.pool: Pool | None = None  # where `close` leaves the connection, if anywhere
-        self._read_at, self._rest = 0.0, b""
-        self.status = 100
-        while 100 <= self.status < 200 and self.status != 101:  # interim: RFC 9110 section 15.2
-            while b"\r\n\r\n" not in self._rest:
-                data = receive(sock, deadline, watch)
-                if not data:
-                    raise ConnectionResetError("it hung up")
-                self._rest += data
-                if len(self._rest) > MAX_FIELD_BLOCK + RECEIVE:
-                    raise BadMessage(400, "its head is too large")
-            head, end, self._rest = self._rest.partition(b"\r\n\r\n")
-            line = STATUS_LINE.match(head + end)
-            if not line:
-                raise BadMessage(400, "it is not HTTP")
-            self.status, self.fields = int(line[1]), parse_fields((head + end)[line.end() :])
-        length = framing(self.fields, UNTIL_END)
-        if self.status in (101, 204, 304):
-            length = 0
-        self.until_end = length == UNTIL_END
-        self._body = Body(length)
+    server: Server
+    buffer = b""  # received, and not taken yet
+    keep = True
+    answered = False  # so that the last answer is given time to be read
 
-    def read(self, deadline: float) -> bytes | None:
-        """Return bytes of the body, b"" at its end, None if none came until deadline (monotonic).
+    def handle(self) -> None:
+        self.sock: socket.socket = self.request
+        if self.sock.family != socket.AF_UNIX:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            # A client whose machine has died is given up after as long as one that reads nothing.
+            timeout = int(WRITE_TIMEOUT * 1000)
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
+        deadline = time.monotonic() + HEAD_TIMEOUT
+        if tls := self.server.config.server_tls:
+            self.keep = self.shake_hands(tls, deadline)
+        while self.keep and self.wait_for_request(deadline):
+            self.serve()
+            deadline = time.monotonic() + IDLE_TIMEOUT
 
-        Raises EngineError (502) if the body is cut short, and what Watch.wait raises.
-        """
-        while not self._body.done:
-            if self.until_end:
-                time.sleep(max(0, self._read_at + BURST_PAUSE - time.monotonic()))
-            try:
-                data = self._rest or receive(self._sock, deadline, self._watch)
-                self._rest, self._read_at = b"", time.monotonic()
-                if not (data or self.until_end):
-                    raise BadMessage(400, "the body ended early")
-                if (piece := self._body.feed(data)) or not data:
-                    return piece
-            except socket.timeout:
-                return None
-            except (OSError, BadMessage) as error:
-                raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
-        return b""
-
-    def read_all(self) -> bytes:
-        """Return the whole body. Raises EngineError past MAX_ANSWER or the deadline."""
-        whole = bytearray()
-        while piece := self.read(self._deadline):
-            whole += piece
-            # Invariant: no answer is read past a bound.
-            if len(whole) > MAX_ANSWER:
-                raise EngineError(502, "the Engine's answer is too large")
-        if piece is None:
-            raise EngineError(504, "the Engine did not finish its answer in time")
-        return bytes(whole)
-
-    def close(self) -> None:
-        """Leave the connection for another request if it can take one, else close it."""
-        whole = self._body.done and not (self._rest or self._body.rest)
-        kept = whole and "close" not in self.fields.get("connection", [])
-        if kept and self.pool is not None and len(self.pool) < MAX_IDLE_CONNECTIONS:
-            self.pool.append((time.monotonic(), self._sock))
-        else:
-            self._sock.close()
-
-
-class Engine:
-    """The Docker Engine at one address; remembers its API version and idle connections."""
-
-    def __init__(self, address: Address, tls: ssl.SSLContext | None, version: str = "") -> None:
-        self.address = address._replace(port=address.port or (2376 if tls else 2375))
-        self._tls = tls
-        self._pinned = version
-        self._version, self._asked = "", -math.inf  # the one in use, and since when
-        self._idle: Pool = []
-        self._health_lock = threading.Lock()
-        self._health = (-HEALTH_CACHE, False)
-
-    def call(self, method: str, path: str, *args: Any, **options: Any) -> bytes:
-        """Return the body of the Engine's answer, b"" if it has none; as `open` otherwise."""
-        with contextlib.closing(self.open(method, path, *args, **options)) as answer:
-            return answer.read_all()
-
-    def json(self, method: str, path: str, *args: Any, **options: Any) -> Json:
-        """Return the JSON object the Engine answers with; as `open` otherwise."""
-        answer: Json = decode_answer(self.call(method, path, *args, **options))
-        return answer
-
-    def open(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, Any] | None = None,
-        body: Any = None,
-        seconds: float = CALL_TIMEOUT,
-        **options: Any,
-    ) -> Answer:
-        """Return an answer whose body is still to be read. Raises EngineError for a refusal.
-
-        path: after the version, made of constants and quoted parts. seconds: for all of it, or
-        until a stream begins. options: as `_ask` has them.
-        An Engine that was upgraded refuses a version with 400 before it does anything, so that
-        even what changes something can be tried again with the version that it speaks by now.
-        """
-        if body is not None:
-            options.update(body=encode_json(body), headers={"Content-Type": "application/json"})
-        target = path + ("?" + urlencode(query) if query else "")
-        deadline = time.monotonic() + seconds
-        version = self.version(deadline)
-        for last in (False, True):
-            answer = self._ask(method, f"/v{version}{target}", deadline, **options)
-            if answer.status in (200, 201, 204, 304):
-                break
-            with contextlib.closing(answer):
-                error = engine_error(answer.status, answer.read_all())
-            used = version
-            if not last and error.status == 400:
-                version = self.version(deadline, again=True)
-            if used == version:
-                raise error
-        return answer
-
-    def version(self, deadline: float, again: bool = False) -> str:
-        """Return the API version in use, such as "1.41", asked for if it may be another by now."""
-        is_old = again or time.monotonic() - self._asked > VERSION_KEPT
-        if is_old and not self._pinned:
-            self._negotiate(deadline)
-        return self._pinned or self._version
-
-    def healthy(self) -> bool:
-        """Return whether the Engine answers; it is asked at most once in HEALTH_CACHE seconds."""
-        with self._health_lock:
-            asked, healthy = self._health
-            if time.monotonic() - asked >= HEALTH_CACHE:
-                healthy = False
-                with contextlib.suppress(EngineError):
-                    self._negotiate(time.monotonic() + PING_TIMEOUT)
-                    healthy = True
-                self._health = (time.monotonic(), healthy)
-            return healthy
-
-    def close_idle(self, before: float = math.inf) -> None:
-        """Close the connections that have been idle since before a time (monotonic)."""
-        with contextlib.suppress(IndexError):  # another thread took the last one
-            while self._idle[0][0] < before:
-                self._idle.pop(0)[1].close()
-
-    def _negotiate(self, deadline: float) -> None:
-        """Find the API version both sides speak (Engine API, "Ping"). Raises EngineError."""
-        with contextlib.closing(self._ask("GET", "/_ping", deadline)) as answer:
-            answer.read_all()
-        offered = re.fullmatch(r"1\.([0-9]{1,3})", answer.fields.get("api-version", [""])[0])
-        if answer.status != 200 or not offered:
-            raise EngineError(502, f"{self.address} does not answer as a Docker Engine does")
-        self._version = f"1.{min(int(offered[1]), NEWEST_API)}"
-        self._asked = time.monotonic()
-
-    def _ask(
-        self,
-        method: str,
-        target: str,
-        deadline: float,
-        watch: Watch = NOBODY,
-        plain: bool = False,
-        again: bool = False,
-        **content: Any,
-    ) -> Answer:
-        """Return an answer whose head was read before deadline.
-
-        plain: as HTTP/1.0, which the Engine does not cut in chunks: a fifth quicker to read, but
-        whether it is whole has to be found out. content: body and headers, none for a GET. Raises
-        EngineError, and what Watch.wait raises.
-        """
-        # Invariant: what changes something is never sent twice. Only a GET goes out on a connection
-        # that was idle, and once more on a new one if the Engine had closed that.
-        reuse = method == "GET" and not plain
-        sock, was_idle = self._connection(reuse and not again)
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(sock.close)
-            try:
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                if method == "GET":
-                    # In a fifth of the time that http.client takes to put these three lines.
-                    request = f"GET {target} HTTP/1.{0 if plain else 1}\r\nHost: docker\r\n\r\n"
-                    sock.sendall(request.encode())
-                else:
-                    connection = http.client.HTTPConnection("docker")
-                    connection.sock = sock
-                    connection.request(method, target, **content)
-                answer = Answer(sock, watch, deadline)
-                answer.pool = self._idle if reuse else None
-                on_error.pop_all()
-                return answer
-            except socket.timeout as error:
-                raise EngineError(504, "the Engine did not answer in time") from error
-            except (OSError, BadMessage) as error:
-                self._asked = -math.inf  # perhaps it was restarted as another version
-                if not (was_idle and isinstance(error, ConnectionError)):
-                    raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
-        return self._ask(method, target, deadline, watch, again=True)
-
-    def _connection(self, reuse: bool) -> tuple[socket.socket, bool]:
-        """Return a connection, and whether it is one that was idle. Raises EngineError (503)."""
-        while reuse and self._idle:
-            with contextlib.suppress(IndexError):  # another thread took the last one
-                _, sock = self._idle.pop()
-                if not NOBODY.wait(sock, 0):  # the Engine has neither closed it nor said a word
-                    return sock, True
-                sock.close()
+    def shake_hands(self, tls: ssl.SSLContext, deadline: float) -> bool:
+        """Return whether the connection is a TLS one by now."""
         try:
-            return connect(self.address, self._tls), False
-        except (OSError, ValueError) as error:
-            self._asked = -math.inf  # what comes back may be another version
-            message = f"the Engine at {self.address} is not reachable: {describe(error)}"
-            raise EngineError(503, message) from error
-
-
-def engine_error(status: int, body: bytes) -> EngineError:
-    """Return the error for a refusal of the Engine, whose body is {"message": ...}."""
-    try:
-        message = member(decode_answer(body), "message", str)
-    except EngineError:
-        return EngineError(502, f"the Engine answered {status} without saying why")
-    return EngineError(status if status in KEPT else 502, message)
-
-
-def decode_answer(body: bytes, kind: type = dict) -> Any:
-    """Return the JSON object (or list) in an answer of the Engine. Raises EngineError (502)."""
-    try:
-        answer = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise EngineError(502, "the Engine's answer is not JSON") from error
-    if not isinstance(answer, kind):
-        raise EngineError(502, "the Engine's answer is not the JSON that was asked for")
-    return answer
-
-
-def member(answer: Json, name: str, kind: type) -> Any:
-    """Return one member of an Engine's answer. Raises EngineError (502)."""
-    if not isinstance(answer.get(name), kind):
-        raise EngineError(502, f"the Engine's answer has no {name}")
-    return answer[name]
-
-
-def member_id(answer: Json) -> str:
-    """Return the id in an Engine's answer about a container. Raises EngineError (502)."""
-    if not re.fullmatch(CONTAINER, member(answer, "Id", str)):
-        raise EngineError(502, "the Engine's answer has no Id")
-    return str(answer["Id"])
-
-
-# --------------------------------------------------------------------------------------------------
-# Containers and images: our requests to the Engine's, its answers to ours
-# --------------------------------------------------------------------------------------------------
-
-# Our fields and the Engine's: a create's, those of its resources with our unit, a list's.
-CREATED = {"image": "Image", "cmd": "Cmd", "entrypoint": "Entrypoint", "env": "Env"}
-CREATED.update(labels="Labels", working_dir="WorkingDir", user="User", hostname="Hostname")
-LIMITS = {"cpus": ("NanoCpus", 1e9), "memory_mb": ("Memory", 2**20), "cpu_shares": ("CpuShares", 1)}
-LISTED = {"id": "Id", "names": "Names", "image": "Image", "image_id": "ImageID"}
-LISTED.update(command="Command", created="Created", state="State", status="Status")
-LISTED.update(ports="Ports", labels="Labels")
-PORT_ROW = {"ip": "IP", "private_port": "PrivatePort", "public_port": "PublicPort", "type": "Type"}
-
-
-def container_path(name: str, action: str = "") -> str:
-    """Return the Engine's path for a container. Raises ApiError (400) for what is no id or name."""
-    # Invariant: only what matches reaches an Engine URL, and it is quoted there all the same.
-    if not re.fullmatch(CONTAINER, name):
-        raise ApiError(400, f"a container's id or name is {NAME_RULE}")
-    return f"/containers/{quote(name, safe='')}" + (f"/{action}" if action else "")
-
-
-def engine_ports(ports: list[Json]) -> dict[str, list[dict[str, str]]]:
-    """Return the Engine's PortBindings: {"80/tcp": [{"HostIp": "", "HostPort": "8080"}]}."""
-    bindings: dict[str, list[dict[str, str]]] = {}
-    for index, port in enumerate(ports):
-        host_ip = port.get("host_ip", "")
-        if "host_ip" in port and ("%" in host_ip or parse_ip(host_ip) is None):
-            refuse(f"ports[{index}].host_ip", "must be an IPv4 or IPv6 address")
-        exposed = f"{int(port['container_port'])}/{port.get('protocol', 'tcp')}"
-        published = str(port.get("host_port", "")).lstrip("0")
-        bindings.setdefault(exposed, []).append({"HostIp": host_ip, "HostPort": published})
-    return bindings
-
-
-def engine_mount(volume: Json, path: str) -> Json:
-    """Return the Engine's Mount. Mounts, not Binds: no colon in a path can become an option."""
-    source = volume.get("source", "")
-    kind = volume.get("type") or ("bind" if source.startswith("/") else "volume")
-    if kind == "tmpfs" and source:
-        refuse(f"{path}.source", "must be absent for a tmpfs")
-    if kind == "bind" and not source.startswith("/"):
-        refuse(f"{path}.source", "must be an absolute path for a bind")
-    if kind == "volume" and not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", source):
-        refuse(f"{path}.source", f"must be a volume's name: at least two {NAME_RULE}")
-    read_only = volume.get("read_only", False)
-    return {"Type": kind, "Source": source, "Target": volume["target"], "ReadOnly": read_only}
-
-
-def engine_networks(body: Json) -> tuple[str, list[str]]:
-    """Return the network mode and the networks to join, the first of them at create."""
-    names, mode = body.get("networks", []), body.get("network_mode", "")
-    if not names or mode in ("bridge", "default"):
-        return mode, names
-    if mode in ("host", "none") or ":" in mode:
-        refuse("networks", f"cannot be joined in network_mode {mode}")
-    mode = mode or names[0]
-    return mode, [mode, *(name for name in names if name != mode)]
-
-
-def engine_container(body: Json) -> tuple[Json, list[str]]:
-    """Return the body of "Create a container" and the networks to connect before the start.
-
-    Every value comes from a validated field. Raises ApiError (400) for fields that contradict.
-    """
-    ports = engine_ports(body.get("ports", []))
-    mode, networks = engine_networks(body)
-    mounts = [engine_mount(v, f"volumes[{i}]") for i, v in enumerate(body.get("volumes", []))]
-    host: Json = {"PortBindings": ports, "Mounts": mounts, "NetworkMode": mode}
-    if policy := body.get("restart_policy"):
-        if "max_retry_count" in policy and policy["name"] != "on-failure":
-            refuse("restart_policy.max_retry_count", "goes only with on-failure")
-        retries = policy.get("max_retry_count", 0)
-        host["RestartPolicy"] = {"Name": policy["name"], "MaximumRetryCount": retries}
-    for ours, amount in body.get("resources", {}).items():
-        theirs, unit = LIMITS[ours]
-        host[theirs] = round(amount * unit)
-    container = {theirs: body[ours] for ours, theirs in CREATED.items() if ours in body}
-    container.update(ExposedPorts={port: {} for port in ports}, HostConfig=host)
-    if networks:
-        container["NetworkingConfig"] = {"EndpointsConfig": {networks[0]: {}}}
-    return container, networks[1:]
-
-
-def create_container(engine: Engine, body: Json, auth: str, watch: Watch) -> Json:
-    """Create and start a container; return {"Id", "Warnings"}. Nothing is left if that fails."""
-    container, networks = engine_container(body)
-    query = {"name": body["name"]} if "name" in body else {}
-    create = ("POST", "/containers/create", query, container, START_TIMEOUT)
-    pull = body.get("pull", "missing")
-    if pull == "always":
-        pull_image(engine, body, auth, watch)
-    try:
-        created = engine.json(*create)
-    except EngineError as error:
-        if error.status != 404 or pull != "missing" or has_image(engine, body["image"]):
-            raise
-        pull_image(engine, body, auth, watch)
-        created = engine.json(*create)
-    path = container_path(member_id(created))
-    try:
-        for network in networks:
-            target = f"/networks/{quote(network, safe='')}/connect"
-            engine.call("POST", target, body={"Container": created["Id"]})
-        engine.call("POST", f"{path}/start", seconds=START_TIMEOUT)
-    except EngineError as error:
-        try:
-            engine.call("DELETE", path, {"force": 1, "v": 1}, seconds=START_TIMEOUT)
-        except EngineError as left:
-            message = f"{error}; and container {created['Id'][:12]} is left behind: {left}"
-            raise EngineError(error.status, message) from error
-        raise
-    return created
-
-
-def has_image(engine: Engine, image: str) -> bool:
-    try:
-        engine.call("GET", f"/images/{quote(image)}/json")
-    except EngineError as error:
-        if error.status != 404:
-            raise
+            if Interrupts(stop=self.server.stopping).wait_readable(self.sock, deadline):
+                self.sock.settimeout(max(0.001, deadline - time.monotonic()))
+                self.sock = tls.wrap_socket(self.sock, server_side=True)
+                return True
+        except (Stopping, OSError, ValueError) as error:
+            self.server.log("debug", "handshake failed", error=describe(error))
         return False
-    return True
+
+    def finish(self) -> None:
+        """Half-close, then drain: no reset may take an answer away (RFC 9112 section 9.6)."""
+        with contextlib.suppress(OSError, ValueError), contextlib.closing(self.sock):
+            deadline = time.monotonic() + LINGER_TIMEOUT
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.settimeout(1.0)
+                with contextlib.suppress(OSError, ValueError):
+                    self.sock = self.sock.unwrap()
+            self.sock.shutdown(socket.SHUT_WR)
+            while self.answered and receive(self.sock, deadline):
+                pass
+
+    def wait_for_request(self, deadline: float) -> bool:
+        """Return whether a request begins before deadline; False too if the agent stops."""
+        with contextlib.suppress(OSError, Stopping):
+            while True:
+                begun = EMPTY_LINES.sub(b"", self.buffer)
+                # Invariant: even empty lines are taken up to a bound only.
+                if len(self.buffer) - len(begun) > MAX_REQUEST_LINE:
+                    break
+                if begun not in (b"", b"\r"):
+                    self.buffer = begun
+                    return True
+                if not (
+                    data := receive(self.sock, deadline, Interrupts(stop=self.server.stopping))
+                ):
+                    break
+                self.buffer += data
+        self.answered = self.answered and NEVER.wait_readable(
+            self.sock, 0
+        )  # else there is no more to read
+        return False
+
+    def serve(self) -> None:
+        """EngineResponse one request and log it. The one place where errors become answers."""
+        started = time.monotonic()
+        self.id = secrets.token_hex(8)
+        self.method, self.path, self.client = "", "", self.client_address
+        self.headers: dict[str, str] = {}
+        self.minor, self.status, self.sent = 1, 0, 0
+        self.unread = True  # until the request's end is known and reached
+        try:
+            try:
+                self.respond(self.answer(self.read_head()))
+            except ApiError as error:
+                self.respond_error(error)
+        except ClientGone:
+            self.keep = False
+        except Exception as error:
+            self.server.log("error", "bug", request_id=self.id, traceback=describe_bug(error))
+            with contextlib.suppress(ClientGone):
+                message = f"an error of the agent's own; its log has it under {self.id}"
+                self.respond_error(ApiError(500, message))
+        fields: Json = {"method": self.method, "path": self.path, "status": self.status}
+        fields["latency_ms"] = round((time.monotonic() - started) * 1000, 3)
+        fields.update(request_id=self.id, client_ip=self.client, bytes=max(0, self.sent))
+        self.server.log("error" if self.status >= 500 else "info", "request", **fields)
+
+    def receive_more(self, deadline: float, what: str, interrupts: Interrupts) -> bytes:
+        """Return more of the request. Raises ApiError (400, 408) or ClientGone."""
+        try:
+            data = receive(self.sock, deadline, interrupts)
+        except socket.timeout as error:
+            raise ApiError(408, f"the {what} did not arrive in time") from error
+        except OSError as error:
+            raise ClientGone from error
+        if not data:
+            raise ApiError(400, f"the connection ended within the {what}")
+        return data
+
+    def head_until(self, end: bytes, limit: int, status: int, what: str, deadline: float) -> bytes:
+        """Return what is before end; take neither. Raises ApiError as soon as it can be told."""
+        scanned = 0  # so that a head in tiny pieces costs no more
+        while True:
+            # Invariant: the head is bounded before any of it is looked at. What may be the
+            # beginning of end does not count; more CRs and LFs are refused below.
+            part, found, _ = self.buffer[: limit + len(end)].partition(end)
+            if len(part.rstrip(b"\r\n")) > limit:
+                raise ApiError(status, f"the {what} longer than {limit} bytes")
+            if LONE_CONTROL.search(part + found, scanned):
+                raise ApiError(400, "the head has a bare CR, a bare LF or a NUL in it")
+            if found:
+                return part
+            scanned = len(part) - 1
+            self.buffer += self.receive_more(
+                deadline, "head", Interrupts(stop=self.server.stopping)
+            )
+
+    def read_head(self) -> Fields:
+        """Take the next request's head out of the buffer, return its fields. Raises ApiError."""
+        deadline = time.monotonic() + HEAD_TIMEOUT
+        line = self.head_until(b"\r\n", MAX_REQUEST_LINE, 414, "request line is", deadline)
+        # Invariant: the head is matched by the grammar before any other code sees it.
+        match = REQUEST_LINE.fullmatch(line)
+        if not match:
+            raise ApiError(400, "the request line is not of the form: GET /path HTTP/1.1")
+        self.method, self.path, version = (part.decode() for part in match.groups())
+        if version not in ("1.0", "1.1"):
+            raise ApiError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
+        self.minor = int(version[-1])
+        self.buffer = self.buffer[len(line) :]  # its CRLF stays: it ends a head without fields
+        block = self.head_until(b"\r\n\r\n", MAX_FIELD_BLOCK, 431, "headers are", deadline)
+        self.buffer = self.buffer[len(block) + 4 :]
+        if block.count(b"\n") > MAX_FIELDS:
+            raise ApiError(431, f"there are more than {MAX_FIELDS} headers")
+        return parse_fields((block + b"\r\n\r\n")[2:])
+
+    def check_head(self, fields: Fields) -> int | None:
+        """Note who asks; return the body's length, None if chunked. Raises ApiError (400, 501).
+
+        What two parsers may frame differently is refused: behind a proxy it smuggles requests in.
+        """
+        own = ",".join(fields.get("x-request-id", []))
+        if re.fullmatch(REQUEST_ID, own) and self.server.log.redact(own, SHORT_KEY) == own:
+            self.id = own
+        if forwarded := ",".join(fields.get("x-forwarded-for", [])):
+            trusted = self.server.config.trusted_proxies
+            self.client = client_address(self.client_address, forwarded, trusted)
+        hosts = fields.get("host", [])
+        if len(hosts) > 1 or (self.minor and not hosts):
+            raise ApiError(400, "Host: must be given once")
+        if not HOST_VALUE.fullmatch("".join(hosts)):
+            raise ApiError(400, "Host: is not a host and port")
+        if not self.minor and "transfer-encoding" in fields:
+            raise ApiError(400, "Transfer-Encoding: HTTP/1.0 has none")
+        length = framing(fields)
+        self.unread = length != 0
+        options = ",".join(fields.get("connection", [])).lower().split(",")
+        self.keep = self.minor == 1 and "close" not in map(str.strip, options)
+        return length
+
+    def answer(self, fields: Fields) -> Response:
+        """Check one request, in the order that tells a stranger least, and have it answered."""
+        length = self.check_head(fields)
+        segments, query = split_target(self.path)
+        if is_api(segments):
+            self.authorise(fields)
+        route, name = find_route(self.server.routes, self.method, segments)
+        # Read off the table: whatever is not public has been authorised above.
+        if route.permission != PUBLIC and not is_api(segments):
+            raise ApiError(401, "this path needs the key")
+        if "{id}" in route.path:
+            container_path(name)
+        parameters = decode_query(query, route.query)
+        body = self.read_body(fields, route, length)
+        interrupts = Interrupts(self.sock, self.server.stopping)
+        request = Request(MASTER, interrupts, name, parameters, body, fields, {})
+        return route.endpoint(request, self.server.agent)
+
+    def authorise(self, fields: Fields) -> None:
+        """Count the request and check its key. Raises ApiError (401, 429)."""
+        keys = [value.encode("latin-1") for value in fields.get("x-api-key", [])]
+        # Invariant: the one place where keys are compared: on bytes, in constant time.
+        valid = len(keys) == 1 and hmac.compare_digest(keys[0], self.server.config.api_key)
+        self.headers = self.server.limiter.admit(self.client, valid)
+        if not valid:
+            rule = "is wrong" if len(keys) == 1 else "must be given once"
+            headers = {"WWW-Authenticate": 'ApiKey realm="dockeragent", header="X-API-Key"'}
+            raise ApiError(401, f"X-API-Key: {rule}", headers)
+
+    def read_body(self, fields: Fields, route: Route, length: int | None) -> Json:
+        """Return the checked JSON of the body, {} if the route takes none. Raises ApiError."""
+        expected = [value.lower() for value in fields.get("expect", ()) if self.minor]
+        if expected not in ([], ["100-continue"]):
+            raise ApiError(417, "Expect: only 100-continue is understood")
+        if length is not None and length > MAX_BODY:
+            raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
+        if route.body is None:
+            if length != 0:
+                raise ApiError(400, "body: none is taken here")
+            return {}
+        if expected and length != 0 and not self.buffer:
+            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.sent = 0
+        deadline, body = time.monotonic() + BODY_TIMEOUT, Body(length)
+        received = bytearray(body.feed(self.buffer))
+        while len(received) <= MAX_BODY and not body.done:
+            received += body.feed(self.receive_more(deadline, "body", NEVER))
+        if len(received) > MAX_BODY:
+            raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
+        data, self.buffer = bytes(received), body.rest
+        self.unread = False
+        if not route.body["required"] and data.strip(b" \t\r\n") in (b"", b"null"):
+            return {}
+        checked: Json = validate(route.body, decode_json(data))
+        return checked
+
+    def respond_error(self, error: ApiError) -> None:
+        if not self.path and self.buffer.startswith(b"HEAD "):
+            self.method = "HEAD"  # not even an answer that refuses one has a body
+        if self.status:  # a head is out: nothing but the missing end can tell now
+            self.keep = False
+            level = "warning" if error.status < 500 else "error"
+            self.server.log(level, "broken off", request_id=self.id, error=error.message)
+            return
+        # Invariant: no answer holds the key, not even one that repeats what a client sent. But from
+        # what is missing there, a stranger could tell that he has guessed a short one.
+        body = envelope(error.status, self.server.log.redact(error.message, SHORT_KEY))
+        self.respond(Response(body, error.status, error.headers))
+
+    def respond(self, response: Response) -> None:
+        """Send an answer. Raises ClientGone, and ApiError from within a stream."""
+        if response.stream is None:
+            as_is = isinstance(response.body, bytes)
+            body = response.body if as_is else encode_json(response.body) + b"\n"
+            self.send_head(response, {"Content-Length": str(len(body))}, body)
+            return
+        with contextlib.closing(response.stream) as stream:
+            pieces = filter(None, stream)  # an empty chunk is the last
+            first = self.chunk(next(pieces))
+            self.send_head(response, {"Transfer-Encoding": "chunked"} if self.minor else {}, first)
+            if self.method == "HEAD":
+                return
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_BUFFER)
+            for piece in itertools.chain(pieces, (b"",)):
+                self.write(self.chunk(piece))
+
+    def chunk(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if self.minor else data
+
+    def send_head(self, response: Response, framed: Mapping[str, str], body: bytes) -> None:
+        """Send the head and what there is of the body, which a HEAD is not sent."""
+        # Invariant: after an answer that leaves body bytes unread, the connection closes.
+        self.keep = self.keep and not self.unread
+        self.status = response.status
+        headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **self.headers}
+        headers |= {**response.headers, **framed}
+        if not self.keep:
+            headers["Connection"] = "close"
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        # No text of the request's is in it that no regex passed.
+        head = (
+            f"HTTP/1.1 {self.status} {PHRASES[self.status]}\r\n{lines}X-Request-ID: {self.id}\r\n"
+            f"Date: {http_date(int(time.time()))}\r\nX-Content-Type-Options: nosniff\r\n\r\n"
+        ).encode("latin-1")
+        self.sent = -len(head)  # so that the body's bytes are counted
+        self.write(head + (b"" if self.method == "HEAD" else body))
+
+    def write(self, data: bytes) -> None:
+        """Send data. Raises ClientGone when the client hangs up or takes nothing for too long."""
+        left = memoryview(data)
+        self.answered = True
+        try:
+            self.sock.settimeout(WRITE_TIMEOUT)
+            while left:
+                size = self.sock.send(left)
+                self.sent += size
+                left = left[size:]
+        except OSError as error:
+            self.answered = False
+            raise ClientGone from error
 
 
-def split_image(image: str) -> tuple[str, str]:
-    """Return an image's name and its digest, tag, or "latest": without one, all tags are pulled."""
-    name, _, digest = image.partition("@")
-    slash = name.rfind("/") + 1  # a colon before it belongs to the registry's port
-    repository, _, tag = name[slash:].partition(":")
-    return name[:slash] + repository, digest or tag or "latest"
+# --------------------------------------------------------------------------------------------------
+# Server: connection slots, stop and wait
+# --------------------------------------------------------------------------------------------------
 
 
-def pull_progress(engine: Engine, body: Json, auth: str, watch: Watch) -> Iterator[Json | None]:
-    """Yield the words of a pull as they come, None after PING_INTERVAL of silence.
+class Server(http.server.ThreadingHTTPServer):
+    """Serves each connection in a thread, MAX_CONNECTIONS of them at once."""
 
-    Raises EngineError for a pull that fails; closing the generator ends the pull.
-    """
-    name, tag = split_image(body["image"])
-    if re.fullmatch("(sha256:)?[0-9a-f]{64}", body["image"]):
-        raise EngineError(404, f"no such image: {body['image']}; an id cannot be pulled")
-    query = {"fromImage": name, "tag": tag, **{k: body[k] for k in ("platform",) if k in body}}
-    create = ("POST", "/images/create", query, None, PULL_SILENCE)
-    headers = {"X-Registry-Auth": auth} if auth else {}
-    try:
-        answer = engine.open(*create, headers=headers, watch=watch)
-    except EngineError as error:
-        raise pull_error(error.status, error.message) from error
-    rest, heard = b"", time.monotonic()
-    with contextlib.closing(answer):
-        while (data := answer.read(time.monotonic() + PING_INTERVAL)) != b"":
-            heard = time.monotonic() if data else heard
-            if time.monotonic() - heard > PULL_SILENCE:
-                raise EngineError(504, f"the Engine said nothing for {PULL_SILENCE:.0f} s")
-            if data is None:
-                yield None
-                continue
-            *lines, rest = (rest + data).split(b"\n")
-            if len(rest) > MAX_LINE:
-                raise EngineError(502, "the Engine's answer has too long a line")
-            yield from map(pull_word, filter(bytes.strip, lines))
-    if rest.strip():
-        yield pull_word(rest)
+    daemon_threads = True
+    block_on_close = False
+    allow_reuse_port = False  # another process could share the port and take the keys
 
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        log: Log,
+        listener: socket.socket,
+        routes: Iterable[Route],
+        agent: Any,
+    ) -> None:
+        super().__init__(("", 0), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener
+        self.config, self.engine, self.log = config, engine, log
+        self.routes, self.agent = routes, agent
+        self.limiter = RateLimiter(config.rate_limit)
+        self.active: set[socket.socket] = set()  # connections being served
+        self.stopping, self._stop = socket.socketpair()  # the first can be read once we stop
+        self._refused: collections.deque[tuple[float, socket.socket]] = collections.deque()
 
-def pull_word(line: bytes) -> Json:
-    """Return one object of a pull's stream. Raises EngineError if it tells of one."""
-    word: Json = decode_answer(line)
-    if error := word.get("error") or word.get("errorDetail"):
-        raise pull_error(502, str(error.get("message") if isinstance(error, dict) else error))
-    return word
+    def get_request(self) -> tuple[socket.socket, str]:
+        """Return a connection and the client's IP address, "unix" over a Unix socket."""
+        try:
+            sock, address = self.socket.accept()
+            return sock, client_address(address[0] if isinstance(address, tuple) else "", "", ())
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                time.sleep(0.1)  # the connection stays queued; do not spin until one ends
+            raise
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection, or refuse it, without blocking the next one."""
+        # Invariant: no more threads than MAX_CONNECTIONS, however many connect: one thread adds.
+        if len(self.active) < self.config.max_connections:
+            self.active.add(request)
+            try:
+                super().process_request(request, client_address)
+                return
+            except RuntimeError:  # no thread to be had
+                self.active.discard(request)
+        self._refuse(request, client_address)
 
-def pull_error(status: int, message: str) -> EngineError:
-    """Return the error for a failed pull.
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.active.discard(request)
 
-    The Engine reports most of a registry's refusals as 500, or inside a 200, with nothing but a
-    sentence to tell them apart: the one place where an error's text is looked at.
-    """
-    for words, meaning in (
-        ("unauthorized|authentication required|no basic auth|(incorrect|invalid) username", 401),
-        ("denied:|is denied|access denied|forbidden", 403),
-        ("(manifest|name) unknown|(?<!file )not found|no (such image|matching manifest)", 404),
-        ("does not exist|does not match the specified platform", 404),
-        ("https?://|dial tcp|lookup |x509|timeout|EOF", 502),
-    ):
-        if status in (500, 502) and re.search(words, message, re.IGNORECASE):
-            return EngineError(meaning, message)
-    return EngineError(status, message)
+    def _refuse(self, request: socket.socket, client: str) -> None:
+        """Send a 503 without waiting, and leave the connection for a moment so that it is read."""
+        request_id = secrets.token_hex(8)
+        body = encode_json(envelope(503, "too many connections; try again later")) + b"\n"
+        head = (
+            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n"
+            "Retry-After: 1\r\nConnection: close\r\n\r\n"
+        )
+        with contextlib.suppress(OSError):
+            request.setblocking(False)
+            if not self.config.server_tls:  # without a handshake a TLS client can be told nothing
+                request.send(head.encode() + body)
+            request.shutdown(socket.SHUT_WR)
+        self._refused.append((time.monotonic() + 1, request))
+        fields = {"method": "", "path": "", "status": 503, "latency_ms": 0, "bytes": len(body)}
+        self.log("warning", "request", **fields, request_id=request_id, client_ip=client)
 
+    def service_actions(self) -> None:
+        """Close what has had its moment, here and at the Engine; also called twice a second."""
+        now = time.monotonic()
+        self.engine.close_idle(now - IDLE_CONNECTION)
+        while self._refused and (
+            self._refused[0][0] < now or len(self._refused) > MAX_LINGERING_REFUSALS
+        ):
+            self._refused.popleft()[1].close()
 
-def pull_image(engine: Engine, body: Json, auth: str, watch: Watch) -> Json:
-    """Pull an image; return {"image", "digest", "status"}. Raises EngineError."""
-    status = digest = ""
-    for word in filter(None, pull_progress(engine, body, auth, watch)):
-        status = word.get("status") or status
-        digest = told_digest(word) or digest
-    return {**pull_result(engine, body["image"], digest), "status": status}
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        self.log("error", "bug", traceback=describe_bug(sys.exc_info()[1]))
 
+    def stop(self) -> None:
+        """Stop accepting; wake the streams and the idle connections."""
+        self.shutdown()
+        self.socket.close()
+        if path := self.config.listen_addr.path:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        self._stop.close()
 
-def told_digest(word: Json) -> str:
-    """Return the digest that one object of a pull's stream tells of, "" for none."""
-    match = re.fullmatch("Digest: (sha256:[0-9a-f]{64})", str(word.get("status")))
-    return match[1] if match else ""
-
-
-def pull_result(engine: Engine, image: str, digest: str) -> Json:
-    """Return {"image", "digest"} of a pulled image; digest: as the pull told it, if it did."""
-    name, tag = split_image(image)
-    full = image if image.endswith((f":{tag}", f"@{tag}")) else f"{name}:{tag}"
-    if digest or ":" in tag:
-        return {"image": full, "digest": digest or tag}
-    found = engine.json("GET", f"/images/{quote(full)}/json").get("RepoDigests")
-    default = re.compile("^(?:(?:index[.])?docker[.]io/)?(?:library/)?")  # names may leave it out
-    for entry in found if isinstance(found, list) else ():
-        repository, _, digest = str(entry).partition("@")
-        if default.sub("", repository) == default.sub("", name):
-            return {"image": full, "digest": digest}
-    return {"image": full, "digest": None}
-
-
-def shape_list(found: bytes) -> bytes:
-    """Return our list of containers, as JSON, from the Engine's. Raises EngineError."""
-    rows = []
-    try:
-        for container in decode_answer(found, list):
-            row = {ours: container.get(theirs) for ours, theirs in LISTED.items()}
-            ports = row["ports"] or []
-            row["ports"] = [{o: port.get(t) for o, t in PORT_ROW.items()} for port in ports]
-            row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
-            rows.append(row)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise EngineError(502, "the Engine's answer is no list of containers") from error
-    return encode_json({"containers": rows}) + b"\n"
-
-
-# Those who ask for these ask over and over, and the Engine's answer is mostly the same.
-container_list = functools.lru_cache(maxsize=4)(shape_list)
-check_object = functools.lru_cache(maxsize=8)(decode_answer)
+    def server_close(self) -> None:
+        super().server_close()
+        for _, sock in self._refused:
+            sock.close()
+        self.stopping.close()
+        self.engine.close_idle()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1647,7 +1564,7 @@ def write_beneath(root: str, path: str, write: FileWrite) -> None:
     nothing has changed. Raises ApiError: 400, 403, 409, 503, 507, and 500 for an I/O error.
     """
     *parents, name = split_path(path)
-    for attempts_left in reversed(range(WALKS)):
+    for attempts_left in reversed(range(MAX_PATH_RETRIES)):
         try:
             with Walk(root) as walk:
                 write_in(walk.descend(parents), name, write)
@@ -1829,6 +1746,636 @@ def overwrite(parent: int, name: bytes, write: FileWrite) -> None:
         with if_supported():
             os.fsync(descriptor)
 
+
+# --------------------------------------------------------------------------------------------------
+# Request schemas: the tables, nothing else
+# --------------------------------------------------------------------------------------------------
+
+SIGNALS = (
+    "ABRT|ALRM|BUS|CHLD|CONT|FPE|HUP|ILL|INT|KILL|PIPE|POLL|PROF|QUIT|SEGV|STOP|SYS|TERM|TRAP|TSTP"
+    "|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ"
+)
+NAME_RULE = "letters, digits, '_', '.' or '-', beginning with a letter or digit"
+# The distribution project's reference grammar: [domain[:port]/]path[:tag][@digest]
+IMAGE = (
+    r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?/)?"
+    r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
+    r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64}|@sha512:[0-9a-f]{128})?"
+)
+IMAGE_RULE = "an image such as nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
+
+
+STRING = string_schema(longest=MAX_BODY)
+BOOLEAN = {"type": "boolean", "description": "true or false"}
+PORT = string_schema("0{0,9}[1-9][0-9]{0,4}", "a port from 1 to 65535, in ASCII digits")
+PORT |= {**integer_schema(1, 65535), "type": "string|integer"}
+SIGNAL = string_schema(f"(?ai:(SIG)?({SIGNALS}))", "a POSIX signal name such as SIGTERM or HUP")
+USER_ID = integer_schema(0, 2**32 - 2)  # one more means "no change"
+PLATFORM = string_schema(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch such as linux/amd64", 64)
+
+PORTS = object_schema(
+    "container_port",
+    container_port=PORT,
+    host_port={**PORT, "pattern": f"({PORT['pattern']})?"},  # empty: the Engine picks one
+    protocol=one_of("tcp", "udp", "sctp"),
+    host_ip=string_schema(longest=45),
+)
+VOLUMES = object_schema(
+    "target",
+    source=string_schema("(?s:.+)", "a path or a volume's name"),
+    target=string_schema(r"/+[^/](?s:.*)", "an absolute path other than /"),
+    read_only=BOOLEAN,
+    type=one_of("bind", "volume", "tmpfs"),
+)
+# A hundredth is the Engine's own floor; much less would round to "no limit".
+CPUS = {"type": "integer|number", "minimum": 0.01, "maximum": 10**6, "description": "a number"}
+RESTART = one_of("no", "always", "on-failure", "unless-stopped")
+CREATE = object_schema(
+    "image",
+    image=string_schema(
+        f"{IMAGE}|(?:sha256:)?[0-9a-f]{{64}}", f"{IMAGE_RULE}, or an image's id", 512
+    ),
+    name=string_schema(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", f"at least two {NAME_RULE}", 255),
+    cmd=array_of(STRING),
+    entrypoint=array_of(STRING),
+    env=array_of(string_schema("(?s:[^=]+=.*)", "NAME=value", MAX_BODY)),
+    labels={"type": "object", "values": STRING},
+    working_dir=string_schema("(?s:/.*)", "an absolute path"),
+    user=string_schema(r"[^\s:]+(:[^\s:]+)?", "user, uid, user:group or uid:gid", 255),
+    hostname=string_schema(
+        r"[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?", "letters, digits, '.' and '-'", 64
+    ),
+    ports=array_of(PORTS),
+    volumes=array_of(VOLUMES),
+    networks=array_of(string_schema(CONTAINER, f"a network's name: {NAME_RULE}", 255), unique=True),
+    network_mode=string_schema(f"(container:)?{CONTAINER}", "bridge, container:ID or a name", 255),
+    restart_policy=object_schema(
+        "name", name=RESTART, max_retry_count=integer_schema(0, 2**31 - 1)
+    ),
+    resources=object_schema(
+        "", cpus=CPUS, memory_mb=integer_schema(6, 2**40), cpu_shares=integer_schema(2, 262_144)
+    ),
+    pull=one_of("missing", "always", "never"),
+)
+PULL = object_schema("image", image=string_schema(IMAGE, IMAGE_RULE, 512), platform=PLATFORM)
+STOP = object_schema("", timeout=integer_schema(0, MAX_STOP), signal=SIGNAL)
+KILL = object_schema("", signal=SIGNAL)
+FILE = object_schema(
+    "path content",
+    path=string_schema(longest=MAX_PATH),
+    content={**STRING, "raw": True},
+    encoding=one_of("utf-8", "base64"),
+    permission=string_schema("0?[0-7]{1,4}", "an octal mode up to 7777, such as 0644"),
+    uid=USER_ID,
+    gid=USER_ID,
+    atomic=BOOLEAN,
+)
+LIST_QUERY = object_schema("", all=BOOLEAN)
+REMOVE_QUERY = object_schema("", force=BOOLEAN, v=BOOLEAN)
+LOGS_QUERY = object_schema(
+    "",
+    follow=BOOLEAN,
+    tail=string_schema("all|[0-9]{1,9}", "all or an integer of at least 0"),
+    since=string_schema(longest=64),
+    until=string_schema(longest=64),
+    timestamps=BOOLEAN,
+    stdout=BOOLEAN,
+    stderr=BOOLEAN,
+    format=one_of("text", "json"),
+    last_event_id=string_schema(EVENT_ID, "an id that a log stream sent: 1700000000.000000000-1"),
+)
+
+# --------------------------------------------------------------------------------------------------
+# Engine client: calls (JSON) and streams (bytes) over a Unix socket, TCP or TLS
+# --------------------------------------------------------------------------------------------------
+
+Pool = list[tuple[float, socket.socket]]  # idle connections, and since when each is
+PASSED_THROUGH_STATUSES = (
+    400,
+    401,
+    403,
+    404,
+    409,
+    500,
+    501,
+)  # statuses the caller is given, too; any other is 502
+BROKEN = "the Engine gave no proper answer"
+UNTIL_END = 10**18  # the length of a body that only the end of the connection ends
+
+
+class EngineResponse:
+    """An answer of the Engine, its head read; its body comes whole or piece by piece.
+
+    http.client's own forgives bad framing, waits anew for each byte, and cannot be polled.
+    """
+
+    def __init__(self, sock: socket.socket, interrupts: Interrupts, deadline: float) -> None:
+        """Read the head. Raises BadMessage, OSError, and what Interrupts.wait_readable raises."""
+        self._sock, self._interrupts, self._deadline = sock, interrupts, deadline
+        self.pool: Pool | None = None  # where `close` leaves the connection, if anywhere
+        self._read_at, self._rest = 0.0, b""
+        self.status = 100
+        while 100 <= self.status < 200 and self.status != 101:  # interim: RFC 9110 section 15.2
+            while b"\r\n\r\n" not in self._rest:
+                data = receive(sock, deadline, interrupts)
+                if not data:
+                    raise ConnectionResetError("it hung up")
+                self._rest += data
+                if len(self._rest) > MAX_FIELD_BLOCK + RECV_SIZE:
+                    raise BadMessage(400, "its head is too large")
+            head, end, self._rest = self._rest.partition(b"\r\n\r\n")
+            line = STATUS_LINE.match(head + end)
+            if not line:
+                raise BadMessage(400, "it is not HTTP")
+            self.status, self.fields = int(line[1]), parse_fields((head + end)[line.end() :])
+        length = framing(self.fields, UNTIL_END)
+        if self.status in (101, 204, 304):
+            length = 0
+        self.until_end = length == UNTIL_END
+        self._body = Body(length)
+
+    def read(self, deadline: float) -> bytes | None:
+        """Return bytes of the body, b"" at its end, None if none came until deadline (monotonic).
+
+        Raises EngineError (502) if the body is cut short, and what Interrupts.wait_readable raises.
+        """
+        while not self._body.done:
+            if self.until_end:
+                time.sleep(max(0, self._read_at + BURST_PAUSE - time.monotonic()))
+            try:
+                data = self._rest or receive(self._sock, deadline, self._interrupts)
+                self._rest, self._read_at = b"", time.monotonic()
+                if not (data or self.until_end):
+                    raise BadMessage(400, "the body ended early")
+                if (piece := self._body.feed(data)) or not data:
+                    return piece
+            except socket.timeout:
+                return None
+            except (OSError, BadMessage) as error:
+                raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
+        return b""
+
+    def read_all(self) -> bytes:
+        """Return the whole body. Raises EngineError past MAX_RESPONSE or the deadline."""
+        whole = bytearray()
+        while piece := self.read(self._deadline):
+            whole += piece
+            # Invariant: no answer is read past a bound.
+            if len(whole) > MAX_RESPONSE:
+                raise EngineError(502, "the Engine's answer is too large")
+        if piece is None:
+            raise EngineError(504, "the Engine did not finish its answer in time")
+        return bytes(whole)
+
+    def close(self) -> None:
+        """Leave the connection for another request if it can take one, else close it."""
+        whole = self._body.done and not (self._rest or self._body.rest)
+        kept = whole and "close" not in self.fields.get("connection", [])
+        if kept and self.pool is not None and len(self.pool) < MAX_IDLE_CONNECTIONS:
+            self.pool.append((time.monotonic(), self._sock))
+        else:
+            self._sock.close()
+
+
+class Engine:
+    """The Docker Engine at one address; remembers its API version and idle connections."""
+
+    def __init__(self, address: Address, tls: ssl.SSLContext | None, version: str = "") -> None:
+        self.address = address._replace(port=address.port or (2376 if tls else 2375))
+        self._tls = tls
+        self._pinned = version
+        self._version, self._asked = "", -math.inf  # the one in use, and since when
+        self.is_podman = False
+        self._idle: Pool = []
+        self._health_lock = threading.Lock()
+        self._health = (-HEALTH_CACHE, False)
+
+    def call(self, method: str, path: str, *args: Any, **options: Any) -> bytes:
+        """Return the body of the Engine's answer, b"" if it has none; as `open` otherwise."""
+        with contextlib.closing(self.open(method, path, *args, **options)) as answer:
+            return answer.read_all()
+
+    def json(self, method: str, path: str, *args: Any, **options: Any) -> Json:
+        """Return the JSON object the Engine answers with; as `open` otherwise."""
+        answer: Json = decode_response(self.call(method, path, *args, **options))
+        return answer
+
+    def open(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, Any] | None = None,
+        body: Any = None,
+        seconds: float = CALL_TIMEOUT,
+        **options: Any,
+    ) -> EngineResponse:
+        """Return an answer whose body is still to be read. Raises EngineError for a refusal.
+
+        path: after the version, made of constants and quoted parts. seconds: for all of it, or
+        until a stream begins. options: as `_ask` has them.
+        An Engine that was upgraded refuses a version with 400 before it does anything, so that
+        even what changes something can be tried again with the version that it speaks by now.
+        """
+        if body is not None:
+            options.update(body=encode_json(body), headers={"Content-Type": "application/json"})
+        target = path + ("?" + urlencode(query) if query else "")
+        deadline = time.monotonic() + seconds
+        version = self.version(deadline)
+        for last in (False, True):
+            answer = self._ask(method, f"/v{version}{target}", deadline, **options)
+            if answer.status in (200, 201, 204, 304):
+                break
+            with contextlib.closing(answer):
+                error = engine_error(answer.status, answer.read_all())
+            used = version
+            if not last and error.status == 400:
+                version = self.version(deadline, again=True)
+            if used == version:
+                raise error
+        return answer
+
+    def version(self, deadline: float, again: bool = False) -> str:
+        """Return the API version in use, such as "1.41", asked for if it may be another by now."""
+        is_old = again or time.monotonic() - self._asked > VERSION_KEPT
+        if is_old and not self._pinned:
+            self._negotiate(deadline)
+        return self._pinned or self._version
+
+    def healthy(self) -> bool:
+        """Return whether the Engine answers; it is asked at most once in HEALTH_CACHE seconds."""
+        with self._health_lock:
+            asked, healthy = self._health
+            if time.monotonic() - asked >= HEALTH_CACHE:
+                healthy = False
+                with contextlib.suppress(EngineError):
+                    self._negotiate(time.monotonic() + PING_TIMEOUT)
+                    healthy = True
+                self._health = (time.monotonic(), healthy)
+            return healthy
+
+    def close_idle(self, before: float = math.inf) -> None:
+        """Close the connections that have been idle since before a time (monotonic)."""
+        with contextlib.suppress(IndexError):  # another thread took the last one
+            while self._idle[0][0] < before:
+                self._idle.pop(0)[1].close()
+
+    def _negotiate(self, deadline: float) -> None:
+        """Find the API version both sides speak (Engine API, "Ping"). Raises EngineError."""
+        with contextlib.closing(self._ask("GET", "/_ping", deadline)) as answer:
+            answer.read_all()
+        offered = re.fullmatch(r"1\.([0-9]{1,3})", answer.fields.get("api-version", [""])[0])
+        if answer.status != 200 or not offered:
+            raise EngineError(502, f"{self.address} does not answer as a Docker Engine does")
+        self.is_podman = "libpod-api-version" in answer.fields
+        self._version = f"1.{min(int(offered[1]), NEWEST_API)}"
+        self._asked = time.monotonic()
+
+    def _ask(
+        self,
+        method: str,
+        target: str,
+        deadline: float,
+        interrupts: Interrupts = NEVER,
+        http10: bool = False,
+        again: bool = False,
+        **content: Any,
+    ) -> EngineResponse:
+        """Return an answer whose head was read before deadline.
+
+        http10: as HTTP/1.0, which the Engine does not cut in chunks: a fifth quicker to read, but
+        whether it is whole has to be found out. content: body and headers, none for a GET. Raises
+        EngineError, and what Interrupts.wait_readable raises.
+        """
+        # Invariant: what changes something is never sent twice. Only a GET goes out on a connection
+        # that was idle, and once more on a new one if the Engine had closed that.
+        reuse = method == "GET" and not http10
+        sock, was_idle = self._connection(reuse and not again)
+        with contextlib.ExitStack() as on_error:
+            on_error.callback(sock.close)
+            try:
+                sock.settimeout(max(0.001, deadline - time.monotonic()))
+                if method == "GET":
+                    # In a fifth of the time that http.client takes to put these three lines.
+                    request = f"GET {target} HTTP/1.{0 if http10 else 1}\r\nHost: docker\r\n\r\n"
+                    sock.sendall(request.encode())
+                else:
+                    connection = http.client.HTTPConnection("docker")
+                    connection.sock = sock
+                    connection.request(method, target, **content)
+                answer = EngineResponse(sock, interrupts, deadline)
+                answer.pool = self._idle if reuse else None
+                on_error.pop_all()
+                return answer
+            except socket.timeout as error:
+                raise EngineError(504, "the Engine did not answer in time") from error
+            except (OSError, BadMessage) as error:
+                self._asked = -math.inf  # perhaps it was restarted as another version
+                if not (was_idle and isinstance(error, ConnectionError)):
+                    raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
+        return self._ask(method, target, deadline, interrupts, again=True)
+
+    def _connection(self, reuse: bool) -> tuple[socket.socket, bool]:
+        """Return a connection, and whether it is one that was idle. Raises EngineError (503)."""
+        while reuse and self._idle:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                _, sock = self._idle.pop()
+                if not NEVER.wait_readable(
+                    sock, 0
+                ):  # the Engine has neither closed it nor said a word
+                    return sock, True
+                sock.close()
+        try:
+            return connect(self.address, self._tls), False
+        except (OSError, ValueError) as error:
+            self._asked = -math.inf  # what comes back may be another version
+            message = f"the Engine at {self.address} is not reachable: {describe(error)}"
+            raise EngineError(503, message) from error
+
+
+def engine_error(status: int, body: bytes) -> EngineError:
+    """Return the error for a refusal of the Engine, whose body is {"message": ...}."""
+    try:
+        message = require(decode_response(body), "message", str)
+    except EngineError:
+        return EngineError(502, f"the Engine answered {status} without saying why")
+    return EngineError(status if status in PASSED_THROUGH_STATUSES else 502, message)
+
+
+def decode_response(body: bytes, kind: type = dict) -> Any:
+    """Return the JSON object (or list) in an answer of the Engine. Raises EngineError (502)."""
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise EngineError(502, "the Engine's answer is not JSON") from error
+    if not isinstance(answer, kind):
+        raise EngineError(502, "the Engine's answer is not the JSON that was asked for")
+    return answer
+
+
+def require(answer: Json, name: str, kind: type) -> Any:
+    """Return one member of an Engine's answer. Raises EngineError (502)."""
+    if not isinstance(answer.get(name), kind):
+        raise EngineError(502, f"the Engine's answer has no {name}")
+    return answer[name]
+
+
+def container_id(answer: Json) -> str:
+    """Return the id in an Engine's answer about a container. Raises EngineError (502)."""
+    if not re.fullmatch(CONTAINER, require(answer, "Id", str)):
+        raise EngineError(502, "the Engine's answer has no Id")
+    return str(answer["Id"])
+
+
+# --------------------------------------------------------------------------------------------------
+# Containers and images: our requests to the Engine's, its answers to ours
+# --------------------------------------------------------------------------------------------------
+
+# Our fields and the Engine's: a create's, those of its resources with our unit, a list's.
+CREATE_FIELDS = {"image": "Image", "cmd": "Cmd", "entrypoint": "Entrypoint", "env": "Env"}
+CREATE_FIELDS.update(labels="Labels", working_dir="WorkingDir", user="User", hostname="Hostname")
+RESOURCE_FIELDS = {
+    "cpus": ("NanoCpus", 1e9),
+    "memory_mb": ("Memory", 2**20),
+    "cpu_shares": ("CpuShares", 1),
+}
+LIST_FIELDS = {"id": "Id", "names": "Names", "image": "Image", "image_id": "ImageID"}
+LIST_FIELDS.update(command="Command", created="Created", state="State", status="Status")
+LIST_FIELDS.update(ports="Ports", labels="Labels")
+PORT_FIELDS = {
+    "ip": "IP",
+    "private_port": "PrivatePort",
+    "public_port": "PublicPort",
+    "type": "Type",
+}
+
+
+def container_path(name: str, action: str = "") -> str:
+    """Return the Engine's path for a container. Raises ApiError (400) for what is no id or name."""
+    # Invariant: only what matches reaches an Engine URL, and it is quoted there all the same.
+    if not re.fullmatch(CONTAINER, name):
+        raise ApiError(400, f"a container's id or name is {NAME_RULE}")
+    return f"/containers/{quote(name, safe='')}" + (f"/{action}" if action else "")
+
+
+def engine_ports(ports: list[Json]) -> dict[str, list[dict[str, str]]]:
+    """Return the Engine's PortBindings: {"80/tcp": [{"HostIp": "", "HostPort": "8080"}]}."""
+    bindings: dict[str, list[dict[str, str]]] = {}
+    for index, port in enumerate(ports):
+        host_ip = port.get("host_ip", "")
+        if "host_ip" in port and ("%" in host_ip or parse_ip(host_ip) is None):
+            refuse(f"ports[{index}].host_ip", "must be an IPv4 or IPv6 address")
+        exposed = f"{int(port['container_port'])}/{port.get('protocol', 'tcp')}"
+        published = str(port.get("host_port", "")).lstrip("0")
+        bindings.setdefault(exposed, []).append({"HostIp": host_ip, "HostPort": published})
+    return bindings
+
+
+def engine_mount(volume: Json, path: str) -> Json:
+    """Return the Engine's Mount. Mounts, not Binds: no colon in a path can become an option."""
+    source = volume.get("source", "")
+    kind = volume.get("type") or ("bind" if source.startswith("/") else "volume")
+    if kind == "tmpfs" and source:
+        refuse(f"{path}.source", "must be absent for a tmpfs")
+    if kind == "bind" and not source.startswith("/"):
+        refuse(f"{path}.source", "must be an absolute path for a bind")
+    if kind == "volume" and not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", source):
+        refuse(f"{path}.source", f"must be a volume's name: at least two {NAME_RULE}")
+    read_only = volume.get("read_only", False)
+    return {"Type": kind, "Source": source, "Target": volume["target"], "ReadOnly": read_only}
+
+
+def engine_networks(body: Json) -> tuple[str, list[str]]:
+    """Return the network mode and the networks to join, the first of them at create."""
+    names, mode = body.get("networks", []), body.get("network_mode", "")
+    if not names or mode in ("bridge", "default"):
+        return mode, names
+    if mode in ("host", "none") or ":" in mode:
+        refuse("networks", f"cannot be joined in network_mode {mode}")
+    mode = mode or names[0]
+    return mode, [mode, *(name for name in names if name != mode)]
+
+
+def engine_container(body: Json) -> tuple[Json, list[str]]:
+    """Return the body of "Create a container" and the networks to connect before the start.
+
+    Every value comes from a validated field. Raises ApiError (400) for fields that contradict.
+    """
+    ports = engine_ports(body.get("ports", []))
+    mode, networks = engine_networks(body)
+    mounts = [engine_mount(v, f"volumes[{i}]") for i, v in enumerate(body.get("volumes", []))]
+    host: Json = {"PortBindings": ports, "Mounts": mounts, "NetworkMode": mode}
+    if policy := body.get("restart_policy"):
+        if "max_retry_count" in policy and policy["name"] != "on-failure":
+            refuse("restart_policy.max_retry_count", "goes only with on-failure")
+        retries = policy.get("max_retry_count", 0)
+        host["RestartPolicy"] = {"Name": policy["name"], "MaximumRetryCount": retries}
+    for ours, amount in body.get("resources", {}).items():
+        theirs, unit = RESOURCE_FIELDS[ours]
+        host[theirs] = round(amount * unit)
+    container = {theirs: body[ours] for ours, theirs in CREATE_FIELDS.items() if ours in body}
+    container.update(ExposedPorts={port: {} for port in ports}, HostConfig=host)
+    if networks:
+        container["NetworkingConfig"] = {"EndpointsConfig": {networks[0]: {}}}
+    return container, networks[1:]
+
+
+def create_container(engine: Engine, body: Json, auth: str, interrupts: Interrupts) -> Json:
+    """Create and start a container; return {"Id", "Warnings"}. Nothing is left if that fails."""
+    container, networks = engine_container(body)
+    query = {"name": body["name"]} if "name" in body else {}
+    create = ("POST", "/containers/create", query, container, START_TIMEOUT)
+    pull = body.get("pull", "missing")
+    if pull == "always":
+        pull_image(engine, body, auth, interrupts)
+    try:
+        created = engine.json(*create)
+    except EngineError as error:
+        if error.status != 404 or pull != "missing" or has_image(engine, body["image"]):
+            raise
+        pull_image(engine, body, auth, interrupts)
+        created = engine.json(*create)
+    path = container_path(container_id(created))
+    try:
+        for network in networks:
+            target = f"/networks/{quote(network, safe='')}/connect"
+            engine.call("POST", target, body={"Container": created["Id"]})
+        engine.call("POST", f"{path}/start", seconds=START_TIMEOUT)
+    except EngineError as error:
+        try:
+            engine.call("DELETE", path, {"force": 1, "v": 1}, seconds=START_TIMEOUT)
+        except EngineError as left:
+            message = f"{error}; and container {created['Id'][:12]} is left behind: {left}"
+            raise EngineError(error.status, message) from error
+        raise
+    return created
+
+
+def has_image(engine: Engine, image: str) -> bool:
+    try:
+        engine.call("GET", f"/images/{quote(image)}/json")
+    except EngineError as error:
+        if error.status != 404:
+            raise
+        return False
+    return True
+
+
+def split_image(image: str) -> tuple[str, str]:
+    """Return an image's name and its digest, tag, or "latest": without one, all tags are pulled."""
+    name, _, digest = image.partition("@")
+    slash = name.rfind("/") + 1  # a colon before it belongs to the registry's port
+    repository, _, tag = name[slash:].partition(":")
+    return name[:slash] + repository, digest or tag or "latest"
+
+
+def pull_progress(
+    engine: Engine, body: Json, auth: str, interrupts: Interrupts
+) -> Iterator[Json | None]:
+    """Yield the words of a pull as they come, None after PING_INTERVAL of silence.
+
+    Raises EngineError for a pull that fails; closing the generator ends the pull.
+    """
+    name, tag = split_image(body["image"])
+    if re.fullmatch("(sha256:)?[0-9a-f]{64}", body["image"]):
+        raise EngineError(404, f"no such image: {body['image']}; an id cannot be pulled")
+    query = {"fromImage": name, "tag": tag, **{k: body[k] for k in ("platform",) if k in body}}
+    create = ("POST", "/images/create", query, None, PULL_SILENCE)
+    headers = {"X-Registry-Auth": auth} if auth else {}
+    try:
+        answer = engine.open(*create, headers=headers, interrupts=interrupts)
+    except EngineError as error:
+        raise pull_error(error.status, error.message) from error
+    rest, heard = b"", time.monotonic()
+    with contextlib.closing(answer):
+        while (data := answer.read(time.monotonic() + PING_INTERVAL)) != b"":
+            heard = time.monotonic() if data else heard
+            if time.monotonic() - heard > PULL_SILENCE:
+                raise EngineError(504, f"the Engine said nothing for {PULL_SILENCE:.0f} s")
+            if data is None:
+                yield None
+                continue
+            *lines, rest = (rest + data).split(b"\n")
+            if len(rest) > MAX_LINE:
+                raise EngineError(502, "the Engine's answer has too long a line")
+            yield from map(pull_message, filter(bytes.strip, lines))
+    if rest.strip():
+        yield pull_message(rest)
+
+
+def pull_message(line: bytes) -> Json:
+    """Return one object of a pull's stream. Raises EngineError if it tells of one."""
+    word: Json = decode_response(line)
+    if error := word.get("error") or word.get("errorDetail"):
+        raise pull_error(502, str(error.get("message") if isinstance(error, dict) else error))
+    return word
+
+
+def pull_error(status: int, message: str) -> EngineError:
+    """Return the error for a failed pull.
+
+    The Engine reports most of a registry's refusals as 500, or inside a 200, with nothing but a
+    sentence to tell them apart: the one place where an error's text is looked at.
+    """
+    for words, meaning in (
+        ("unauthorized|authentication required|no basic auth|(incorrect|invalid) username", 401),
+        ("denied:|is denied|access denied|forbidden", 403),
+        ("(manifest|name) unknown|(?<!file )not found|no (such image|matching manifest)", 404),
+        ("does not exist|does not match the specified platform", 404),
+        ("https?://|dial tcp|lookup |x509|timeout|EOF", 502),
+    ):
+        if status in (500, 502) and re.search(words, message, re.IGNORECASE):
+            return EngineError(meaning, message)
+    return EngineError(status, message)
+
+
+def pull_image(engine: Engine, body: Json, auth: str, interrupts: Interrupts) -> Json:
+    """Pull an image; return {"image", "digest", "status"}. Raises EngineError."""
+    status = digest = ""
+    for word in filter(None, pull_progress(engine, body, auth, interrupts)):
+        status = word.get("status") or status
+        digest = digest_in(word) or digest
+    return {**pull_result(engine, body["image"], digest), "status": status}
+
+
+def digest_in(word: Json) -> str:
+    """Return the digest that one object of a pull's stream tells of, "" for none."""
+    match = re.fullmatch("Digest: (sha256:[0-9a-f]{64})", str(word.get("status")))
+    return match[1] if match else ""
+
+
+def pull_result(engine: Engine, image: str, digest: str) -> Json:
+    """Return {"image", "digest"} of a pulled image; digest: as the pull told it, if it did."""
+    name, tag = split_image(image)
+    full = image if image.endswith((f":{tag}", f"@{tag}")) else f"{name}:{tag}"
+    if digest or ":" in tag:
+        return {"image": full, "digest": digest or tag}
+    found = engine.json("GET", f"/images/{quote(full)}/json").get("RepoDigests")
+    default = re.compile("^(?:(?:index[.])?docker[.]io/)?(?:library/)?")  # names may leave it out
+    for entry in found if isinstance(found, list) else ():
+        repository, _, digest = str(entry).partition("@")
+        if default.sub("", repository) == default.sub("", name):
+            return {"image": full, "digest": digest}
+    return {"image": full, "digest": None}
+
+
+def shape_list(found: bytes) -> bytes:
+    """Return our list of containers, as JSON, from the Engine's. Raises EngineError."""
+    rows = []
+    try:
+        for container in decode_response(found, list):
+            row = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
+            ports = row["ports"] or []
+            row["ports"] = [{o: port.get(t) for o, t in PORT_FIELDS.items()} for port in ports]
+            row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
+            rows.append(row)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise EngineError(502, "the Engine's answer is no list of containers") from error
+    return encode_json({"containers": rows}) + b"\n"
+
+
+# Those who ask for these ask over and over, and the Engine's answer is mostly the same.
+container_list = functools.lru_cache(maxsize=4)(shape_list)
+check_object = functools.lru_cache(maxsize=8)(decode_response)
 
 # --------------------------------------------------------------------------------------------------
 # Logs: from the Engine's frames to lines, to server-sent events and JSON
@@ -2065,18 +2612,23 @@ class LogSource(NamedTuple):
     container: str  # the full id: a name may pass to another container
     tty: bool
     query: Json  # as the Engine takes it, but since and until in nanoseconds
-    watch: Watch
+    interrupts: Interrupts
 
 
 class LogReader:
     """The lines of a log, timestamps and all, from the Engine's answer to one query.
 
     skip: how many lines to leave out. last: the line that was had last, only what comes after it
-    is wanted. plain: quicker, but whether the log came whole is only known by `rest`.
+    is wanted. http10: quicker, but whether the log came whole is only known by `rest`.
     """
 
     def __init__(
-        self, source: LogSource, skip: int = 0, last: Point = None, plain: bool = True, **query: Any
+        self,
+        source: LogSource,
+        skip: int = 0,
+        last: Point = None,
+        http10: bool = True,
+        **query: Any,
     ) -> None:
         """Ask the Engine for the log. Raises EngineError."""
         self.source = source
@@ -2095,11 +2647,13 @@ class LogReader:
         for name in {"since", "until"} & asked.keys():
             asked[name] = "{}.{:09d}".format(*divmod(max(0, asked[name]), 10**9))
         path = container_path(source.container, "logs")
-        self._answer = source.engine.open("GET", path, asked, watch=source.watch, plain=plain)
+        self._answer = source.engine.open(
+            "GET", path, asked, interrupts=source.interrupts, http10=http10
+        )
         self.close = self._answer.close
 
     def read(self, deadline: float) -> list[Line] | None:
-        """Return the lines that came, None if nothing did until deadline. Raises as Answer.read."""
+        """Return the lines that came, None if none came until deadline."""
         data = self._answer.read(deadline)
         if data is None:
             return None
@@ -2130,7 +2684,7 @@ class LogReader:
         stream of a container that exits before its last lines (seen with 20.10 and some 100
         followers). So they are looked for in the log itself, by an answer that tells its end.
         """
-        query = {**self._query, "follow": 0, "plain": False, "tail": ""}
+        query = {**self._query, "follow": 0, "http10": False, "tail": ""}
         begun = self._assembler.parts
         if begun:  # its beginning may be before what is read again otherwise
             query.setdefault("since", "")
@@ -2166,7 +2720,7 @@ class LogReader:
 def count_log(source: LogSource, **query: Any) -> tuple[bytes, bytes, int, int]:
     """Return the first and last stamps of a log's lines, and its numbers of lines and entries."""
     first, last, count = b"Z", b"", 0
-    with contextlib.closing(LogReader(source, plain=False, follow=0, **query)) as reader:
+    with contextlib.closing(LogReader(source, http10=False, follow=0, **query)) as reader:
         for stamp, _, kind, _ in itertools.chain.from_iterable(reader.lines()):
             if source.query.get(STREAMS[kind], 1):
                 first, last, count = min(first, stamp), max(last, stamp), count + 1
@@ -2197,7 +2751,7 @@ def read_tail(source: LogSource, wanted: int) -> LogReader:
         earliest, _, count, _ = count_log(source, **bounds)
         if found < entries or (count > wanted and earliest == since):
             with contextlib.ExitStack() as otherwise:
-                reader = LogReader(source, max(0, count - wanted), plain=follow, **bounds)
+                reader = LogReader(source, max(0, count - wanted), http10=follow, **bounds)
                 otherwise.callback(reader.close)
                 if follow or found < entries or reader.begins_at(since):
                     otherwise.pop_all()
@@ -2259,12 +2813,12 @@ def log_document(reader: LogReader, render: Render) -> Stream:
 def log_events(reader: LogReader, render: Render) -> Stream:
     """Yield the event stream of a log that is followed. Raises EngineError or Stopping."""
     with contextlib.closing(reader):
-        yield f"retry: {RETRY}\n\n".encode()
+        yield STREAM_START
         due = time.monotonic() + PING_INTERVAL
         while not reader.done:
             lines = reader.read(due)
             if lines or time.monotonic() >= due:
-                yield render(lines) if lines else b": ping\n\n"
+                yield render(lines) if lines else PING
                 due = time.monotonic() + PING_INTERVAL
         ending = log_ending(reader.source)
         yield from map(render, filter(None, reader.rest()))
@@ -2279,7 +2833,7 @@ def log_ending(source: LogSource) -> Json:
         if error.status != 404:
             raise
         return {"reason": "removed", "exit_code": None}
-    state = member(found, "State", dict)
+    state = require(found, "State", dict)
     if state.get("Running") or state.get("Restarting"):
         if source.query.get("until", math.inf) <= time.time_ns():
             return {"reason": "until", "exit_code": None}
@@ -2293,52 +2847,40 @@ def log_ending(source: LogSource) -> Json:
 # --------------------------------------------------------------------------------------------------
 
 
-class Call(NamedTuple):
-    """One request, checked, and what an endpoint may use to answer it."""
+class Agent(NamedTuple):
+    """What the endpoints act upon."""
 
     engine: Engine
     host_root: str
-    watch: Watch
-    id: str
-    query: Json
-    body: Json
-    fields: Fields
-
-    def field(self, name: str) -> str:
-        """Return a header's value, "" if it is absent. Raises ApiError (400) if it is repeated."""
-        values = self.fields.get(name.lower(), [""])
-        if len(values) > 1:
-            raise ApiError(400, f"{name}: is given more than once")
-        return values[0]
 
 
-class Response(NamedTuple):
-    """An answer: bytes, or a stream of them. Anything else but bytes is sent as JSON."""
-
-    body: Any = b""
-    status: int = 200
-    headers: Mapping[str, str] = {}
-    stream: Optional[Stream] = None
+def find_container(request: Request, agent: Agent) -> Json:
+    """Return the Engine's inspect JSON of the container in the path. Raises EngineError."""
+    found = agent.engine.json("GET", container_path(request.name, "json"))
+    request.target.update(id=container_id(found), name=str(found.get("Name")).removeprefix("/"))
+    return found
 
 
-def health(call: Call) -> Response:
+def health(request: Request, agent: Agent) -> Response:
     code, status, docker = 200, "ok", "connected"
-    if not call.engine.healthy():
+    if not agent.engine.healthy():
         code, status, docker = 503, "degraded", "unreachable"
     now = timestamp(time.time(), "seconds")
     return Response({"status": status, "docker": docker, "timestamp": now}, code)
 
 
-def create(call: Call) -> Response:
-    auth = registry_auth(call)
-    created = create_container(call.engine, call.body, auth, call.watch._replace(stop=None))
+def create(request: Request, agent: Agent) -> Response:
+    auth = registry_auth(request)
+    created = create_container(
+        agent.engine, request.body, auth, request.interrupts._replace(stop=None)
+    )
     body = {"id": created["Id"], "warnings": created.get("Warnings") or []}
     return Response(body, 201, {"Location": f"{API}/containers/{created['Id']}"})
 
 
-def registry_auth(call: Call) -> str:
+def registry_auth(request: Request) -> str:
     """Return X-Registry-Auth as padded base64url of a JSON object, or "". Raises ApiError (400)."""
-    if not (value := call.field("X-Registry-Auth")):
+    if not (value := request.header("X-Registry-Auth")):
         return ""
     bare = value.rstrip("=")
     with contextlib.suppress(ApiError, ValueError):
@@ -2349,58 +2891,60 @@ def registry_auth(call: Call) -> str:
     raise ApiError(400, "X-Registry-Auth: must be the base64url of a JSON object")
 
 
-def list_containers(call: Call) -> Response:
-    found = call.engine.call("GET", f"/containers/json?all={int(call.query.get('all', False))}")
+def list_containers(request: Request, agent: Agent) -> Response:
+    found = agent.engine.call("GET", f"/containers/json?all={int(request.query.get('all', False))}")
     return Response((container_list if len(found) < MEMOIZED else shape_list)(found))
 
 
-def inspect(call: Call) -> Response:
-    body = call.engine.call("GET", container_path(call.id, "json"))
-    (check_object if len(body) < MEMOIZED else decode_answer)(body)
+def inspect(request: Request, agent: Agent) -> Response:
+    body = agent.engine.call("GET", container_path(request.name, "json"))
+    (check_object if len(body) < MEMOIZED else decode_response)(body)
     return Response(body)
 
 
-def act(call: Call, action: str, done: str, seconds: float = CALL_TIMEOUT) -> Response:
+def post_action(
+    request: Request, agent: Agent, action: str, done: str, seconds: float = CALL_TIMEOUT
+) -> Response:
     """Have the Engine do something to a container, with the signal and timeout in the body."""
     query: Json = {}
-    if "signal" in call.body:
-        query["signal"] = "SIG" + call.body["signal"].upper().removeprefix("SIG")
-    if "timeout" in call.body:
-        query["t"] = call.body["timeout"]
-    call.engine.call("POST", container_path(call.id, action), query, seconds=seconds)
+    if "signal" in request.body:
+        query["signal"] = "SIG" + request.body["signal"].upper().removeprefix("SIG")
+    if "timeout" in request.body:
+        query["t"] = request.body["timeout"]
+    agent.engine.call("POST", container_path(request.name, action), query, seconds=seconds)
     return Response({"message": f"container {done}"})
 
 
-def stop_or_restart(call: Call, action: str, done: str) -> Response:
+def stop_or_restart(request: Request, agent: Agent, action: str, done: str) -> Response:
     """Have the Engine do either, which may take the container's own time. Raises ApiError."""
-    if "signal" in call.body:
-        version = call.engine.version(time.monotonic() + CALL_TIMEOUT, again=True)
+    if "signal" in request.body:
+        version = agent.engine.version(time.monotonic() + CALL_TIMEOUT, again=True)
         if tuple(map(int, version.split("."))) < (1, 42):
             refuse("signal", f"takes API 1.42, and this Engine has {version}; use /kill")
-    if (wait := call.body.get("timeout")) is None:
-        found = call.engine.json("GET", container_path(call.id, "json"))
-        own = member(found, "Config", dict).get("StopTimeout")
+    if (wait := request.body.get("timeout")) is None:
+        found = find_container(request, agent)
+        own = require(found, "Config", dict).get("StopTimeout")
         # Invariant: a container's own timeout makes no wait longer than a client could ask for.
         wait = min(MAX_STOP, max(0, own)) if own and isinstance(own, int) else DEFAULT_STOP
-    return act(call, action, done, wait + CALL_TIMEOUT)
+    return post_action(request, agent, action, done, wait + CALL_TIMEOUT)
 
 
-start = functools.partial(act, action="start", done="started", seconds=START_TIMEOUT)
+start = functools.partial(post_action, action="start", done="started", seconds=START_TIMEOUT)
 stop = functools.partial(stop_or_restart, action="stop", done="stopped")
 restart = functools.partial(stop_or_restart, action="restart", done="restarted")
-kill = functools.partial(act, action="kill", done="killed")
-pause = functools.partial(act, action="pause", done="paused")
-unpause = functools.partial(act, action="unpause", done="unpaused")
+kill = functools.partial(post_action, action="kill", done="killed")
+pause = functools.partial(post_action, action="pause", done="paused")
+unpause = functools.partial(post_action, action="unpause", done="unpaused")
 
 
-def remove(call: Call) -> Response:
-    query = {name: int(value) for name, value in call.query.items()}
-    call.engine.call("DELETE", container_path(call.id), query)
+def remove(request: Request, agent: Agent) -> Response:
+    query = {name: int(value) for name, value in request.query.items()}
+    agent.engine.call("DELETE", container_path(request.name), query)
     return Response({"message": "container removed"})
 
 
-def logs(call: Call) -> Response:
-    asked = {"stdout": True, "stderr": True, "follow": False, "tail": "all", **call.query}
+def logs(request: Request, agent: Agent) -> Response:
+    asked = {"stdout": True, "stderr": True, "follow": False, "tail": "all", **request.query}
     if not (asked["stdout"] or asked["stderr"]):
         refuse("stdout", "and stderr cannot both be false")
     query: Json = {name: int(asked[name]) for name in ("stdout", "stderr", "follow")}
@@ -2411,16 +2955,16 @@ def logs(call: Call) -> Response:
             if asked[name].strip("0."):  # 0 is no limit, as in Docker's own API
                 query[name] = moment
     # The header first: a browser that reconnects sends it beside the URL it began with.
-    event_id = call.field("Last-Event-ID") or asked.get("last_event_id", "")
+    event_id = request.header("Last-Event-ID") or asked.get("last_event_id", "")
     match = re.fullmatch(EVENT_ID, event_id)
     if event_id and not match:
         refuse("Last-Event-ID", "must be an id that a log stream sent")
     last = (stamp_from(int(match[1] + match[2])), int(match[3])) if match else None
-    found = call.engine.json("GET", container_path(call.id, "json"))
-    tty = bool(member(found, "Config", dict).get("Tty"))
+    found = find_container(request, agent)
+    tty = bool(require(found, "Config", dict).get("Tty"))
     follow, whole = asked["follow"], asked["tail"] == "all" or last
-    watch = call.watch if follow else call.watch._replace(stop=None)
-    source = LogSource(call.engine, member_id(found), tty, query, watch)
+    interrupts = request.interrupts if follow else request.interrupts._replace(stop=None)
+    source = LogSource(agent.engine, container_id(found), tty, query, interrupts)
     reader = LogReader(source, last=last) if whole else read_tail(source, int(asked["tail"]))
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
     render = functools.partial(render_events if follow else render_items, **shape)
@@ -2445,31 +2989,33 @@ def with_ending(events: Stream) -> Stream:
         yield event("error", envelope(error.status, error.message))
 
 
-def pull(call: Call) -> Response:
-    auth = registry_auth(call)
-    if "text/event-stream" in ",".join(call.fields.get("accept", [])).lower():
-        return event_stream(pull_events(call, auth))
-    return Response(pull_image(call.engine, call.body, auth, call.watch._replace(stop=None)))
+def pull(request: Request, agent: Agent) -> Response:
+    auth = registry_auth(request)
+    if "text/event-stream" in ",".join(request.fields.get("accept", [])).lower():
+        return event_stream(pull_events(request, agent, auth))
+    return Response(
+        pull_image(agent.engine, request.body, auth, request.interrupts._replace(stop=None))
+    )
 
 
-def pull_events(call: Call, auth: str) -> Stream:
+def pull_events(request: Request, agent: Agent, auth: str) -> Stream:
     """Yield the event stream of a pull. Raises EngineError or Stopping."""
-    yield f"retry: {RETRY}\n\n".encode()
+    yield STREAM_START
     digest = ""
-    for word in pull_progress(call.engine, call.body, auth, call.watch):
+    for word in pull_progress(agent.engine, request.body, auth, request.interrupts):
         if word is None:
-            yield b": ping\n\n"
+            yield PING
             continue
-        digest = told_digest(word) or digest
+        digest = digest_in(word) or digest
         detail = word.get("progressDetail")
         shown = {**detail, **word} if isinstance(detail, dict) else word
         names = ("id", "status", "current", "total")
         yield event("progress", {name: shown.get(name) for name in names})
-    yield event("done", pull_result(call.engine, call.body["image"], digest))
+    yield event("done", pull_result(agent.engine, request.body["image"], digest))
 
 
-def write_file(call: Call) -> Response:
-    body = call.body
+def write_file(request: Request, agent: Agent) -> Response:
+    body = request.body
     content = text = body["content"].encode()
     if body.get("encoding") == "base64":
         with contextlib.suppress(binascii.Error):
@@ -2478,28 +3024,14 @@ def write_file(call: Call) -> Response:
             raise ApiError(400, "content: must be base64, padded and without line breaks")
     mode = int(body["permission"], 8) if "permission" in body else None
     write = FileWrite(content, mode, body.get("uid"), body.get("gid"), body.get("atomic", True))
-    write_beneath(call.host_root, body["path"], write)
+    write_beneath(agent.host_root, body["path"], write)
     message = "file written successfully"
     return Response({"path": body["path"], "size": len(content), "message": message}, 201)
 
 
 # --------------------------------------------------------------------------------------------------
-# Routes: the table and its lookup
+# Routes: the table
 # --------------------------------------------------------------------------------------------------
-
-PUBLIC, KEY = "public", "key"
-
-
-class Route(NamedTuple):
-    """All that is known of one operation."""
-
-    method: str
-    path: str  # "{id}" stands for a container's id or name
-    endpoint: Callable[[Call], Response]
-    permission: str = KEY
-    body: Optional[Schema] = None  # None: a body is refused
-    query: Schema = NOTHING
-
 
 ROUTES = (
     Route("GET", "/health", health, PUBLIC),
@@ -2517,432 +3049,15 @@ ROUTES = (
     Route("POST", f"{API}/images/pull", pull, body=PULL),
     Route("POST", f"{API}/files", write_file, body=FILE),
 )
-TEMPLATES = [(route, route.path.split("/")) for route in ROUTES]
-
-
-def split_target(target: str) -> tuple[list[str], str]:
-    """Return a request target's path segments, decoded once, and its query."""
-    target = re.sub("(?i)^https?://[^/?]*", "", target)  # RFC 9112 section 3.2.2, "absolute-form"
-    path, _, query = target.partition("?")
-    return [unquote(segment, errors="replace") for segment in path.split("/")], query
-
-
-def is_api(segments: list[str]) -> bool:
-    """Return whether a path is under /api/v1, where nothing is told without the key."""
-    return segments[:3] == API.split("/")
-
-
-def find_route(method: str, segments: list[str]) -> tuple[Route, str]:
-    """Return a route and the {id} in its path. Raises ApiError (404, 405)."""
-    allowed: list[str] = []
-    for route, template in TEMPLATES:
-        if len(template) != len(segments):
-            continue
-        if all(a in ("{id}", b) for a, b in zip(template, segments)):
-            methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
-            if method in methods:
-                return route, dict(zip(template, segments)).get("{id}", "")
-            allowed += methods
-    if allowed:
-        options = ", ".join(allowed)
-        raise ApiError(405, f"use {options} here", {"Allow": options})
-    raise ApiError(404, "there is nothing at this path; the README lists the endpoints")
-
-
-# --------------------------------------------------------------------------------------------------
-# HTTP handler: read the head, limit, authorise, route, read the body, answer
-# --------------------------------------------------------------------------------------------------
-
-http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
-
-
-class Handler(socketserver.BaseRequestHandler):
-    """One connection: its requests one after the other, each logged.
-
-    Not http.server's BaseHTTPRequestHandler: nothing of its lax parser or HTML errors is reachable.
-    """
-
-    server: Server
-    buffer = b""  # received, and not taken yet
-    keep = True
-    answered = False  # so that the last answer is given time to be read
-
-    def handle(self) -> None:
-        self.sock: socket.socket = self.request
-        if self.sock.family != socket.AF_UNIX:
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A client whose machine has died is given up after as long as one that reads nothing.
-            timeout = int(WRITE_TIMEOUT * 1000)
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-        deadline = time.monotonic() + HEAD_TIMEOUT
-        if tls := self.server.config.server_tls:
-            self.keep = self.shake_hands(tls, deadline)
-        while self.keep and self.wait_for_request(deadline):
-            self.serve()
-            deadline = time.monotonic() + IDLE_TIMEOUT
-
-    def shake_hands(self, tls: ssl.SSLContext, deadline: float) -> bool:
-        """Return whether the connection is a TLS one by now."""
-        try:
-            if Watch(stop=self.server.stopping).wait(self.sock, deadline):
-                self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-                self.sock = tls.wrap_socket(self.sock, server_side=True)
-                return True
-        except (Stopping, OSError, ValueError) as error:
-            self.server.log("debug", "handshake failed", error=describe(error))
-        return False
-
-    def finish(self) -> None:
-        """Half-close, then drain: no reset may take an answer away (RFC 9112 section 9.6)."""
-        with contextlib.suppress(OSError, ValueError), contextlib.closing(self.sock):
-            deadline = time.monotonic() + LINGER_TIMEOUT
-            if isinstance(self.sock, ssl.SSLSocket):
-                self.sock.settimeout(1.0)
-                with contextlib.suppress(OSError, ValueError):
-                    self.sock = self.sock.unwrap()
-            self.sock.shutdown(socket.SHUT_WR)
-            while self.answered and receive(self.sock, deadline):
-                pass
-
-    def wait_for_request(self, deadline: float) -> bool:
-        """Return whether a request begins before deadline; False too if the agent stops."""
-        with contextlib.suppress(OSError, Stopping):
-            while True:
-                begun = EMPTY_LINES.sub(b"", self.buffer)
-                # Invariant: even empty lines are taken up to a bound only.
-                if len(self.buffer) - len(begun) > MAX_REQUEST_LINE:
-                    break
-                if begun not in (b"", b"\r"):
-                    self.buffer = begun
-                    return True
-                if not (data := receive(self.sock, deadline, Watch(stop=self.server.stopping))):
-                    break
-                self.buffer += data
-        self.answered = self.answered and NOBODY.wait(self.sock, 0)  # else there is no more to read
-        return False
-
-    def serve(self) -> None:
-        """Answer one request and log it. The one place where errors become answers."""
-        started = time.monotonic()
-        self.id = secrets.token_hex(8)
-        self.method, self.path, self.client = "", "", self.client_address
-        self.headers: dict[str, str] = {}
-        self.minor, self.status, self.sent = 1, 0, 0
-        self.unread = True  # until the request's end is known and reached
-        try:
-            try:
-                self.respond(self.answer(self.read_head()))
-            except ApiError as error:
-                self.respond_error(error)
-        except ClientGone:
-            self.keep = False
-        except Exception as error:
-            self.server.log("error", "bug", request_id=self.id, traceback=describe_bug(error))
-            with contextlib.suppress(ClientGone):
-                message = f"an error of the agent's own; its log has it under {self.id}"
-                self.respond_error(ApiError(500, message))
-        fields: Json = {"method": self.method, "path": self.path, "status": self.status}
-        fields["latency_ms"] = round((time.monotonic() - started) * 1000, 3)
-        fields.update(request_id=self.id, client_ip=self.client, bytes=max(0, self.sent))
-        self.server.log("error" if self.status >= 500 else "info", "request", **fields)
-
-    def fill(self, deadline: float, what: str, watch: Watch) -> bytes:
-        """Return more of the request. Raises ApiError (400, 408) or ClientGone."""
-        try:
-            data = receive(self.sock, deadline, watch)
-        except socket.timeout as error:
-            raise ApiError(408, f"the {what} did not arrive in time") from error
-        except OSError as error:
-            raise ClientGone from error
-        if not data:
-            raise ApiError(400, f"the connection ended within the {what}")
-        return data
-
-    def head_until(self, end: bytes, limit: int, status: int, what: str, deadline: float) -> bytes:
-        """Return what is before end; take neither. Raises ApiError as soon as it can be told."""
-        scanned = 0  # so that a head in tiny pieces costs no more
-        while True:
-            # Invariant: the head is bounded before any of it is looked at. What may be the
-            # beginning of end does not count; more CRs and LFs are refused below.
-            part, found, _ = self.buffer[: limit + len(end)].partition(end)
-            if len(part.rstrip(b"\r\n")) > limit:
-                raise ApiError(status, f"the {what} longer than {limit} bytes")
-            if LONE_CONTROL.search(part + found, scanned):
-                raise ApiError(400, "the head has a bare CR, a bare LF or a NUL in it")
-            if found:
-                return part
-            scanned = len(part) - 1
-            self.buffer += self.fill(deadline, "head", Watch(stop=self.server.stopping))
-
-    def read_head(self) -> Fields:
-        """Take the next request's head out of the buffer, return its fields. Raises ApiError."""
-        deadline = time.monotonic() + HEAD_TIMEOUT
-        line = self.head_until(b"\r\n", MAX_REQUEST_LINE, 414, "request line is", deadline)
-        # Invariant: the head is matched by the grammar before any other code sees it.
-        match = REQUEST_LINE.fullmatch(line)
-        if not match:
-            raise ApiError(400, "the request line is not of the form: GET /path HTTP/1.1")
-        self.method, self.path, version = (part.decode() for part in match.groups())
-        if version not in ("1.0", "1.1"):
-            raise ApiError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
-        self.minor = int(version[-1])
-        self.buffer = self.buffer[len(line) :]  # its CRLF stays: it ends a head without fields
-        block = self.head_until(b"\r\n\r\n", MAX_FIELD_BLOCK, 431, "headers are", deadline)
-        self.buffer = self.buffer[len(block) + 4 :]
-        if block.count(b"\n") > MAX_FIELDS:
-            raise ApiError(431, f"there are more than {MAX_FIELDS} headers")
-        return parse_fields((block + b"\r\n\r\n")[2:])
-
-    def check_head(self, fields: Fields) -> int | None:
-        """Note who asks; return the body's length, None if chunked. Raises ApiError (400, 501).
-
-        What two parsers may frame differently is refused: behind a proxy it smuggles requests in.
-        """
-        own = ",".join(fields.get("x-request-id", []))
-        if re.fullmatch(REQUEST_ID, own) and self.server.log.redact(own, SHORT_KEY) == own:
-            self.id = own
-        if forwarded := ",".join(fields.get("x-forwarded-for", [])):
-            trusted = self.server.config.trusted_proxies
-            self.client = client_address(self.client_address, forwarded, trusted)
-        hosts = fields.get("host", [])
-        if len(hosts) > 1 or (self.minor and not hosts):
-            raise ApiError(400, "Host: must be given once")
-        if not HOST_VALUE.fullmatch("".join(hosts)):
-            raise ApiError(400, "Host: is not a host and port")
-        if not self.minor and "transfer-encoding" in fields:
-            raise ApiError(400, "Transfer-Encoding: HTTP/1.0 has none")
-        length = framing(fields)
-        self.unread = length != 0
-        options = ",".join(fields.get("connection", [])).lower().split(",")
-        self.keep = self.minor == 1 and "close" not in map(str.strip, options)
-        return length
-
-    def answer(self, fields: Fields) -> Response:
-        """Check one request, in the order that tells a stranger least, and have it answered."""
-        length = self.check_head(fields)
-        segments, query = split_target(self.path)
-        if is_api(segments):
-            self.authorise(fields)
-        route, name = find_route(self.method, segments)
-        # Read off the table: whatever is not public has been authorised above.
-        if route.permission != PUBLIC and not is_api(segments):
-            raise ApiError(401, "this path needs the key")
-        if "{id}" in route.path:
-            container_path(name)
-        parameters = decode_query(query, route.query)
-        body = self.read_body(fields, route, length)
-        watch = Watch(self.sock, self.server.stopping)
-        host_root = self.server.config.host_root
-        call = Call(self.server.engine, host_root, watch, name, parameters, body, fields)
-        return route.endpoint(call)
-
-    def authorise(self, fields: Fields) -> None:
-        """Count the request and check its key. Raises ApiError (401, 429)."""
-        keys = [value.encode("latin-1") for value in fields.get("x-api-key", [])]
-        # Invariant: the one place where keys are compared: on bytes, in constant time.
-        valid = len(keys) == 1 and hmac.compare_digest(keys[0], self.server.config.api_key)
-        self.headers = self.server.limiter.admit(self.client, valid)
-        if not valid:
-            rule = "is wrong" if len(keys) == 1 else "must be given once"
-            headers = {"WWW-Authenticate": 'ApiKey realm="dockeragent", header="X-API-Key"'}
-            raise ApiError(401, f"X-API-Key: {rule}", headers)
-
-    def read_body(self, fields: Fields, route: Route, length: int | None) -> Json:
-        """Return the checked JSON of the body, {} if the route takes none. Raises ApiError."""
-        expected = [value.lower() for value in fields.get("expect", ()) if self.minor]
-        if expected not in ([], ["100-continue"]):
-            raise ApiError(417, "Expect: only 100-continue is understood")
-        if length is not None and length > MAX_BODY:
-            raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
-        if route.body is None:
-            if length != 0:
-                raise ApiError(400, "body: none is taken here")
-            return {}
-        if expected and length != 0 and not self.buffer:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.sent = 0
-        deadline, body = time.monotonic() + BODY_TIMEOUT, Body(length)
-        received = bytearray(body.feed(self.buffer))
-        while len(received) <= MAX_BODY and not body.done:
-            received += body.feed(self.fill(deadline, "body", NOBODY))
-        if len(received) > MAX_BODY:
-            raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
-        data, self.buffer = bytes(received), body.rest
-        self.unread = False
-        if not route.body["required"] and data.strip(b" \t\r\n") in (b"", b"null"):
-            return {}
-        checked: Json = validate(route.body, decode_json(data))
-        return checked
-
-    def respond_error(self, error: ApiError) -> None:
-        if not self.path and self.buffer.startswith(b"HEAD "):
-            self.method = "HEAD"  # not even an answer that refuses one has a body
-        if self.status:  # a head is out: nothing but the missing end can tell now
-            self.keep = False
-            level = "warning" if error.status < 500 else "error"
-            self.server.log(level, "broken off", request_id=self.id, error=error.message)
-            return
-        # Invariant: no answer holds the key, not even one that repeats what a client sent. But from
-        # what is missing there, a stranger could tell that he has guessed a short one.
-        body = envelope(error.status, self.server.log.redact(error.message, SHORT_KEY))
-        self.respond(Response(body, error.status, error.headers))
-
-    def respond(self, response: Response) -> None:
-        """Send an answer. Raises ClientGone, and ApiError from within a stream."""
-        if response.stream is None:
-            as_is = isinstance(response.body, bytes)
-            body = response.body if as_is else encode_json(response.body) + b"\n"
-            self.begin(response, {"Content-Length": str(len(body))}, body)
-            return
-        with contextlib.closing(response.stream) as stream:
-            pieces = filter(None, stream)  # an empty chunk is the last
-            first = self.chunk(next(pieces))
-            self.begin(response, {"Transfer-Encoding": "chunked"} if self.minor else {}, first)
-            if self.method == "HEAD":
-                return
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_BUFFER)
-            for piece in itertools.chain(pieces, (b"",)):
-                self.write(self.chunk(piece))
-
-    def chunk(self, data: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(data), data) if self.minor else data
-
-    def begin(self, response: Response, framed: Mapping[str, str], body: bytes) -> None:
-        """Send the head and what there is of the body, which a HEAD is not sent."""
-        # Invariant: after an answer that leaves body bytes unread, the connection closes.
-        self.keep = self.keep and not self.unread
-        self.status = response.status
-        headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **self.headers}
-        headers |= {**response.headers, **framed}
-        if not self.keep:
-            headers["Connection"] = "close"
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        # No text of the request's is in it that no regex passed.
-        head = (
-            f"HTTP/1.1 {self.status} {PHRASES[self.status]}\r\n{lines}X-Request-ID: {self.id}\r\n"
-            f"Date: {http_date(int(time.time()))}\r\nX-Content-Type-Options: nosniff\r\n\r\n"
-        ).encode("latin-1")
-        self.sent = -len(head)  # so that the body's bytes are counted
-        self.write(head + (b"" if self.method == "HEAD" else body))
-
-    def write(self, data: bytes) -> None:
-        """Send data. Raises ClientGone when the client hangs up or takes nothing for too long."""
-        left = memoryview(data)
-        self.answered = True
-        try:
-            self.sock.settimeout(WRITE_TIMEOUT)
-            while left:
-                size = self.sock.send(left)
-                self.sent += size
-                left = left[size:]
-        except OSError as error:
-            self.answered = False
-            raise ClientGone from error
-
-
-# --------------------------------------------------------------------------------------------------
-# Server: connection slots, stop and wait
-# --------------------------------------------------------------------------------------------------
-
-
-class Server(http.server.ThreadingHTTPServer):
-    """Serves each connection in a thread, MAX_CONNECTIONS of them at once."""
-
-    daemon_threads = True
-    block_on_close = False
-    allow_reuse_port = False  # another process could share the port and take the keys
-
-    def __init__(self, config: Config, engine: Engine, log: Log, listener: socket.socket) -> None:
-        super().__init__(("", 0), Handler, bind_and_activate=False)
-        self.socket.close()
-        self.socket = listener
-        self.config, self.engine, self.log = config, engine, log
-        self.limiter = RateLimiter(config.rate_limit)
-        self.active: set[socket.socket] = set()  # connections being served
-        self.stopping, self._stop = socket.socketpair()  # the first can be read once we stop
-        self._refused: collections.deque[tuple[float, socket.socket]] = collections.deque()
-
-    def get_request(self) -> tuple[socket.socket, str]:
-        """Return a connection and the client's IP address, "unix" over a Unix socket."""
-        try:
-            sock, address = self.socket.accept()
-            return sock, client_address(address[0] if isinstance(address, tuple) else "", "", ())
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                time.sleep(0.1)  # the connection stays queued; do not spin until one ends
-            raise
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for a connection, or refuse it, without blocking the next one."""
-        # Invariant: no more threads than MAX_CONNECTIONS, however many connect: one thread adds.
-        if len(self.active) < self.config.max_connections:
-            self.active.add(request)
-            try:
-                super().process_request(request, client_address)
-                return
-            except RuntimeError:  # no thread to be had
-                self.active.discard(request)
-        self._refuse(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.active.discard(request)
-
-    def _refuse(self, request: socket.socket, client: str) -> None:
-        """Send a 503 without waiting, and leave the connection for a moment so that it is read."""
-        request_id = secrets.token_hex(8)
-        body = encode_json(envelope(503, "too many connections; try again later")) + b"\n"
-        head = (
-            "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n"
-            "Retry-After: 1\r\nConnection: close\r\n\r\n"
-        )
-        with contextlib.suppress(OSError):
-            request.setblocking(False)
-            if not self.config.server_tls:  # without a handshake a TLS client can be told nothing
-                request.send(head.encode() + body)
-            request.shutdown(socket.SHUT_WR)
-        self._refused.append((time.monotonic() + 1, request))
-        fields = {"method": "", "path": "", "status": 503, "latency_ms": 0, "bytes": len(body)}
-        self.log("warning", "request", **fields, request_id=request_id, client_ip=client)
-
-    def service_actions(self) -> None:
-        """Close what has had its moment, here and at the Engine; also called twice a second."""
-        now = time.monotonic()
-        self.engine.close_idle(now - IDLE_CONNECTION)
-        while self._refused and (self._refused[0][0] < now or len(self._refused) > REFUSALS):
-            self._refused.popleft()[1].close()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        self.log("error", "bug", traceback=describe_bug(sys.exc_info()[1]))
-
-    def stop(self) -> None:
-        """Stop accepting; wake the streams and the idle connections."""
-        self.shutdown()
-        self.socket.close()
-        if path := self.config.listen_addr.path:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-        self._stop.close()
-
-    def server_close(self) -> None:
-        super().server_close()
-        for _, sock in self._refused:
-            sock.close()
-        self.stopping.close()
-        self.engine.close_idle()
-
 
 # --------------------------------------------------------------------------------------------------
 # Command line: listen, signals, healthcheck, exit codes
 # --------------------------------------------------------------------------------------------------
 
-ENDING = {signal.SIGTERM, signal.SIGINT}
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
 
 
-def complain(*lines: str) -> None:
+def print_error(*lines: str) -> None:
     """Print lines on standard error, whatever the values that they repeat are made of."""
     for line in lines:
         print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
@@ -2996,7 +3111,7 @@ def healthcheck(config: Config) -> int:
             connection.request("GET", "/health")
             return 0 if connection.getresponse().status == 200 else 1
     except (OSError, ValueError, http.client.HTTPException) as error:
-        complain(f"{address}: {describe(error)}")
+        print_error(f"{address}: {describe(error)}")
         # With the handshake done, a server that takes another CA's certificates refuses ours.
         is_refusal = sock and isinstance(error, (ssl.SSLError, ConnectionError))
         return 0 if is_refusal and config.tls_client_ca_file else 1
@@ -3010,7 +3125,7 @@ def announce(log: Log, address: Address, engine: Engine) -> None:
 def run(config: Config) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status. Raises ConfigError."""
     # Blocked before the first thread starts, so that no handler ever runs inside other code.
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     os.umask(0)  # every mode here is explicit
     # The same everywhere: musl's default is too little, and json's decoder needs over 1 MiB.
     threading.stack_size(4 * 1024 * 1024)
@@ -3028,18 +3143,19 @@ def run(config: Config) -> int:
     engine = Engine(config.docker_host, config.engine_tls, config.docker_api_version)
     if len(config.api_key) < SHORT_KEY:
         log("warning", f"the key is shorter than {SHORT_KEY} characters; try openssl rand -hex 32")
-    with Server(config, engine, log, listener) as server:
+    agent = Agent(engine, config.host_root)
+    with Server(config, engine, log, listener, ROUTES, agent) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         notify("READY=1")
         # In a thread: an Engine that is silent must not keep us from being stopped.
         threading.Thread(target=announce, args=(log, address, engine), daemon=True).start()
-        signal.sigwait(ENDING)
+        signal.sigwait(STOP_SIGNALS)
         notify("STOPPING=1")
         log("info", "stopping")
         server.stop()
         deadline = time.monotonic() + GRACE
         while server.active and time.monotonic() < deadline:
-            if signal.sigtimedwait(ENDING, 0.05):
+            if signal.sigtimedwait(STOP_SIGNALS, 0.05):
                 log("warning", "stopped at once")
                 os._exit(1)
     log("info", "stopped")
@@ -3066,14 +3182,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"dockeragent {VERSION}" if arguments == ["--version"] else usage())
         return 0
     if arguments not in ([], ["healthcheck"]):
-        complain(f"unknown arguments {' '.join(arguments)}; try --help")
+        print_error(f"unknown arguments {' '.join(arguments)}; try --help")
         return 2
     try:
         if arguments:  # asks what needs no key
             return healthcheck(load_config({**os.environ, "API_KEY": "-", "API_KEY_FILE": ""}))
         return run(load_config(os.environ))
     except ConfigError as error:
-        complain(*error.args)
+        print_error(*error.args)
         return 1 if arguments else 2
 
 
