@@ -39,9 +39,11 @@ import datetime
 import email.utils
 import errno
 import functools
+import hashlib
 import hmac
 import http.client
 import http.server
+import io
 import ipaddress
 import itertools
 import json
@@ -60,7 +62,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn, Optional, Union
 from urllib.parse import quote, unquote, urlencode
 
@@ -83,15 +85,17 @@ MAX_DIGITS = 20  # of one JSON number; int() of thousands of digits is quadratic
 HEAD_TIMEOUT = 10.0  # and for the TLS handshake
 BODY_TIMEOUT = 60.0
 IDLE_TIMEOUT = 75.0  # between two requests of one connection
+STRANGER_IDLE_TIMEOUT = 10.0  # the same, for a connection that has not shown a valid key
 WRITE_TIMEOUT = 30.0  # without a byte taken by the client
-HALF_CLOSED = 2.0  # of silence, after which a client that sends no more is taken for gone
-LINGER_TIMEOUT = 3.0  # for the client to read an answer that came before its body was read
+HALF_CLOSED = 2.0  # of silence before a client that has half-closed counts as disconnected
+LINGER_TIMEOUT = 3.0  # for the client to read a response sent before its body was read
 GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
-RECV_SIZE = 64 * 1024  # bytes asked of a socket at once
-STREAM_BUFFER = 128 * 1024  # bytes the kernel holds for a slow reader of a stream
-SHORT_KEY = 32  # characters; a shorter one might be guessed
+RECV_SIZE = 64 * 1024  # bytes of one recv()
+STREAM_BUFFER = 128 * 1024  # bytes of SO_SNDBUF, so a slow reader does not stall a stream at once
+SHORT_KEY = 32  # characters; a warning for a shorter one, which might be guessed
 MAX_MESSAGE = 2000  # characters of an error's message; it may repeat what a client sent
-MAX_LINGERING_REFUSALS = 256  # refused connections left open for a moment so that their 503 is read
+MAX_LINGERING_REFUSALS = 256  # connections left open for a moment so that their 503 is read
+DESCRIPTORS_KEPT = 64  # for the listener, the log, idle connections to the Engine and files
 
 RATE_WINDOW = 60.0  # seconds
 MAX_CLIENTS = 10_000  # windows kept; past it the least recently used is forgotten
@@ -108,9 +112,9 @@ MAX_STOP = 86_400  # seconds; no wait here is unbounded
 MAX_RESPONSE = 64 * 1024 * 1024  # bytes of one answer that is not a stream
 MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
 IDLE_CONNECTION = 2.0  # seconds that each is kept
-VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded while nobody asks it anything
-HEALTH_CACHE = 1.0  # seconds
-MEMOIZED = 256 * 1024  # bytes of an answer that is not decoded again while it stays the same
+VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded between two requests
+HEALTH_CACHE = 1.0  # seconds during which the Engine is not asked again
+HEALTH_KEPT = 4.0  # seconds during which a result is good enough while the Engine is asked
 
 MAX_LINE = 1024 * 1024  # bytes of one log line; the rest goes on as the next
 MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own hold up to 16 KiB and a timestamp
@@ -141,20 +145,24 @@ MAX_PATH = 4096  # bytes, PATH_MAX
 # a bare LF or a NUL never matches; no white space before the colon, so no folded line does either.
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-\"$-~]+) HTTP/([0-9]\.[0-9])")
-STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([0-9]{3})(?: [\t -~\x80-\xff]*)?\r\n")
 FIELD_LINES = rb"(?:" + TOKEN + rb":[\t -~\x80-\xff]*\r\n)*"
 FIELD_BLOCK = re.compile(FIELD_LINES + rb"\r\n")
-HOST_VALUE = re.compile(r"[A-Za-z0-9._~!$&'()*+,;=%:\[\]-]*")
+# RFC 3986 section 3.2.2: a name or an IPv4 address, or an IPv6 address in brackets; then a port.
+HOST_VALUE = re.compile(
+    r"(?:\[[0-9A-Fa-f:.]+(?:%[0-9A-Za-z._~-]+)?\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?"
+)
+ABSOLUTE_FORM = re.compile(r"(?i)^https?://([^/?]*)")  # RFC 9112 section 3.2.2
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 section 2.2
 LONE_CONTROL = re.compile(rb"\n(?<!\r\n)|\r(?!\n|\Z)|\0")
-# The rest is compiled when it is first used: no start should wait for it.
-FIELD_BLOCK_BEGUN = FIELD_LINES + rb"(?:" + TOKEN + rb"(?::[\t -~\x80-\xff]*)?)?\r?"
+# The rest is compiled when first used, so that no start waits for it.
+PARTIAL_FIELD_BLOCK = FIELD_LINES + rb"(?:" + TOKEN + rb"(?::[\t -~\x80-\xff]*)?)?\r?"
 CHUNK_LINE = rb"\r\n([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n"
-CHUNK_LINE_BEGUN = rb"\r?|\r\n[^\n]*"
+PARTIAL_CHUNK_LINE = rb"\r?|\r\n[^\n]*"
 
 HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # what some proxies add
 REQUEST_ID = r"[A-Za-z0-9._-]{1,64}"
 CONTAINER = r"[a-zA-Z0-9][a-zA-Z0-9_.-]*"
+NAME_RULE = "letters, digits, '_', '.' or '-', beginning with a letter or digit"
 TIMESTAMP = (
     r"([0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?"
     r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
@@ -178,29 +186,37 @@ Json = dict[str, Any]  # an object
 
 
 class ApiError(Exception):
-    """A refusal the client is told about: one status, one sentence, perhaps headers."""
+    """A refusal the client is told about: one status, one sentence, perhaps headers and members."""
 
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        members: Mapping[str, Any] | None = None,
+    ) -> None:
+        """members: what the response's JSON has beside error, message and status."""
         super().__init__(message)
-        self.status, self.message, self.headers = status, message, headers or {}
+        self.status, self.headers, self.members = status, headers or {}, members or {}
+        self.message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
 
 
 class EngineError(ApiError):
-    """The Engine refused, is not there (503), is silent (504) or answers nonsense (502)."""
+    """The Engine refused, is unreachable (503), timed out (504) or sent a bad response (502)."""
 
 
 class ClientGone(Exception):
-    """The client has hung up or stopped reading. Raised by what reads from and writes to it."""
+    """The client has disconnected or stopped reading."""
 
 
 class Stopping(ApiError):
-    """The agent is being stopped (503); raised in waits that would outlast it."""
+    """The agent is stopping (503). Raised from any wait that the stop interrupts."""
 
 
-def envelope(status: int, message: str) -> Json:
-    """Return the JSON object that every error is answered with."""
-    message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
-    return {"error": PHRASES[status], "message": message, "status": status}
+def envelope(error: ApiError) -> Json:
+    """Return the JSON object that is the response to every error."""
+    head = {"error": PHRASES[error.status], "message": error.message, "status": error.status}
+    return {**head, **error.members}
 
 
 def encode_json(value: Any) -> bytes:
@@ -361,7 +377,10 @@ class Key(NamedTuple):
     """One key's entry: its name, and what a limited key may do."""
 
     name: str
+    digest: bytes = b""  # SHA-256 of the key
     master: bool = False
+    expires: float = math.inf  # Unix seconds
+    allow: frozenset[str] = frozenset()
 
     def covers(self, kind: str, name: str) -> bool:
         """Return whether the key may see the container, image, network or volume of this name.
@@ -371,19 +390,41 @@ class Key(NamedTuple):
         return self.master
 
 
-MASTER = Key("master", master=True)
+KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
+STRANGER = Key("")  # whoever has not shown a valid key
+
+
+def find_key(keys: Iterable[Key], shown: bytes) -> Key:
+    """Return the key that was shown, STRANGER if there is no such key or it has expired."""
+    digest, found = hashlib.sha256(shown).digest(), STRANGER
+    for key in keys:
+        # Invariant: the one place where keys are compared: in constant time, with each of them.
+        if hmac.compare_digest(digest, key.digest) and time.time() < key.expires:
+            found = key
+    return found
+
+
+def parse_keys(text: bytes, named: list[str]) -> tuple[Key, ...]:
+    """Return the keys of a keys file."""
+    raise NotImplementedError
+
+
+def permit(key: Key, permission: str) -> None:
+    """Raise ApiError (403) unless the key may do what the route's permission names."""
+    if not key.master and permission not in key.allow:
+        raise ApiError(403, f"key {key.name}: {permission} is not allowed")
+
+
+def decide(request: Request, ask: Callable[[str], Json | None]) -> None:
+    """Decide whether the request's key may do what was asked for."""
+
 
 # --------------------------------------------------------------------------------------------------
-# Configuration: the environment to one frozen Config; every problem names its variable
+# Configuration: the environment and the keys file to one Config; every problem names its variable
 # --------------------------------------------------------------------------------------------------
 
 Networks = tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
-SOCKET = "unix:///var/run/docker.sock"
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
-# What a value must match, and what its variable's line says if it does not.
-API_VERSION = (r"(1\.[0-9]{1,3})?", "an Engine API version such as 1.41")
-PATH = ("(?s:/.*)", "an absolute path")
-LEVEL = ("|".join(LEVELS), "debug, info, warning or error")
 
 
 class ConfigError(Exception):
@@ -403,6 +444,35 @@ class Address(NamedTuple):
         return f"unix://{self.path}" if self.path else f"{self.scheme}://{host}:{self.port}"
 
 
+class Config(NamedTuple):
+    """The checked environment: variables under their names in lower case, and what they name."""
+
+    listen_addr: Address
+    docker_host: Address
+    docker_api_version: str
+    host_root: str
+    rate_limit: int
+    trusted_proxies: Networks
+    tls_cert_file: str
+    tls_key_file: str
+    tls_client_ca_file: str
+    max_connections: int
+    log_level: str
+    keys: tuple[Key, ...]
+    server_tls: Optional[ssl.SSLContext]
+    engine_tls: Optional[ssl.SSLContext]
+    warnings: tuple[str, ...]
+
+
+class Setting(NamedTuple):
+    """One environment variable."""
+
+    name: str
+    default: str
+    meaning: str
+    parse: Callable[[str], Any] = str  # raises ValueError
+
+
 def parse_int(least: int, most: int, text: str) -> int:
     """Return an integer in ASCII digits. Raises ValueError."""
     if not (re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most):
@@ -411,7 +481,7 @@ def parse_int(least: int, most: int, text: str) -> int:
 
 
 def parse_matching(pattern: str, rule: str, text: str) -> str:
-    """Return text. Raises ValueError, which tells the rule, if the pattern does not match it."""
+    """Return text. Raises ValueError, which states the rule, if the pattern does not match it."""
     if not re.fullmatch(pattern, text):
         raise ValueError(f"{text!r} is not {rule}")
     return text
@@ -436,9 +506,8 @@ def parse_engine(text: str) -> Address:
     if not match:
         raise ValueError(f"{text!r} is not unix:///path, tcp://host:port, http:// or https://")
     path, scheme, host, port = match.groups("")
-    return Address(
-        path, host.strip("[]"), parse_int(1, 65535, port) if port else 0, scheme or "tcp"
-    )
+    number = parse_int(1, 65535, port) if port else 0
+    return Address(path, host.strip("[]"), number, scheme or "tcp")
 
 
 def parse_networks(text: str) -> Networks:
@@ -450,66 +519,37 @@ def parse_networks(text: str) -> Networks:
     return networks
 
 
-def read_key_file(path: str) -> bytes:
-    """Return the key in a file, less one trailing newline. Raises OSError or ValueError."""
-    if not path:
-        return b""
-    with open(path, "rb") as file:
-        key = file.read(MAX_REQUEST_LINE + 1)
-    if not key.strip() or len(key) > MAX_REQUEST_LINE:
-        raise ValueError(f"{path} holds no key, or more than a header can carry")
-    return key.removesuffix(b"\n")
+parse_api_version = functools.partial(
+    parse_matching, r"(1\.[0-9]{1,3})?", "an Engine API version such as 1.41"
+)
+parse_path = functools.partial(parse_matching, "(?s:/.*)", "an absolute path")
+parse_level = functools.partial(parse_matching, "|".join(LEVELS), "debug, info, warning or error")
+parse_limit = functools.partial(parse_int, 0, 10**8)
+parse_count = functools.partial(parse_int, 1, 10**6)
 
-
-def variable(default: str, meaning: str, parse: Callable[..., Any] = str, *rule: Any) -> Any:
-    """Return how a field of Config is read; Any, to stand where the value will be."""
-    return default, meaning, functools.partial(parse, *rule)
-
-
-class Config(NamedTuple):
-    """The environment, under the variables' names in lower case, and two TLS contexts."""
-
-    api_key: bytes = variable("", "the key that clients send as X-API-Key; required", os.fsencode)
-    api_key_file: bytes = variable("", "file to read the key from instead", read_key_file)
-    listen_addr: Address = variable(
-        ":3000", "or 127.0.0.1:3000, [::1]:3000, unix:///path", parse_listen
-    )
-    docker_host: Address = variable(SOCKET, "or tcp://host:port, http://, https://", parse_engine)
-    docker_tls_verify: str = variable("", "when not empty, tcp:// speaks TLS")
-    docker_cert_path: str = variable("", "folder of ca.pem, cert.pem and key.pem (~/.docker)")
-    docker_api_version: str = variable(
-        "", "such as 1.41; else negotiated", parse_matching, *API_VERSION
-    )
-    host_root: str = variable(
-        "/host", "where the host's / is mounted; / on a bare host", parse_matching, *PATH
-    )
-    rate_limit: int = variable(
-        "100", "requests a minute and client; 0: no limit", parse_int, 0, 10**8
-    )
-    trusted_proxies: Networks = variable(
-        "", "CIDRs whose X-Forwarded-For is believed", parse_networks
-    )
-    tls_cert_file: str = variable("", "certificate (chain) to serve HTTPS with")
-    tls_key_file: str = variable("", "its private key")
-    tls_client_ca_file: str = variable("", "require a client certificate signed by this CA")
-    max_connections: int = variable(
-        "1024", "served at once; one more gets 503", parse_int, 1, 10**6
-    )
-    log_level: str = variable("info", "or debug, warning, error", parse_matching, *LEVEL)
-    server_tls: Optional[ssl.SSLContext] = None
-    engine_tls: Optional[ssl.SSLContext] = None
-
-
-class Setting(NamedTuple):
-    """One environment variable: its name, default, meaning and parser."""
-
-    name: str
-    default: str
-    meaning: str
-    parse: Callable[[str], Any]
-
-
-SETTINGS = [Setting(name.upper(), *row) for name, row in Config._field_defaults.items() if row]
+SETTINGS = (
+    Setting("API_KEY", "", "the master key; or set one of the next two"),
+    Setting("API_KEY_FILE", "", "file to read the master key from"),
+    Setting("KEYS_FILE", "", "JSON file of named keys with limits"),
+    Setting("LISTEN_ADDR", ":3000", "or 127.0.0.1:3000, [::1]:3000, unix:///path", parse_listen),
+    Setting(
+        "DOCKER_HOST",
+        "unix:///var/run/docker.sock",
+        "or tcp://host:port, http://, https://",
+        parse_engine,
+    ),
+    Setting("DOCKER_TLS_VERIFY", "", "when not empty, tcp:// uses TLS"),
+    Setting("DOCKER_CERT_PATH", "", "folder of ca.pem, cert.pem and key.pem (~/.docker)"),
+    Setting("DOCKER_API_VERSION", "", "such as 1.41; negotiated by default", parse_api_version),
+    Setting("HOST_ROOT", "/host", "where the host's / is mounted; / on a bare host", parse_path),
+    Setting("RATE_LIMIT", "100", "requests per 60 s per client; 0 turns it off", parse_limit),
+    Setting("TRUSTED_PROXIES", "", "CIDRs whose X-Forwarded-For is believed", parse_networks),
+    Setting("TLS_CERT_FILE", "", "certificate (chain) to serve HTTPS with"),
+    Setting("TLS_KEY_FILE", "", "its private key"),
+    Setting("TLS_CLIENT_CA_FILE", "", "require a client certificate signed by this CA"),
+    Setting("MAX_CONNECTIONS", "1024", "connections served at once", parse_count),
+    Setting("LOG_LEVEL", "info", "or debug, warning, error", parse_level),
+)
 
 
 def describe(error: Exception) -> str:
@@ -521,60 +561,111 @@ def describe(error: Exception) -> str:
 
 
 def load_config(environ: Mapping[str, str]) -> Config:
-    """Return what environ says; "" is as good as not set. Raises ConfigError: a line a problem."""
+    """Parse the environment; an empty variable counts as unset.
+
+    Raises ConfigError with one line per problem.
+    """
     values: Json = {}
-    problems = []
+    problems: list[str] = []
     for setting in SETTINGS:
-        text = environ.get(setting.name) or setting.default
         try:
-            values[setting.name.lower()] = setting.parse(text)
-        except (OSError, ValueError) as error:
+            value = setting.parse(environ.get(setting.name) or setting.default)
+            values[setting.name.lower()] = value
+        except ValueError as error:
             problems.append(f"{setting.name}: {describe(error)}")
-    if not problems:
-        config = Config(**values)
-        for name, use in ("api_key", use_key), ("server_tls", serve_tls), ("engine_tls", speak_tls):
-            try:
-                values[name] = use(config)
-            except ConfigError as error:
-                problems += error.args
     if problems:
         raise ConfigError(*problems)
-    return Config(**values)
+    for name, load in ("keys", load_keys), ("server_tls", serve_tls), ("engine_tls", engine_tls):
+        try:
+            values[name] = load(values)
+        except ConfigError as error:
+            problems += error.args
+    if problems:
+        raise ConfigError(*problems)
+    values["warnings"] = tuple(config_warnings(values))
+    return Config(**{name: values[name] for name in Config._fields})
 
 
-def use_key(config: Config) -> bytes:
-    """Return the key, wherever it comes from. Raises ConfigError, without the key."""
-    name = "API_KEY_FILE" if config.api_key_file else "API_KEY"
-    key = config.api_key_file or config.api_key
-    if config.api_key and config.api_key_file:
+def config_warnings(values: Json) -> Iterator[str]:
+    """Yield a line for each setting that is allowed and unwise."""
+    if 0 < len(values["api_key"]) < SHORT_KEY:
+        yield f"the master key has under {SHORT_KEY} characters; make one with openssl rand -hex 32"
+    for name in "api_key_file", "keys_file":
+        if values[name] and os.stat(values[name]).st_mode & stat.S_IROTH:
+            yield f"{name.upper()}: others can read {values[name]}; use chmod 600"
+    address = values["listen_addr"]
+    is_local = address.path or address.host in ("localhost", "::1") or address.host[:4] == "127."
+    if not (is_local or values["server_tls"]):
+        yield f"LISTEN_ADDR: keys cross the network unencrypted at {address}; set TLS_CERT_FILE"
+    if not os.path.isdir(values["host_root"]):
+        yield f"HOST_ROOT: {values['host_root']} is not there, so /api/v1/files answers 503"
+
+
+def load_keys(values: Json) -> tuple[Key, ...]:
+    """Return the keys. Raises ConfigError, without any key in it."""
+    path = values["api_key_file"]
+    if values["api_key"] and path:
         raise ConfigError("API_KEY_FILE: set this or API_KEY, not both")
-    if not key:
+    keys: tuple[Key, ...] = ()
+    if key := read_file("API_KEY_FILE", path).removesuffix(b"\n") if path else values["api_key"]:
+        key = os.fsencode(key)
+        if re.search(rb"[\x00-\x1f\x7f]", key) or key != key.strip(b" "):
+            name = "API_KEY_FILE" if path else "API_KEY"
+            raise ConfigError(f"{name}: remove control characters and outer spaces from the key")
+        values["api_key"] = key
+        keys = (Key("master", hashlib.sha256(key).digest(), master=True),)
+    elif path:
+        raise ConfigError(f"API_KEY_FILE: {path} has no key in it")
+    if values["keys_file"]:
+        problems = f"KEYS_FILE: {values['keys_file']}: "
+        try:
+            keys += parse_keys(read_file("KEYS_FILE", values["keys_file"]), named_files(values))
+        except ApiError as error:
+            raise ConfigError(problems + error.message) from error
+        for field in "name", "digest":
+            if len({getattr(key, field) for key in keys}) < len(keys):
+                raise ConfigError(f"{problems}two keys have the same {field}")
+    if not keys:
         raise ConfigError("API_KEY: is required; try API_KEY=$(openssl rand -hex 32)")
-    if re.search(rb"[\x00-\x1f\x7f]", key) or key != key.strip(b" "):
-        raise ConfigError(f"{name}: no header can carry a control character, or a space at an end")
-    return key
+    return keys
 
 
-def serve_tls(config: Config) -> ssl.SSLContext | None:
+def named_files(values: Json) -> list[str]:
+    """Return the paths that this configuration names: secrets, and the sockets in use."""
+    names = "api_key_file", "keys_file", "tls_cert_file", "tls_key_file", "tls_client_ca_file"
+    paths = [values[name] for name in (*names, "docker_cert_path")]
+    paths += [values["docker_host"].path, values["listen_addr"].path]
+    return [path for path in paths if path]
+
+
+def read_file(variable: str, path: str) -> bytes:
+    """Return a small file's content. Raises ConfigError."""
+    with config_errors(variable, path), open(path, "rb") as file:
+        content = file.read(MAX_BODY + 1)
+    if len(content) > MAX_BODY:
+        raise ConfigError(f"{variable}: {path} is too large")
+    return content
+
+
+def serve_tls(values: Json) -> ssl.SSLContext | None:
     """Return the listener's TLS context, if it has one. Raises ConfigError."""
-    cert = ("TLS_CERT_FILE", config.tls_cert_file)
-    key = ("TLS_KEY_FILE", config.tls_key_file)
-    ca = ("TLS_CLIENT_CA_FILE", config.tls_client_ca_file)
-    given = [name for name, path in (cert, key, ca) if path]
+    names = "TLS_CERT_FILE", "TLS_KEY_FILE", "TLS_CLIENT_CA_FILE"
+    cert, key, ca = files = [(name, values[name.lower()]) for name in names]
+    given = [name for name, path in files if path]
     missing = [name for name, path in (cert, key) if not path]
     if given and missing:
         raise ConfigError(f"{missing[0]}: is required with {given[0]}")
     return tls_context(ssl.PROTOCOL_TLS_SERVER, cert, key, ca) if given else None
 
 
-def speak_tls(config: Config) -> ssl.SSLContext | None:
-    """Return the TLS context for the Engine, if it takes one. Raises ConfigError."""
-    scheme, verify = config.docker_host.scheme, config.docker_tls_verify
+def engine_tls(values: Json) -> ssl.SSLContext | None:
+    """Return the TLS context for the Engine, if it uses TLS. Raises ConfigError."""
+    scheme, verify = values["docker_host"].scheme, values["docker_tls_verify"]
     if scheme != "https" and not (scheme == "tcp" and verify):
         return None
-    if not (verify or config.docker_cert_path):
+    if not (verify or values["docker_cert_path"]):
         return ssl.create_default_context()
-    folder = config.docker_cert_path or os.path.expanduser("~/.docker")
+    folder = values["docker_cert_path"] or os.path.expanduser("~/.docker")
     names = ("cert.pem", "key.pem", "ca.pem")
     cert, key, ca = (("DOCKER_CERT_PATH", os.path.join(folder, name)) for name in names)
     if not (os.path.exists(cert[1]) or os.path.exists(key[1])):
@@ -592,7 +683,8 @@ def tls_context(
     """
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.options |= ssl.OP_NO_RENEGOTIATION  # which costs a stranger less than us
+    # Renegotiation costs the server more than the client, so it would be a way to overload it.
+    context.options |= ssl.OP_NO_RENEGOTIATION
     if cert[1]:
         with config_errors(*cert):
             ssl.SSLContext(protocol).load_verify_locations(cert[1])
@@ -608,7 +700,7 @@ def tls_context(
 
 @contextlib.contextmanager
 def config_errors(variable: str, path: str) -> Iterator[None]:
-    """Have what fails in using the file at path name the variable. Raises ConfigError."""
+    """Turn an OSError raised while using the file into a ConfigError that names the variable."""
     try:
         with open(path, "rb"):
             yield
@@ -626,8 +718,6 @@ def refuse_password() -> str:
 # Logging: one JSON object a line on standard output
 # --------------------------------------------------------------------------------------------------
 
-CLIENT_TEXT = {"method", "path", "request_id", "error", "traceback"}  # may hold what clients sent
-
 
 def timestamp(now: float, timespec: str = "milliseconds") -> str:
     """Return Unix seconds as RFC 3339 in UTC: "2026-02-21T10:00:00.000Z"."""
@@ -636,18 +726,15 @@ def timestamp(now: float, timespec: str = "milliseconds") -> str:
 
 
 class Log:
-    """Writes log lines to stdout; drops them, and counts, rather than wait for a reader."""
+    """Writes log lines to stdout; drops and counts them rather than wait for a slow reader."""
 
-    def __init__(self, level: str, secret: bytes) -> None:
+    def __init__(self, level: str) -> None:
         self._rank = LEVELS[level]
-        self._length = len(secret)
-        text = secret.decode("latin-1")  # as what clients send is
-        self._secrets = {text, secret.decode("utf-8", "replace"), quote(secret, safe="")}
         self._descriptor = 1
         with contextlib.suppress(OSError):
             if os.isatty(1):
-                # A terminal polls writable while one byte fits, and may be held (Ctrl-S). By an
-                # open of our own, so that it stays blocking for whoever else has it.
+                # A terminal polls writable while one byte fits, and may be stopped (Ctrl-S). It is
+                # opened anew, so that it stays blocking for the other programs on it.
                 flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
                 self._descriptor = os.open("/proc/self/fd/1", flags)
         self._mend = b""  # ends the line that a full disk cut short
@@ -660,49 +747,49 @@ class Log:
         """Write one line: time, level, msg and the fields."""
         if LEVELS[level] < self._rank:
             return
-        # Invariant: the key is in no log line, not even where a client put it in a path.
-        for name in CLIENT_TEXT & fields.keys():
-            fields[name] = self.redact(fields[name])
         record = {"time": timestamp(time.time()), "level": level, "msg": msg, **fields}
         with self._lock:
             if self._dropped:
                 record["dropped"] = self._dropped
             line, written = self._mend + fit_line(record), 0
-            # A full disk, a closed pipe, a reader that is gone: none may end a request.
+            # A full disk, a closed pipe or a stopped reader must not end a request.
             with contextlib.suppress(OSError):
-                # Invariant: a full pipe never blocks: it polls writable only while PIPE_BUF bytes
+                # Invariant: a full pipe never blocks. It polls writable only while PIPE_BUF bytes
                 # fit, and no line is longer.
                 if self._poll.poll(0):
                     written = os.write(self._descriptor, line)
                     self._mend = b"\n" if written < len(line) else b""
             self._dropped = self._dropped + 1 if written < len(line) else 0
 
-    def redact(self, text: str, least: int = 1) -> str:
-        """Return text without the key in it, unless it has less than `least` characters."""
-        for secret in self._secrets if self._length >= least else ():
-            text = text.replace(secret, "***")
-        return text
-
 
 def describe_bug(error: BaseException | None) -> str:
-    """Return where an error was raised, and its class; its text could hold what a client sent."""
-    import traceback  # here: no start should wait for it
+    """Return where an error was raised, and its class.
 
-    places = traceback.format_tb(error.__traceback__ if error else None)
+    Its message is left out because it may contain client data.
+    """
+    import traceback  # loaded here because no start should wait for it
+
+    places = traceback.format_tb(error.__traceback__ if error else None, limit=-8)
     return "".join(places) + type(error).__name__
 
 
 def fit_line(record: Json) -> bytes:
     """Return record as one line of ASCII JSON of at most PIPE_BUF bytes, its strings cut to fit.
 
-    ASCII JSON has every control and every non-ASCII character escaped: no field can end its line.
+    ASCII JSON escapes every control and every non-ASCII character: no field can end its line.
     """
     line = json.dumps(record)
-    for longest in (2000, 600, 100):
+    for longest in (2000, 500, 100, 20):
         if len(line) < select.PIPE_BUF:
             break
-        line = json.dumps({k: v[-longest:] if isinstance(v, str) else v for k, v in record.items()})
+        line = json.dumps(cut_strings(record, longest))
     return line.encode() + b"\n"
+
+
+def cut_strings(value: Any, longest: int) -> Any:
+    if isinstance(value, dict):
+        return {name: cut_strings(member, longest) for name, member in value.items()}
+    return value[:longest] if isinstance(value, str) else value
 
 
 # --------------------------------------------------------------------------------------------------
@@ -737,19 +824,21 @@ def client_address(peer: str, forwarded: str, trusted: Networks) -> str:
 
 
 class RateLimiter:
-    """Exact sliding windows: no RATE_WINDOW seconds ever admit more than `limit` of one client."""
+    """Exact sliding windows: no RATE_WINDOW seconds admit more than `limit` requests of a client."""
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit = limit
         self._clock = clock
         self._lock = threading.Lock()
-        self._windows: dict[tuple[str, bool], array.array[float]] = {}  # least recent first
+        # By client and key name, the least recently used first.
+        self._windows: dict[tuple[str, str], array.array[float]] = {}
 
-    def admit(self, client: str, has_key: bool) -> dict[str, str]:
+    def admit(self, client: str, key: str) -> dict[str, str]:
         """Count one request and return its X-RateLimit headers; none with the limit off.
 
-        Requests with the key and without have windows of their own, so that a stranger behind the
-        same address cannot lock a key holder out. Raises ApiError (429), which counts nothing.
+        key: the name of the key that was shown, "" for none. Each key has a window of its own, so
+        that a stranger behind the same address cannot lock a key holder out. Raises ApiError (429);
+        a refused request is not counted.
         """
         if not self._limit:
             return {}
@@ -757,44 +846,43 @@ class RateLimiter:
             client = str(ipaddress.IPv6Network((client, 64), strict=False))
         with self._lock:
             now = self._clock()
-            times = self._windows.pop((client, has_key), None) or array.array("d")
+            times = self._windows.pop((client, key), None) or array.array("d")
             del times[: bisect.bisect_right(times, now - RATE_WINDOW)]
-            admitted = len(times) < self._limit
-            if admitted:
+            is_admitted = len(times) < self._limit
+            if is_admitted:
                 times.append(now)
             left, reset = self._limit - len(times), math.ceil(times[0] + RATE_WINDOW - now)
-            self._windows[client, has_key] = times
-            # Invariant: the table is bounded, whoever comes from however many addresses. None of
-            # its windows is empty, and the newest stays.
+            self._windows[client, key] = times
+            # Invariant: the table is bounded, however many addresses clients come from. None of its
+            # windows is empty, and the newest stays.
             while True:
-                key, oldest = next(iter(self._windows.items()))
+                least_recent, oldest = next(iter(self._windows.items()))
                 if oldest[-1] > now - RATE_WINDOW and len(self._windows) <= MAX_CLIENTS:
                     break
-                del self._windows[key]
+                del self._windows[least_recent]
         wait = str(max(1, reset))
         numbers = {"Limit": str(self._limit), "Remaining": str(left), "Reset": wait}
         headers = {f"X-RateLimit-{name}": value for name, value in numbers.items()}
-        if not admitted:
+        if not is_admitted:
             message = f"more than {self._limit} requests in 60 seconds; retry in {wait} s"
             raise ApiError(429, message, {**headers, "Retry-After": wait})
         return headers
 
 
 # --------------------------------------------------------------------------------------------------
-# Sockets: field lines, body framing and waits, for clients and Engine alike
+# Sockets: waits with a deadline, and the framing and bodies of requests
 # --------------------------------------------------------------------------------------------------
 
-Fields = dict[str, list[str]]
-
-
-class BadMessage(ApiError):
-    """What a peer sent is not HTTP, or ended too early."""
+Fields = dict[str, list[str]]  # header values by lower-case name
 
 
 def parse_fields(block: bytes) -> Fields:
-    """Return a block's field values by lower-case name (RFC 9112 section 5). Raises BadMessage."""
+    """Return the values of a header block by lower-case name (RFC 9112 section 5).
+
+    Raises ApiError (400).
+    """
     if not FIELD_BLOCK.fullmatch(block):
-        raise BadMessage(400, "a header line is not of the form Name: value")
+        raise ApiError(400, "a header line is not of the form Name: value")
     fields: Fields = {}
     for line in block.decode("latin-1").split("\r\n")[:-2]:
         name, _, value = line.partition(":")
@@ -802,79 +890,106 @@ def parse_fields(block: bytes) -> Fields:
     return fields
 
 
-def framing(fields: Fields, otherwise: int = 0) -> int | None:
-    """Return a body's length in bytes; None for a chunked one (RFC 9112 section 6).
+def body_length(fields: Fields) -> int | None:
+    """Return the length of a request's body in bytes; None if it is chunked (RFC 9112 section 6).
 
-    otherwise: what it is with neither given. Raises BadMessage for every framing that two parsers
-    might read in two ways (400), and for a coding other than chunked (501).
+    Raises ApiError for every framing that two parsers might read in two ways (400), and for a
+    coding other than chunked (501).
     """
     lengths, codings = fields.get("content-length", []), fields.get("transfer-encoding", [])
     if len(lengths) + len(codings) > 1:
-        raise BadMessage(400, "more than one Content-Length or Transfer-Encoding")
+        raise ApiError(400, "more than one Content-Length or Transfer-Encoding")
     if codings:
         if codings[0].lower() != "chunked":
-            raise BadMessage(501, "Transfer-Encoding: only chunked is understood")
+            raise ApiError(501, "Transfer-Encoding: only chunked is understood")
         return None
     if not lengths:
-        return otherwise
+        return 0
     if not (lengths[0].isascii() and lengths[0].isdigit()):
-        raise BadMessage(400, "Content-Length must be plain digits")
+        raise ApiError(400, "Content-Length must be plain digits")
     # 18 digits are past every limit here; int() of thousands would take its time.
     return int(lengths[0].lstrip("0")[:18] or "0")
 
 
+class LengthReader:
+    """Takes a body of known length off the front of what was received."""
+
+    def __init__(self, length: int) -> None:
+        self._left = length  # bytes still to come
+        self.is_done = not length
+
+    def take(self, buffer: bytearray) -> bytes:
+        """Return the body's bytes that are there, and remove them from buffer."""
+        data = bytes(buffer[: self._left])
+        del buffer[: self._left]
+        self._left -= len(data)
+        self.is_done = not self._left
+        return data
+
+
+class ChunkedReader:
+    """Takes a chunked body (RFC 9112 section 7.1) off the front of what was received."""
+
+    def __init__(self) -> None:
+        self.is_done = False
+        self._left = 0  # bytes of the current chunk still to come
+        self._is_first = True  # only the first chunk's line follows no CRLF of a chunk before it
+        self._in_trailer = False
+
+    def take(self, buffer: bytearray) -> bytes:
+        """Return the body's bytes that are there, and remove them from buffer.
+
+        Raises ApiError (400) for bad chunked coding.
+        """
+        pieces = []
+        while not self._in_trailer:
+            piece = bytes(buffer[: self._left])
+            del buffer[: self._left]
+            pieces.append(piece)
+            self._left -= len(piece)
+            if self._left or not self._take_line(buffer):
+                return b"".join(pieces)
+        self._take_trailer(buffer)
+        return b"".join(pieces)
+
+    def _take_line(self, buffer: bytearray) -> bool:
+        """Take a chunk's size line, with the CRLF before it; return whether all of it was there."""
+        ahead = b"\r\n" if self._is_first else b""
+        line = ahead + buffer[: buffer.find(b"\n", 0 if self._is_first else 2) + 1 or None]
+        size = chunk_size(bytes(line))
+        if size is None:
+            return False
+        del buffer[: len(line) - len(ahead)]
+        self._left, self._is_first, self._in_trailer = size, False, not size
+        return True
+
+    def _take_trailer(self, buffer: bytearray) -> None:
+        """Take the trailer, whose fields are dropped, if all of it is there."""
+        block = bytes(buffer[: MAX_TRAILER + 1])
+        complete = FIELD_BLOCK.match(block)
+        trailer = complete or re.compile(PARTIAL_FIELD_BLOCK).fullmatch(block)
+        # Invariant: neither a trailer nor a chunk's line is waited for without a bound.
+        if not trailer or trailer.end() > MAX_TRAILER:
+            raise ApiError(400, "body: bad chunked coding")
+        if complete:
+            del buffer[: complete.end()]
+            self.is_done = True
+
+
 @functools.lru_cache(maxsize=512)
 def chunk_size(line: bytes) -> int | None:
-    """Return the size that a chunk's line gives, None if the line goes on. Raises BadMessage."""
+    """Return the size in a chunk's line, None if the line is incomplete. Raises ApiError (400)."""
     match = re.fullmatch(CHUNK_LINE, line)
-    # Invariant: a chunk's line is not waited for without a bound; nor is the trailer, in `feed`.
-    if len(line) > MAX_CHUNK_LINE or not (match or re.fullmatch(CHUNK_LINE_BEGUN, line)):
-        raise BadMessage(400, "body: bad chunked coding")
+    if len(line) > MAX_CHUNK_LINE or not (match or re.fullmatch(PARTIAL_CHUNK_LINE, line)):
+        raise ApiError(400, "body: bad chunked coding")
     return int(match[1], 16) if match else None
 
 
-class Body:
-    """Decodes a message body from bytes as they come; what follows it is left in `rest`."""
-
-    def __init__(self, length: int | None) -> None:  # None: chunked, RFC 9112 section 7.1
-        self.done = length == 0
-        self._chunked = length is None
-        # Each chunk's line begins with the CRLF that ends the chunk before; so does the first's.
-        self.rest = b"\r\n" if self._chunked else b""
-        self._left = length or 0  # bytes of the body, or of the chunk being read
-        self._last = False
-
-    def feed(self, data: bytes) -> bytes:
-        """Return the body's bytes in data. Raises BadMessage for bad chunked coding."""
-        data, position, pieces, left = self.rest + data, 0, [], self._left
-        length = len(data)
-        while not self._last:
-            pieces.append(data[position : position + left])
-            position += left
-            if position > length or not self._chunked:  # without chunks, all is one
-                self.done = position <= length
-                break
-            end = data.find(b"\n", position + 2) + 1 or length
-            size = chunk_size(data[position:end])
-            if size is None:
-                break
-            position, left, self._last = end, size, not size
-        if self._last:
-            whole = FIELD_BLOCK.match(data, position)
-            trailer = whole or re.compile(FIELD_BLOCK_BEGUN).fullmatch(data, position)
-            if not trailer or trailer.end() - position > MAX_TRAILER:
-                raise BadMessage(400, "body: bad chunked coding")
-            if whole:  # its fields are dropped
-                position, self.done = whole.end(), True
-        self.rest, self._left = data[position:], max(0, position - length)
-        return b"".join(pieces)
-
-
 class Interrupts(NamedTuple):
-    """Whom a wait must not outlive: a client, and (by a socket that tells of its end) the agent."""
+    """What ends a wait early: the client disconnecting, or the agent stopping."""
 
     client: Optional[socket.socket] = None
-    stop: Optional[socket.socket] = None
+    stop: Optional[socket.socket] = None  # becomes readable when the agent stops
 
     def wait_readable(self, sock: socket.socket, deadline: float) -> bool:
         """Return whether sock can be read by deadline (monotonic). Raises ClientGone, Stopping."""
@@ -882,74 +997,92 @@ class Interrupts(NamedTuple):
             return True
         poll = select.poll()  # select() cannot take descriptors past 1023
         poll.register(sock, select.POLLIN)
-        if self.client:  # its end is shut, whatever is still to be read from it
+        if self.client:  # reported even while there is something to be read from it
             poll.register(self.client, select.POLLRDHUP)
         if self.stop:
             poll.register(self.stop, select.POLLIN)
         seconds = deadline - time.monotonic()
         ready = {descriptor for descriptor, _ in poll.poll(max(0, math.ceil(seconds * 1000)))}
         if self.stop and self.stop.fileno() in ready:
-            raise Stopping(503, "the agent is being stopped; try again later")
+            raise Stopping(503, "the agent is stopping; try again later")
         if sock.fileno() in ready or not ready:
             return bool(ready)
-        # The client has gone, or has shut only its half of the connection (nc -N): who waits for
-        # an answer gets what comes soon.
+        # The client has disconnected, or has shut down only its own half of the connection (as
+        # nc -N does) and still waits for the response. So it gets what comes soon.
         patience = time.monotonic() + HALF_CLOSED
-        came = self._replace(client=None).wait_readable(sock, min(deadline, patience))
-        if not came and patience <= deadline:
+        is_readable = self._replace(client=None).wait_readable(sock, min(deadline, patience))
+        if not is_readable and patience <= deadline:
             raise ClientGone
-        return came
+        return is_readable
 
 
 NEVER = Interrupts()
 
 
-def receive(sock: socket.socket, deadline: float, interrupts: Interrupts = NEVER) -> bytes:
-    """Return what comes next, b"" at the end. Raises socket.timeout past deadline (monotonic)."""
-    sock.setblocking(False)  # for a TLS socket can be readable with nothing in it for us
+def receive(
+    sock: socket.socket, deadline: float, interrupts: Interrupts = NEVER, size: int = RECV_SIZE
+) -> bytes:
+    """Return the next bytes of a non-blocking socket, b"" at the end.
+
+    Raises socket.timeout past deadline (monotonic), OSError, ClientGone and Stopping.
+    """
     # Invariant: a peer that never stops sending is held to the deadline, too.
     while interrupts.wait_readable(sock, deadline) and time.monotonic() < deadline:
+        # A TLS socket can be readable with nothing in it for us.
         with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
-            return sock.recv(RECV_SIZE)
+            return sock.recv(size)
     raise socket.timeout("timed out")
 
 
-def connect(address: Address, tls: ssl.SSLContext | None) -> socket.socket:
-    """Return a socket connected to an address, TLS done. Raises OSError or ValueError."""
-    with contextlib.ExitStack() as on_error:
-        if address.path:
-            sock = on_error.enter_context(socket.socket(socket.AF_UNIX))
-            # Not settimeout(), with which a full backlog is an error at once.
-            patience = struct.pack("@qq", int(CONNECT_TIMEOUT), 0)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
-            sock.connect(address.path)
-            sock.settimeout(CONNECT_TIMEOUT)
-        else:
-            there = (address.host, address.port)
-            sock = on_error.enter_context(socket.create_connection(there, CONNECT_TIMEOUT))
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if tls:
-            # Invariant: the Engine's certificate is verified, and is for the host asked for.
-            sock = tls.wrap_socket(sock, server_hostname=address.host or None)
-        on_error.pop_all()
-    return sock
+def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
+    """Send a first part of data on a non-blocking socket; return its size in bytes.
+
+    Raises socket.timeout if the peer takes nothing until deadline (monotonic), and OSError.
+    """
+    while True:
+        try:
+            return sock.send(data)
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            events = select.POLLOUT
+        except ssl.SSLWantReadError:  # a TLS peer changes its keys
+            events = select.POLLIN
+        poll = select.poll()
+        poll.register(sock, events)
+        if not poll.poll(max(0, math.ceil((deadline - time.monotonic()) * 1000))):
+            raise socket.timeout("timed out")
 
 
 # --------------------------------------------------------------------------------------------------
-# HTTP handler: read the head, limit, authorise, route, read the body, answer
+# HTTP handler: read the head, limit, authorise, route, read the body, respond
 # --------------------------------------------------------------------------------------------------
 
+PUBLIC = "public"  # the permission of a route that needs no key
 
-class Request(NamedTuple):
-    """One request, checked."""
 
-    key: Key
-    interrupts: Interrupts
-    name: str  # {id} in the path
-    query: Json
-    body: Json
-    fields: Fields
-    target: Json  # what is acted upon, for the log: {"id", "name"}, {"image"}, {"path"}...
+class Request:
+    """One request, and what becomes of it; set step by step, in the order of Connection.answer."""
+
+    def __init__(self, client: str, interrupts: Interrupts, slots: Collection[Slot]) -> None:
+        self.started = time.monotonic()
+        self.id = secrets.token_hex(8)
+        self.client = client  # the address that the limiter and the log know
+        self.interrupts = interrupts
+        self.slots = slots  # all connections being served
+        self.method = ""
+        self.minor = 1  # of the HTTP version
+        self.path = ""  # as it was sent, with the query
+        self.fields: Fields = {}
+        self.length: int | None = 0  # of the body in bytes; None if it is chunked
+        self.is_unread = True  # until the end of the body is known and reached
+        self.key = STRANGER  # until a valid key was shown
+        self.limit_headers: Mapping[str, str] = {}
+        self.route: Route | None = None
+        self.name = ""  # the parameter in the path
+        self.query: Json = {}
+        self.body: Json = {}
+        self.target: Json = {}  # what is acted upon, for the log: {"id", "name"}, {"path"}...
+        self.status = 0  # once a response has begun
+        self.sent = 0  # bytes of the response's body
 
     def header(self, name: str) -> str:
         """Return a header's value, "" if it is absent. Raises ApiError (400) if it is repeated."""
@@ -958,56 +1091,61 @@ class Request(NamedTuple):
             raise ApiError(400, f"{name}: is given more than once")
         return values[0]
 
+    def log_fields(self) -> Json:
+        """Return the request's fields of a log line."""
+        # Invariant: no path as sent, query, header or body is among them.
+        fields: Json = {"method": self.method[:16], "route": self.route.path if self.route else ""}
+        fields.update(status=self.status, request_id=self.id, client_ip=self.client)
+        if self.key.name:
+            fields.update(key=self.key.name, target=self.target)
+        return fields
+
 
 class Response(NamedTuple):
-    """An answer: bytes, or a stream of them. Anything else but bytes is sent as JSON."""
+    """A response: bytes, or a stream of them. A body other than bytes is sent as JSON."""
 
     body: Any = b""
     status: int = 200
     headers: Mapping[str, str] = {}
-    stream: Optional[Stream] = None
-
-
-PUBLIC, KEY = "public", "key"
+    stream: Optional[Generator[bytes, None, None]] = None
 
 
 class Route(NamedTuple):
     """All that is known of one operation."""
 
     method: str
-    path: str  # "{id}" stands for a container's id or name
+    path: str  # "{id}" stands for a container's id or name, "{name}" for a name
     endpoint: Callable[[Request, Any], Response]
-    permission: str = KEY
+    permission: str  # the word that a limited key must name, or PUBLIC
     body: Optional[Schema] = None  # None: a body is refused
     query: Schema = NOTHING
 
 
-def split_target(target: str) -> tuple[list[str], str]:
-    """Return a request target's path segments, decoded once, and its query."""
-    target = re.sub("(?i)^https?://[^/?]*", "", target)  # RFC 9112 section 3.2.2, "absolute-form"
-    path, _, query = target.partition("?")
+def split_path_and_query(path: str) -> tuple[list[str], str]:
+    """Return the segments of a request's path, percent-decoded once, and its query."""
+    path = ABSOLUTE_FORM.sub("", path)
+    path, _, query = path.partition("?")
     return [unquote(segment, errors="replace") for segment in path.split("/")], query
 
 
-def is_api(segments: list[str]) -> bool:
-    """Return whether a path is under /api/v1, where nothing is told without the key."""
-    return segments[:3] == API.split("/")
-
-
 def find_route(routes: Iterable[Route], method: str, segments: list[str]) -> tuple[Route, str]:
-    """Return a route and the {id} in its path. Raises ApiError (404, 405)."""
+    """Return a route and the parameter in its path. Raises ApiError (400, 404, 405)."""
     allowed: list[str] = []
     for route in routes:
         template = route.path.split("/")
         if len(template) != len(segments):
             continue
-        if all(a in ("{id}", b) for a, b in zip(template, segments)):
+        if all(part[:1] == "{" or part == given for part, given in zip(template, segments)):
             methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
             if method in methods:
-                return route, dict(zip(template, segments)).get("{id}", "")
+                names = [given for part, given in zip(template, segments) if part[:1] == "{"]
+                # Invariant: only what matches reaches an Engine URL, and it is quoted there anyway.
+                if names and not re.fullmatch(CONTAINER, names[0]):
+                    raise ApiError(400, f"an id or name in the path is {NAME_RULE}")
+                return route, "".join(names)
             allowed += methods
     if allowed:
-        options = ", ".join(allowed)
+        options = ", ".join(dict.fromkeys(allowed))
         raise ApiError(405, f"use {options} here", {"Allow": options})
     raise ApiError(404, "there is nothing at this path; the README lists the endpoints")
 
@@ -1015,52 +1153,64 @@ def find_route(routes: Iterable[Route], method: str, segments: list[str]) -> tup
 http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
-class Handler(socketserver.BaseRequestHandler):
-    """One connection: its requests one after the other, each logged.
+class Connection(socketserver.BaseRequestHandler):
+    """One connection: its requests, one after the other, each logged.
 
-    Not http.server's BaseHTTPRequestHandler: nothing of its lax parser or HTML errors is reachable.
+    Not http.server's BaseHTTPRequestHandler: none of its lax parsing or HTML errors is reachable.
     """
 
     server: Server
-    buffer = b""  # received, and not taken yet
-    keep = True
-    answered = False  # so that the last answer is given time to be read
 
-    def handle(self) -> None:
-        self.sock: socket.socket = self.request
+    def setup(self) -> None:
+        self.slot: Slot = self.request
+        self.sock = self.slot.sock
+        self.buffer = bytearray()  # received, and not yet taken
+        self.is_kept = True  # for another request
+        self.has_answered = False  # so that the last response is given time to be read
+        self.sock.setblocking(False)
         if self.sock.family != socket.AF_UNIX:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A client whose machine has died is given up after as long as one that reads nothing.
+            # A client whose machine has died is dropped as soon as one that reads nothing.
             timeout = int(WRITE_TIMEOUT * 1000)
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
-        deadline = time.monotonic() + HEAD_TIMEOUT
-        if tls := self.server.config.server_tls:
-            self.keep = self.shake_hands(tls, deadline)
-        while self.keep and self.wait_for_request(deadline):
-            self.serve()
-            deadline = time.monotonic() + IDLE_TIMEOUT
 
-    def shake_hands(self, tls: ssl.SSLContext, deadline: float) -> bool:
-        """Return whether the connection is a TLS one by now."""
+    def handle(self) -> None:
+        deadline = time.monotonic() + HEAD_TIMEOUT
+        if context := self.server.config.server_tls:
+            self.is_kept = self.shake_hands(context, deadline)
+        while self.is_kept and self.wait_for_request(deadline):
+            self.serve()
+            is_known = self.slot.key is not STRANGER
+            deadline = time.monotonic() + (IDLE_TIMEOUT if is_known else STRANGER_IDLE_TIMEOUT)
+
+    def shake_hands(self, context: ssl.SSLContext, deadline: float) -> bool:
+        """Return whether the connection is a TLS one now."""
+        interrupts = Interrupts(stop=self.server.stopping)
         try:
-            if Interrupts(stop=self.server.stopping).wait_readable(self.sock, deadline):
-                self.sock.settimeout(max(0.001, deadline - time.monotonic()))
-                self.sock = tls.wrap_socket(self.sock, server_side=True)
-                return True
+            self.sock = self.slot.sock = context.wrap_socket(
+                self.sock, server_side=True, do_handshake_on_connect=False
+            )
+            while interrupts.wait_readable(self.sock, deadline):
+                with contextlib.suppress(ssl.SSLWantReadError):
+                    self.sock.do_handshake()
+                    # Invariant: nothing is read before the handshake has happened. Some Pythons
+                    # skip it for a socket that was reset, and read plain text (CVE-2023-40217).
+                    return self.sock.version() is not None
         except (Stopping, OSError, ValueError) as error:
             self.server.log("debug", "handshake failed", error=describe(error))
         return False
 
     def finish(self) -> None:
-        """Half-close, then drain: no reset may take an answer away (RFC 9112 section 9.6)."""
+        """Half-close, then drain: a reset would discard the response (RFC 9112 section 9.6)."""
         with contextlib.suppress(OSError, ValueError), contextlib.closing(self.sock):
             deadline = time.monotonic() + LINGER_TIMEOUT
             if isinstance(self.sock, ssl.SSLSocket):
-                self.sock.settimeout(1.0)
                 with contextlib.suppress(OSError, ValueError):
+                    self.sock.settimeout(1.0)
                     self.sock = self.sock.unwrap()
+                self.sock.setblocking(False)
             self.sock.shutdown(socket.SHUT_WR)
-            while self.answered and receive(self.sock, deadline):
+            while self.has_answered and receive(self.sock, deadline):
                 pass
 
     def wait_for_request(self, deadline: float) -> bool:
@@ -1068,49 +1218,50 @@ class Handler(socketserver.BaseRequestHandler):
         with contextlib.suppress(OSError, Stopping):
             while True:
                 begun = EMPTY_LINES.sub(b"", self.buffer)
-                # Invariant: even empty lines are taken up to a bound only.
+                # Invariant: even empty lines are taken only up to a bound.
                 if len(self.buffer) - len(begun) > MAX_REQUEST_LINE:
                     break
                 if begun not in (b"", b"\r"):
-                    self.buffer = begun
+                    self.buffer = bytearray(begun)
                     return True
-                if not (
-                    data := receive(self.sock, deadline, Interrupts(stop=self.server.stopping))
-                ):
+                interrupts = Interrupts(stop=self.server.stopping)
+                if not (data := receive(self.sock, deadline, interrupts)):
                     break
                 self.buffer += data
-        self.answered = self.answered and NEVER.wait_readable(
-            self.sock, 0
-        )  # else there is no more to read
+        # Only a client that is still sending could have its response discarded.
+        self.has_answered = self.has_answered and NEVER.wait_readable(self.sock, 0)
         return False
 
     def serve(self) -> None:
-        """EngineResponse one request and log it. The one place where errors become answers."""
-        started = time.monotonic()
-        self.id = secrets.token_hex(8)
-        self.method, self.path, self.client = "", "", self.client_address
-        self.headers: dict[str, str] = {}
-        self.minor, self.status, self.sent = 1, 0, 0
-        self.unread = True  # until the request's end is known and reached
+        """Answer one request and log it. The one place where errors become responses."""
+        interrupts = Interrupts(self.sock, self.server.stopping)
+        request = Request(self.client_address, interrupts, self.server.slots)
+        error = ""
         try:
             try:
-                self.respond(self.answer(self.read_head()))
-            except ApiError as error:
-                self.respond_error(error)
+                self.respond(request, self.answer(request))
+            except ApiError as refusal:
+                error = refusal.message
+                self.respond_error(request, refusal)
         except ClientGone:
-            self.keep = False
-        except Exception as error:
-            self.server.log("error", "bug", request_id=self.id, traceback=describe_bug(error))
+            self.is_kept = False
+        except Exception as bug:
+            self.server.log("error", "bug", request_id=request.id, traceback=describe_bug(bug))
+            error = f"an internal error; the agent's log has it under {request.id}"
             with contextlib.suppress(ClientGone):
-                message = f"an error of the agent's own; its log has it under {self.id}"
-                self.respond_error(ApiError(500, message))
-        fields: Json = {"method": self.method, "path": self.path, "status": self.status}
-        fields["latency_ms"] = round((time.monotonic() - started) * 1000, 3)
-        fields.update(request_id=self.id, client_ip=self.client, bytes=max(0, self.sent))
-        self.server.log("error" if self.status >= 500 else "info", "request", **fields)
+                self.respond_error(request, ApiError(500, error))
+        finally:
+            self.server.end_answer(self.slot)
+        seconds = time.monotonic() - request.started
+        fields = {**request.log_fields(), "latency_ms": round(seconds * 1000, 3)}
+        fields["bytes"] = max(0, request.sent)
+        if error:
+            fields["error"] = error
+        self.server.log("error" if request.status >= 500 else "info", "request", **fields)
+        self.server.observe(request, seconds)
 
-    def receive_more(self, deadline: float, what: str, interrupts: Interrupts) -> bytes:
-        """Return more of the request. Raises ApiError (400, 408) or ClientGone."""
+    def receive_more(self, deadline: float, what: str, interrupts: Interrupts) -> None:
+        """Add more of the request to the buffer. Raises ApiError (400, 408) or ClientGone."""
         try:
             data = receive(self.sock, deadline, interrupts)
         except socket.timeout as error:
@@ -1119,10 +1270,10 @@ class Handler(socketserver.BaseRequestHandler):
             raise ClientGone from error
         if not data:
             raise ApiError(400, f"the connection ended within the {what}")
-        return data
+        self.buffer += data
 
     def head_until(self, end: bytes, limit: int, status: int, what: str, deadline: float) -> bytes:
-        """Return what is before end; take neither. Raises ApiError as soon as it can be told."""
+        """Return the bytes before end; remove neither. Raises ApiError as early as possible."""
         scanned = 0  # so that a head in tiny pieces costs no more
         while True:
             # Invariant: the head is bounded before any of it is looked at. What may be the
@@ -1133,180 +1284,217 @@ class Handler(socketserver.BaseRequestHandler):
             if LONE_CONTROL.search(part + found, scanned):
                 raise ApiError(400, "the head has a bare CR, a bare LF or a NUL in it")
             if found:
-                return part
+                return bytes(part)
             scanned = len(part) - 1
-            self.buffer += self.receive_more(
-                deadline, "head", Interrupts(stop=self.server.stopping)
-            )
+            self.receive_more(deadline, "head", Interrupts(stop=self.server.stopping))
 
-    def read_head(self) -> Fields:
-        """Take the next request's head out of the buffer, return its fields. Raises ApiError."""
+    def read_head(self, request: Request) -> None:
+        """Take the next request's head from the buffer. Raises ApiError."""
         deadline = time.monotonic() + HEAD_TIMEOUT
+        if self.buffer.startswith(b"HEAD "):
+            request.method = "HEAD"  # not even a response that refuses its head has a body
         line = self.head_until(b"\r\n", MAX_REQUEST_LINE, 414, "request line is", deadline)
         # Invariant: the head is matched by the grammar before any other code sees it.
         match = REQUEST_LINE.fullmatch(line)
         if not match:
             raise ApiError(400, "the request line is not of the form: GET /path HTTP/1.1")
-        self.method, self.path, version = (part.decode() for part in match.groups())
+        request.method, request.path, version = (part.decode() for part in match.groups())
         if version not in ("1.0", "1.1"):
-            raise ApiError(505, "only HTTP/1.0 and HTTP/1.1 are spoken here")
-        self.minor = int(version[-1])
-        self.buffer = self.buffer[len(line) :]  # its CRLF stays: it ends a head without fields
+            raise ApiError(505, "use HTTP/1.1 or HTTP/1.0")
+        request.minor = int(version[-1])
+        del self.buffer[: len(line)]  # its CRLF stays: it ends a head without headers
         block = self.head_until(b"\r\n\r\n", MAX_FIELD_BLOCK, 431, "headers are", deadline)
-        self.buffer = self.buffer[len(block) + 4 :]
+        del self.buffer[: len(block) + 4]
         if block.count(b"\n") > MAX_FIELDS:
             raise ApiError(431, f"there are more than {MAX_FIELDS} headers")
-        return parse_fields((block + b"\r\n\r\n")[2:])
+        request.fields = parse_fields((block + b"\r\n\r\n")[2:])
 
-    def check_head(self, fields: Fields) -> int | None:
-        """Note who asks; return the body's length, None if chunked. Raises ApiError (400, 501).
+    def check_head(self, request: Request) -> None:
+        """Take from the headers who asks, and how long the body is. Raises ApiError (400, 501).
 
-        What two parsers may frame differently is refused: behind a proxy it smuggles requests in.
+        Framing that two parsers may read differently is refused: behind a proxy it would smuggle
+        requests in.
         """
+        fields = request.fields
         own = ",".join(fields.get("x-request-id", []))
-        if re.fullmatch(REQUEST_ID, own) and self.server.log.redact(own, SHORT_KEY) == own:
-            self.id = own
+        if re.fullmatch(REQUEST_ID, own):
+            request.id = own
         if forwarded := ",".join(fields.get("x-forwarded-for", [])):
             trusted = self.server.config.trusted_proxies
-            self.client = client_address(self.client_address, forwarded, trusted)
+            request.client = client_address(request.client, forwarded, trusted)
         hosts = fields.get("host", [])
-        if len(hosts) > 1 or (self.minor and not hosts):
+        if len(hosts) > 1 or (request.minor and not hosts):
             raise ApiError(400, "Host: must be given once")
         if not HOST_VALUE.fullmatch("".join(hosts)):
             raise ApiError(400, "Host: is not a host and port")
-        if not self.minor and "transfer-encoding" in fields:
+        target = ABSOLUTE_FORM.match(request.path)
+        if target and not (target[1] and HOST_VALUE.fullmatch(target[1])):
+            raise ApiError(400, "the request line has no valid host in it")
+        if not request.minor and "transfer-encoding" in fields:
             raise ApiError(400, "Transfer-Encoding: HTTP/1.0 has none")
-        length = framing(fields)
-        self.unread = length != 0
+        request.length = body_length(fields)
+        request.is_unread = request.length != 0
         options = ",".join(fields.get("connection", [])).lower().split(",")
-        self.keep = self.minor == 1 and "close" not in map(str.strip, options)
-        return length
+        self.is_kept = request.minor == 1 and "close" not in map(str.strip, options)
 
-    def answer(self, fields: Fields) -> Response:
-        """Check one request, in the order that tells a stranger least, and have it answered."""
-        length = self.check_head(fields)
-        segments, query = split_target(self.path)
-        if is_api(segments):
-            self.authorise(fields)
-        route, name = find_route(self.server.routes, self.method, segments)
-        # Read off the table: whatever is not public has been authorised above.
-        if route.permission != PUBLIC and not is_api(segments):
-            raise ApiError(401, "this path needs the key")
-        if "{id}" in route.path:
-            container_path(name)
-        parameters = decode_query(query, route.query)
-        body = self.read_body(fields, route, length)
-        interrupts = Interrupts(self.sock, self.server.stopping)
-        request = Request(MASTER, interrupts, name, parameters, body, fields, {})
-        return route.endpoint(request, self.server.agent)
+    def answer(self, request: Request) -> Response:
+        """Check one request, in the order that reveals least to a stranger, and answer it."""
+        self.read_head(request)
+        self.check_head(request)
+        self.server.begin_answer(self.slot)
+        segments, query = split_path_and_query(request.path)
+        is_public = segments[:3] != API.split("/") and segments != ["", "metrics"]
+        if not is_public:
+            self.authorise(request)
+        request.route, request.name = find_route(self.server.routes, request.method, segments)
+        if is_public:
+            # Invariant: nothing a stranger sent is repeated to him, so no name in his query is.
+            if query or request.length != 0:
+                raise ApiError(400, "neither a query nor a body is taken here")
+            return request.route.endpoint(request, self.server.agent)
+        permit(request.key, request.route.permission)
+        request.query = decode_query(query, request.route.query)
+        self.read_body(request, request.route)
+        decide(request, self.server.agent.ask)
+        return request.route.endpoint(request, self.server.agent)
 
-    def authorise(self, fields: Fields) -> None:
-        """Count the request and check its key. Raises ApiError (401, 429)."""
-        keys = [value.encode("latin-1") for value in fields.get("x-api-key", [])]
-        # Invariant: the one place where keys are compared: on bytes, in constant time.
-        valid = len(keys) == 1 and hmac.compare_digest(keys[0], self.server.config.api_key)
-        self.headers = self.server.limiter.admit(self.client, valid)
-        if not valid:
-            rule = "is wrong" if len(keys) == 1 else "must be given once"
-            headers = {"WWW-Authenticate": 'ApiKey realm="dockeragent", header="X-API-Key"'}
-            raise ApiError(401, f"X-API-Key: {rule}", headers)
+    def authorise(self, request: Request) -> None:
+        """Count the request and find its key. Raises ApiError (401, 429, 503)."""
+        shown = request.fields.get("x-api-key", [])
+        for value in request.fields.get("authorization", []):
+            scheme, _, credentials = value.partition(" ")
+            if scheme.lower() == "bearer":  # another scheme is a proxy's concern
+                shown = [*shown, credentials.strip(" ")]
+        if len(shown) == 1:
+            request.key = find_key(self.server.config.keys, shown[0].encode("latin-1"))
+        request.limit_headers = self.server.limiter.admit(request.client, request.key.name)
+        if request.key is STRANGER:
+            problem = "the key is wrong" if shown else "a key is needed"
+            if len(shown) > 1:
+                problem = "the key is given more than once; send it once"
+            message = f"{problem}: X-API-Key: KEY, or Authorization: Bearer KEY"
+            raise ApiError(401, message, {"WWW-Authenticate": 'Bearer realm="dockeragent"'})
+        if not self.server.note_key(self.slot, request.key):
+            self.is_kept = False
+            message = f"key {request.key.name} has too many connections; close some of them"
+            raise ApiError(503, message, {"Retry-After": "1"})
 
-    def read_body(self, fields: Fields, route: Route, length: int | None) -> Json:
-        """Return the checked JSON of the body, {} if the route takes none. Raises ApiError."""
-        expected = [value.lower() for value in fields.get("expect", ()) if self.minor]
+    def read_body(self, request: Request, route: Route) -> None:
+        """Read and check the JSON of the body. Raises ApiError or ClientGone."""
+        expected = [value.lower() for value in request.fields.get("expect", ()) if request.minor]
         if expected not in ([], ["100-continue"]):
             raise ApiError(417, "Expect: only 100-continue is understood")
-        if length is not None and length > MAX_BODY:
+        if request.length is not None and request.length > MAX_BODY:
             raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
         if route.body is None:
-            if length != 0:
+            if request.length != 0:
                 raise ApiError(400, "body: none is taken here")
-            return {}
-        if expected and length != 0 and not self.buffer:
-            self.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            self.sent = 0
-        deadline, body = time.monotonic() + BODY_TIMEOUT, Body(length)
-        received = bytearray(body.feed(self.buffer))
-        while len(received) <= MAX_BODY and not body.done:
-            received += body.feed(self.receive_more(deadline, "body", NEVER))
+            return
+        if expected and request.length != 0 and not self.buffer:
+            self.write(request, b"HTTP/1.1 100 Continue\r\n\r\n")
+        deadline = time.monotonic() + BODY_TIMEOUT
+        length = request.length
+        reader = ChunkedReader() if length is None else LengthReader(length)
+        received = bytearray(reader.take(self.buffer))
+        while len(received) <= MAX_BODY and not reader.is_done:
+            self.receive_more(deadline, "body", NEVER)
+            received += reader.take(self.buffer)
         if len(received) > MAX_BODY:
             raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
-        data, self.buffer = bytes(received), body.rest
-        self.unread = False
-        if not route.body["required"] and data.strip(b" \t\r\n") in (b"", b"null"):
-            return {}
-        checked: Json = validate(route.body, decode_json(data))
-        return checked
+        request.is_unread = False
+        data = bytes(received)
+        if route.body["required"] or data.strip(b" \t\r\n") not in (b"", b"null"):
+            request.body = validate(route.body, decode_json(data))
 
-    def respond_error(self, error: ApiError) -> None:
-        if not self.path and self.buffer.startswith(b"HEAD "):
-            self.method = "HEAD"  # not even an answer that refuses one has a body
-        if self.status:  # a head is out: nothing but the missing end can tell now
-            self.keep = False
-            level = "warning" if error.status < 500 else "error"
-            self.server.log(level, "broken off", request_id=self.id, error=error.message)
+    def respond_error(self, request: Request, error: ApiError) -> None:
+        if request.status:  # the head was sent: only the missing end of the body can tell now
+            self.is_kept = False
             return
-        # Invariant: no answer holds the key, not even one that repeats what a client sent. But from
-        # what is missing there, a stranger could tell that he has guessed a short one.
-        body = envelope(error.status, self.server.log.redact(error.message, SHORT_KEY))
-        self.respond(Response(body, error.status, error.headers))
+        body = envelope(error)
+        self.respond(request, Response(body, error.status, error.headers))
 
-    def respond(self, response: Response) -> None:
-        """Send an answer. Raises ClientGone, and ApiError from within a stream."""
+    def respond(self, request: Request, response: Response) -> None:
+        """Send a response. Raises ClientGone, and ApiError from within a stream."""
         if response.stream is None:
-            as_is = isinstance(response.body, bytes)
-            body = response.body if as_is else encode_json(response.body) + b"\n"
-            self.send_head(response, {"Content-Length": str(len(body))}, body)
+            is_bytes = isinstance(response.body, bytes)
+            body = response.body if is_bytes else encode_json(response.body) + b"\n"
+            self.send_head(request, response, {"Content-Length": str(len(body))}, body)
             return
+        chunk = to_chunk if request.minor else bytes
         with contextlib.closing(response.stream) as stream:
-            pieces = filter(None, stream)  # an empty chunk is the last
-            first = self.chunk(next(pieces))
-            self.send_head(response, {"Transfer-Encoding": "chunked"} if self.minor else {}, first)
-            if self.method == "HEAD":
+            pieces = filter(None, stream)  # an empty chunk would be the last
+            first = chunk(next(pieces))
+            framed = {"Transfer-Encoding": "chunked"} if request.minor else {}
+            self.slot.is_streaming = True
+            request.status = response.status
+            self.server.log("info", "stream", **request.log_fields())
+            self.send_head(request, response, framed, first)
+            if request.method == "HEAD":
                 return
             self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, STREAM_BUFFER)
             for piece in itertools.chain(pieces, (b"",)):
-                self.write(self.chunk(piece))
+                self.write(request, chunk(piece))
 
-    def chunk(self, data: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(data), data) if self.minor else data
-
-    def send_head(self, response: Response, framed: Mapping[str, str], body: bytes) -> None:
-        """Send the head and what there is of the body, which a HEAD is not sent."""
-        # Invariant: after an answer that leaves body bytes unread, the connection closes.
-        self.keep = self.keep and not self.unread
-        self.status = response.status
-        headers = {"Content-Type": "application/json", "Cache-Control": "no-store", **self.headers}
-        headers |= {**response.headers, **framed}
-        if not self.keep:
+    def send_head(
+        self, request: Request, response: Response, framed: Mapping[str, str], body: bytes
+    ) -> None:
+        """Send the head and the first part of the body (no body for HEAD)."""
+        # Invariant: after a response that leaves body bytes unread, the connection closes.
+        self.is_kept = self.is_kept and not request.is_unread
+        request.status = response.status
+        headers = {"Content-Type": "application/json", "Cache-Control": "no-store"}
+        headers |= {**request.limit_headers, **response.headers, **framed}
+        if not self.is_kept:
             headers["Connection"] = "close"
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        # No text of the request's is in it that no regex passed.
+        # No text from the request is in it that has not matched a pattern.
         head = (
-            f"HTTP/1.1 {self.status} {PHRASES[self.status]}\r\n{lines}X-Request-ID: {self.id}\r\n"
-            f"Date: {http_date(int(time.time()))}\r\nX-Content-Type-Options: nosniff\r\n\r\n"
+            f"HTTP/1.1 {request.status} {PHRASES[request.status]}\r\n{lines}"
+            f"X-Request-ID: {request.id}\r\nDate: {http_date(int(time.time()))}\r\n"
+            "X-Content-Type-Options: nosniff\r\n\r\n"
         ).encode("latin-1")
-        self.sent = -len(head)  # so that the body's bytes are counted
-        self.write(head + (b"" if self.method == "HEAD" else body))
+        request.sent = -len(head)  # so that the body's bytes are counted
+        self.write(request, head + (b"" if request.method == "HEAD" else body))
 
-    def write(self, data: bytes) -> None:
-        """Send data. Raises ClientGone when the client hangs up or takes nothing for too long."""
+    def write(self, request: Request, data: bytes) -> None:
+        """Send data. Raises ClientGone when the client disconnects or reads nothing for too long.
+
+        Responses to strangers are small and always fit the socket's buffer, so one that does not
+        read is dropped at once: he must not hold his connection's slot.
+        """
         left = memoryview(data)
-        self.answered = True
+        self.has_answered = True
+        patience = 0 if self.slot.key is STRANGER else WRITE_TIMEOUT
         try:
-            self.sock.settimeout(WRITE_TIMEOUT)
             while left:
-                size = self.sock.send(left)
-                self.sent += size
+                size = send(self.sock, left, time.monotonic() + patience)
+                request.sent += size
                 left = left[size:]
         except OSError as error:
-            self.answered = False
+            self.has_answered = False
             raise ClientGone from error
+
+
+def to_chunk(data: bytes) -> bytes:
+    """Return data as one chunk (RFC 9112 section 7.1); the last chunk if it is empty."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 # --------------------------------------------------------------------------------------------------
 # Server: connection slots, stop and wait
 # --------------------------------------------------------------------------------------------------
+
+
+class Slot:
+    """A connection's right to a thread, and what decides whether it must make room for another."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.key = STRANGER  # the last valid key that was shown on it
+        self.since = time.monotonic()  # it was opened, or its last complete request came
+        self.is_answering = False
+        self.is_revoked = False  # another connection has it now
+        self.is_streaming = False
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -1319,54 +1507,103 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(
         self,
         config: Config,
-        engine: Engine,
         log: Log,
         listener: socket.socket,
         routes: Iterable[Route],
         agent: Any,
+        observe: Callable[[Request, float], None],
     ) -> None:
-        super().__init__(("", 0), Handler, bind_and_activate=False)
+        """agent: what the endpoints act upon. observe: is told each request and its seconds."""
+        super().__init__(("", 0), Connection, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
-        self.config, self.engine, self.log = config, engine, log
-        self.routes, self.agent = routes, agent
+        self.config, self.log, self.routes = config, log, routes
+        self.agent, self.observe = agent, observe
         self.limiter = RateLimiter(config.rate_limit)
-        self.active: set[socket.socket] = set()  # connections being served
+        self.slots: set[Slot] = set()
         self.stopping, self._stop = socket.socketpair()  # the first can be read once we stop
+        self._lock = threading.Lock()  # of the slots
         self._refused: collections.deque[tuple[float, socket.socket]] = collections.deque()
 
-    def get_request(self) -> tuple[socket.socket, str]:
-        """Return a connection and the client's IP address, "unix" over a Unix socket."""
+    def get_request(self) -> tuple[Any, str]:
+        """Return a connection's slot and the client's IP address, "unix" over a Unix socket."""
         try:
             sock, address = self.socket.accept()
-            return sock, client_address(address[0] if isinstance(address, tuple) else "", "", ())
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 time.sleep(0.1)  # the connection stays queued; do not spin until one ends
             raise
+        return Slot(sock), client_address(address[0] if isinstance(address, tuple) else "", "", ())
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a thread for a connection, or refuse it, without blocking the next one."""
-        # Invariant: no more threads than MAX_CONNECTIONS, however many connect: one thread adds.
-        if len(self.active) < self.config.max_connections:
-            self.active.add(request)
+        # Invariant: never more slots than MAX_CONNECTIONS. Only this thread adds one.
+        if len(self.slots) < self.config.max_connections or self._make_room():
+            self.slots.add(request)
             try:
                 super().process_request(request, client_address)
                 return
-            except RuntimeError:  # no thread to be had
-                self.active.discard(request)
-        self._refuse(request, client_address)
+            except RuntimeError:  # no thread can be started
+                self.slots.discard(request)
+        self._refuse(request.sock, client_address)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.active.discard(request)
+            self.slots.discard(request)
+
+    def shutdown_request(self, request: Any) -> None:
+        request.sock.close()
+
+    def _make_room(self) -> bool:
+        """Revoke the slot of the stranger who has gone longest without a complete request.
+
+        Invariant: strangers cannot keep a key holder out by holding connections. Returns False if
+        each connection has shown a valid key or is being answered.
+        """
+        with self._lock:
+            slots = [s for s in list(self.slots) if s.key is STRANGER and not s.is_answering]
+            if not slots:
+                return False
+            slot = min(slots, key=lambda slot: slot.since)
+            slot.is_revoked = True
+            self.slots.discard(slot)
+            # The connection's own thread closes it: here the descriptor could be another's by now.
+            # Not SSLSocket.shutdown, after which that thread would read plain text.
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(slot.sock, socket.SHUT_RDWR)
+        return True
+
+    def begin_answer(self, slot: Slot) -> None:
+        """Note that a complete request came. Raises ClientGone if its slot has been revoked."""
+        with self._lock:
+            slot.since, slot.is_answering = time.monotonic(), True
+            if slot.is_revoked:
+                raise ClientGone
+
+    def end_answer(self, slot: Slot) -> None:
+        slot.is_answering = slot.is_streaming = False
+
+    def note_key(self, slot: Slot, key: Key) -> bool:
+        """Note that a valid key was shown on a connection; return whether the key may have it.
+
+        Invariant: one limited key cannot keep the others out. It holds at most a quarter of all
+        connections.
+        """
+        with self._lock:
+            if slot.key is not key and not key.master:
+                held = sum(other.key is key for other in list(self.slots))
+                if held >= max(1, self.config.max_connections // 4):
+                    return False
+            slot.key = key
+        return True
 
     def _refuse(self, request: socket.socket, client: str) -> None:
-        """Send a 503 without waiting, and leave the connection for a moment so that it is read."""
+        """Send a 503 without waiting, and leave the connection open a moment so that it is read."""
         request_id = secrets.token_hex(8)
-        body = encode_json(envelope(503, "too many connections; try again later")) + b"\n"
+        message = "too many connections; try again later"
+        body = encode_json(envelope(ApiError(503, message))) + b"\n"
         head = (
             "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n"
@@ -1374,17 +1611,18 @@ class Server(http.server.ThreadingHTTPServer):
         )
         with contextlib.suppress(OSError):
             request.setblocking(False)
-            if not self.config.server_tls:  # without a handshake a TLS client can be told nothing
+            if not self.config.server_tls:  # nothing can be sent before a handshake
                 request.send(head.encode() + body)
             request.shutdown(socket.SHUT_WR)
         self._refused.append((time.monotonic() + 1, request))
-        fields = {"method": "", "path": "", "status": 503, "latency_ms": 0, "bytes": len(body)}
-        self.log("warning", "request", **fields, request_id=request_id, client_ip=client)
+        fields = {"method": "", "route": "", "status": 503, "latency_ms": 0, "bytes": len(body)}
+        fields.update(request_id=request_id, client_ip=client, error=message)
+        self.log("warning", "request", **fields)
 
     def service_actions(self) -> None:
-        """Close what has had its moment, here and at the Engine; also called twice a second."""
+        """Close refused connections and the Engine's idle ones; also called twice a second."""
         now = time.monotonic()
-        self.engine.close_idle(now - IDLE_CONNECTION)
+        self.agent.tidy(now)
         while self._refused and (
             self._refused[0][0] < now or len(self._refused) > MAX_LINGERING_REFUSALS
         ):
@@ -1407,7 +1645,6 @@ class Server(http.server.ThreadingHTTPServer):
         for _, sock in self._refused:
             sock.close()
         self.stopping.close()
-        self.engine.close_idle()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1755,7 +1992,6 @@ SIGNALS = (
     "ABRT|ALRM|BUS|CHLD|CONT|FPE|HUP|ILL|INT|KILL|PIPE|POLL|PROF|QUIT|SEGV|STOP|SYS|TERM|TRAP|TSTP"
     "|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ"
 )
-NAME_RULE = "letters, digits, '_', '.' or '-', beginning with a letter or digit"
 # The distribution project's reference grammar: [domain[:port]/]path[:tag][@digest]
 IMAGE = (
     r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?/)?"
@@ -1846,95 +2082,239 @@ LOGS_QUERY = object_schema(
 )
 
 # --------------------------------------------------------------------------------------------------
-# Engine client: calls (JSON) and streams (bytes) over a Unix socket, TCP or TLS
+# Engine client: http.client over a Unix socket, TCP or TLS
 # --------------------------------------------------------------------------------------------------
 
-Pool = list[tuple[float, socket.socket]]  # idle connections, and since when each is
-PASSED_THROUGH_STATUSES = (
-    400,
-    401,
-    403,
-    404,
-    409,
-    500,
-    501,
-)  # statuses the caller is given, too; any other is 502
-BROKEN = "the Engine gave no proper answer"
-UNTIL_END = 10**18  # the length of a body that only the end of the connection ends
+Pool = list[tuple[float, "EngineSocket"]]  # idle connections, and since when each is
+# Statuses that are passed through to the client; any other is 502.
+PASSED_THROUGH_STATUSES = (400, 401, 403, 404, 409, 500, 501)
+BROKEN = "the Engine sent an invalid response"
+
+
+class Call(NamedTuple):
+    """One request to the Engine. path: after the version, made of constants and quoted parts."""
+
+    method: str
+    path: str
+    query: Mapping[str, Any] = {}
+    body: Any = None  # sent as JSON
+    seconds: float = CALL_TIMEOUT  # for all of it, or until a stream begins
+    headers: Mapping[str, str] = {}
+    interrupts: Interrupts = NEVER
+    # HTTP/1.0 is not chunked. A log is read 20 % faster, but a truncated body looks complete.
+    http10: bool = False
+
+
+class EngineReader(io.RawIOBase):
+    """The bytes of one connection to the Engine, as http.client reads them.
+
+    Each read waits with one deadline for all of them, and ends when the client disconnects or the
+    agent stops.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self.deadline = 0.0  # monotonic
+        self.interrupts = NEVER
+        self.has_ended = False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = receive(self._sock, self.deadline, self.interrupts, len(buffer))
+        buffer[: len(data)] = data
+        self.has_ended = not data
+        return len(data)
+
+
+class KeptFile(io.BufferedReader):
+    """Stays open when http.client closes it, so that bytes nobody asked for are still in it."""
+
+    def close(self) -> None:
+        """Do nothing: the connection is closed by its owner."""
+
+    def flush(self) -> None:
+        """Do nothing: http.client flushes it when a response is deleted, perhaps after the end."""
+
+
+class EngineSocket:
+    """A connection to the Engine; to http.client, which sends and receives on it, its socket."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.raw = sock
+        self.reader = EngineReader(sock)
+        self.file = KeptFile(self.reader, RECV_SIZE)
+        self.close = sock.close
+
+    def sendall(self, data: bytes) -> None:
+        left = memoryview(data)
+        while left:
+            left = left[send(self.raw, left, self.reader.deadline) :]
+
+    def makefile(self, mode: str) -> KeptFile:
+        return self.file
+
+    def is_quiet(self) -> bool:
+        """Return whether it is still open, and nothing came that nobody asked for."""
+        self.reader.deadline, self.reader.interrupts = 0, NEVER
+        with contextlib.suppress(socket.timeout):
+            self.file.peek(1)
+            return False
+        return not NEVER.wait_readable(self.raw, 0)
+
+    def exchange(self, call: Call, target: str, deadline: float) -> http.client.HTTPResponse:
+        """Send a request; return the response, its head read.
+
+        Raises OSError, http.client.HTTPException, ClientGone and Stopping.
+        """
+        self.reader.deadline, self.reader.interrupts = deadline, call.interrupts
+        connection = http.client.HTTPConnection("docker")
+        sock: Any = self
+        connection.sock = sock
+        if call.http10:
+            connection.send(f"{call.method} {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
+        else:
+            headers, data = dict(call.headers), None
+            if call.body is not None:
+                headers["Content-Type"], data = "application/json", encode_json(call.body)
+            connection.request(call.method, target, data, headers)
+        while True:
+            response = http.client.HTTPResponse(sock, method=call.method)
+            response.begin()
+            if self.reader.has_ended:  # http.client takes a truncated head for a complete one
+                raise ConnectionResetError("it disconnected")
+            if response.status >= 200 or response.status == 101:
+                return response  # others are interim: RFC 9110 section 15.2
 
 
 class EngineResponse:
-    """An answer of the Engine, its head read; its body comes whole or piece by piece.
+    """A response of the Engine, its head read; the body comes in one piece or in several."""
 
-    http.client's own forgives bad framing, waits anew for each byte, and cannot be polled.
-    """
-
-    def __init__(self, sock: socket.socket, interrupts: Interrupts, deadline: float) -> None:
-        """Read the head. Raises BadMessage, OSError, and what Interrupts.wait_readable raises."""
-        self._sock, self._interrupts, self._deadline = sock, interrupts, deadline
-        self.pool: Pool | None = None  # where `close` leaves the connection, if anywhere
-        self._read_at, self._rest = 0.0, b""
-        self.status = 100
-        while 100 <= self.status < 200 and self.status != 101:  # interim: RFC 9110 section 15.2
-            while b"\r\n\r\n" not in self._rest:
-                data = receive(sock, deadline, interrupts)
-                if not data:
-                    raise ConnectionResetError("it hung up")
-                self._rest += data
-                if len(self._rest) > MAX_FIELD_BLOCK + RECV_SIZE:
-                    raise BadMessage(400, "its head is too large")
-            head, end, self._rest = self._rest.partition(b"\r\n\r\n")
-            line = STATUS_LINE.match(head + end)
-            if not line:
-                raise BadMessage(400, "it is not HTTP")
-            self.status, self.fields = int(line[1]), parse_fields((head + end)[line.end() :])
-        length = framing(self.fields, UNTIL_END)
-        if self.status in (101, 204, 304):
-            length = 0
-        self.until_end = length == UNTIL_END
-        self._body = Body(length)
+    def __init__(
+        self,
+        sock: EngineSocket,
+        response: http.client.HTTPResponse,
+        deadline: float,
+        pool: Pool | None,
+    ) -> None:
+        """pool: where `close` leaves the connection if it can take another request."""
+        self.status = response.status
+        self.header = response.getheader
+        self._sock, self._response = sock, response
+        self._deadline, self._pool = deadline, pool
+        self._is_done = False
+        self._last_read = 0.0
+        self.until_end = not response.chunked and response.length is None
 
     def read(self, deadline: float) -> bytes | None:
         """Return bytes of the body, b"" at its end, None if none came until deadline (monotonic).
 
-        Raises EngineError (502) if the body is cut short, and what Interrupts.wait_readable raises.
+        Raises EngineError (502) if the body is cut short, ClientGone and Stopping.
         """
-        while not self._body.done:
-            if self.until_end:
-                time.sleep(max(0, self._read_at + BURST_PAUSE - time.monotonic()))
+        if self._is_done or self._response.length == 0:
+            self._is_done = True
+            return b""
+        if self.until_end and (pause := self._last_read + BURST_PAUSE - time.monotonic()) > 0:
+            time.sleep(pause)
+        sock = self._sock
+        try:
+            sock.reader.deadline = deadline
             try:
-                data = self._rest or receive(self._sock, deadline, self._interrupts)
-                self._rest, self._read_at = b"", time.monotonic()
-                if not (data or self.until_end):
-                    raise BadMessage(400, "the body ended early")
-                if (piece := self._body.feed(data)) or not data:
-                    return piece
+                sock.file.peek(1)  # waits here, so that no time runs out in the middle of a chunk
             except socket.timeout:
                 return None
-            except (OSError, BadMessage) as error:
-                raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
-        return b""
+            piece = self._read_piece(time.monotonic() + CALL_TIMEOUT)
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
+        self._last_read = time.monotonic()
+        return piece
+
+    def _read_piece(self, deadline: float) -> bytes:
+        """Return the next bytes of the body. Raises OSError and http.client.HTTPException."""
+        sock, response = self._sock, self._response
+        sock.reader.deadline = deadline
+        piece = response.read1(RECV_SIZE)
+        if response.chunked and response.chunk_left == 0:
+            # http.client would look for this line end only with the next chunk.
+            if sock.file.read(2) != b"\r\n":
+                raise http.client.IncompleteRead(b"")
+            response.chunk_left = None
+        if not piece:
+            if response.length and not self.until_end:
+                raise http.client.IncompleteRead(b"", response.length)
+            self._is_done = True
+        return piece
 
     def read_all(self) -> bytes:
-        """Return the whole body. Raises EngineError past MAX_RESPONSE or the deadline."""
-        whole = bytearray()
-        while piece := self.read(self._deadline):
-            whole += piece
-            # Invariant: no answer is read past a bound.
-            if len(whole) > MAX_RESPONSE:
-                raise EngineError(502, "the Engine's answer is too large")
-        if piece is None:
-            raise EngineError(504, "the Engine did not finish its answer in time")
-        return bytes(whole)
+        """Return the complete body. Raises EngineError past MAX_RESPONSE or the deadline."""
+        body = bytearray()
+        try:
+            while not self._is_done:
+                body += self._read_piece(self._deadline)
+                # Invariant: at most MAX_RESPONSE bytes of a response are buffered.
+                if len(body) > MAX_RESPONSE:
+                    raise EngineError(502, "the Engine's response is too large")
+        except socket.timeout as error:
+            raise EngineError(504, "the Engine did not finish its response in time") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
+        return bytes(body)
 
     def close(self) -> None:
         """Leave the connection for another request if it can take one, else close it."""
-        whole = self._body.done and not (self._rest or self._body.rest)
-        kept = whole and "close" not in self.fields.get("connection", [])
-        if kept and self.pool is not None and len(self.pool) < MAX_IDLE_CONNECTIONS:
-            self.pool.append((time.monotonic(), self._sock))
+        pool = self._pool
+        is_reusable = self._is_done and not self._response.will_close
+        if is_reusable and pool is not None and len(pool) < MAX_IDLE_CONNECTIONS:
+            pool.append((time.monotonic(), self._sock))
         else:
             self._sock.close()
+
+
+def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> socket.socket:
+    """Return a socket connected to an address, TLS done, by deadline (monotonic).
+
+    Raises OSError or ValueError.
+    """
+    with contextlib.ExitStack() as on_error:
+        if address.path:
+            sock = on_error.enter_context(socket.socket(socket.AF_UNIX))
+            # Not settimeout(), with which a full backlog is an error at once.
+            seconds, fraction = divmod(max(0.001, deadline - time.monotonic()), 1)
+            patience = struct.pack("@qq", int(seconds), int(fraction * 1e6))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+            sock.connect(address.path)
+        else:
+            sock = on_error.enter_context(connect_tcp(address, deadline))
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.settimeout(max(0.001, deadline - time.monotonic()))
+        if tls:
+            # Invariant: the Engine's certificate is verified, and is for the host asked for.
+            sock = on_error.enter_context(
+                tls.wrap_socket(sock, server_hostname=address.host or None)
+            )
+        on_error.pop_all()
+    return sock
+
+
+def connect_tcp(address: Address, deadline: float) -> socket.socket:
+    """Return a socket connected to the first of the host's addresses that accepts it.
+
+    All of them share the time until deadline. Raises OSError.
+    """
+    problem: OSError = socket.timeout("timed out")
+    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    for left, (family, kind, protocol, _, there) in zip(range(len(found), 0, -1), found):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(max(0.001, (deadline - time.monotonic()) / left))
+            sock.connect(there)
+            return sock
+        except OSError as error:
+            sock.close()
+            problem = error
+    raise problem
 
 
 class Engine:
@@ -1948,70 +2328,73 @@ class Engine:
         self.is_podman = False
         self._idle: Pool = []
         self._health_lock = threading.Lock()
-        self._health = (-HEALTH_CACHE, False)
+        self._health: tuple[float, str] | None = None  # when asked, and what is wrong, "" if well
 
     def call(self, method: str, path: str, *args: Any, **options: Any) -> bytes:
-        """Return the body of the Engine's answer, b"" if it has none; as `open` otherwise."""
-        with contextlib.closing(self.open(method, path, *args, **options)) as answer:
-            return answer.read_all()
+        """Return the response's body, b"" if it has none; arguments as Call has them."""
+        with contextlib.closing(self.open(method, path, *args, **options)) as response:
+            return response.read_all()
 
     def json(self, method: str, path: str, *args: Any, **options: Any) -> Json:
-        """Return the JSON object the Engine answers with; as `open` otherwise."""
-        answer: Json = decode_response(self.call(method, path, *args, **options))
-        return answer
+        """Return the JSON object that is the response's body; arguments as Call has them."""
+        decoded: Json = decode_response(self.call(method, path, *args, **options))
+        return decoded
 
-    def open(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, Any] | None = None,
-        body: Any = None,
-        seconds: float = CALL_TIMEOUT,
-        **options: Any,
-    ) -> EngineResponse:
-        """Return an answer whose body is still to be read. Raises EngineError for a refusal.
+    def open(self, method: str, path: str, *args: Any, **options: Any) -> EngineResponse:
+        """Return a response whose body is still to be read; arguments as Call has them.
 
-        path: after the version, made of constants and quoted parts. seconds: for all of it, or
-        until a stream begins. options: as `_ask` has them.
-        An Engine that was upgraded refuses a version with 400 before it does anything, so that
-        even what changes something can be tried again with the version that it speaks by now.
+        An Engine that was upgraded refuses a version with 400 before it does anything, so even a
+        request that changes something can be sent again with the version it speaks now.
+        Raises EngineError for a refusal, ClientGone and Stopping.
         """
-        if body is not None:
-            options.update(body=encode_json(body), headers={"Content-Type": "application/json"})
-        target = path + ("?" + urlencode(query) if query else "")
-        deadline = time.monotonic() + seconds
+        call = Call(method, path, *args, **options)
+        deadline = time.monotonic() + call.seconds
         version = self.version(deadline)
-        for last in (False, True):
-            answer = self._ask(method, f"/v{version}{target}", deadline, **options)
-            if answer.status in (200, 201, 204, 304):
-                break
-            with contextlib.closing(answer):
-                error = engine_error(answer.status, answer.read_all())
-            used = version
-            if not last and error.status == 400:
-                version = self.version(deadline, again=True)
-            if used == version:
+        response = self._send(call, version, deadline)
+        if response.status == 400:
+            with contextlib.closing(response):
+                error = engine_error(400, response.read_all())
+            if (newer := self.version(deadline, refresh=True)) == version:
                 raise error
-        return answer
+            response = self._send(call, newer, deadline)
+        if response.status not in (200, 201, 204, 304):
+            with contextlib.closing(response):
+                raise engine_error(response.status, response.read_all())
+        return response
 
-    def version(self, deadline: float, again: bool = False) -> str:
-        """Return the API version in use, such as "1.41", asked for if it may be another by now."""
-        is_old = again or time.monotonic() - self._asked > VERSION_KEPT
-        if is_old and not self._pinned:
-            self._negotiate(deadline)
+    def version(self, deadline: float, refresh: bool = False) -> str:
+        """Return the API version in use, such as "1.41"; refresh: it was refused, ask again.
+
+        Raises EngineError, which names the variable if a pinned version is refused.
+        """
+        is_old = time.monotonic() - self._asked > VERSION_KEPT and not self._pinned
+        if refresh or is_old:
+            self._ping(deadline)
         return self._pinned or self._version
 
-    def healthy(self) -> bool:
-        """Return whether the Engine answers; it is asked at most once in HEALTH_CACHE seconds."""
-        with self._health_lock:
-            asked, healthy = self._health
-            if time.monotonic() - asked >= HEALTH_CACHE:
-                healthy = False
-                with contextlib.suppress(EngineError):
-                    self._negotiate(time.monotonic() + PING_TIMEOUT)
-                    healthy = True
-                self._health = (time.monotonic(), healthy)
-            return healthy
+    def problem(self) -> str:
+        """Return why the Engine cannot be used, "" if it can.
+
+        It is asked at most once in HEALTH_CACHE seconds. While one request waits for it, others get
+        the result before, if it is not old.
+        """
+        recent = self._health
+        is_recent = recent is not None and time.monotonic() - recent[0] < HEALTH_KEPT
+        if self._health_lock.acquire(blocking=not is_recent):
+            try:
+                recent = self._health
+                if recent is None or time.monotonic() - recent[0] >= HEALTH_CACHE:
+                    recent = self._health = time.monotonic(), self._ask_health()
+            finally:
+                self._health_lock.release()
+        return recent[1] if recent else ""
+
+    def _ask_health(self) -> str:
+        try:
+            self._ping(time.monotonic() + PING_TIMEOUT)
+        except EngineError as error:
+            return error.message
+        return ""
 
     def close_idle(self, before: float = math.inf) -> None:
         """Close the connections that have been idle since before a time (monotonic)."""
@@ -2019,77 +2402,85 @@ class Engine:
             while self._idle[0][0] < before:
                 self._idle.pop(0)[1].close()
 
-    def _negotiate(self, deadline: float) -> None:
-        """Find the API version both sides speak (Engine API, "Ping"). Raises EngineError."""
-        with contextlib.closing(self._ask("GET", "/_ping", deadline)) as answer:
-            answer.read_all()
-        offered = re.fullmatch(r"1\.([0-9]{1,3})", answer.fields.get("api-version", [""])[0])
-        if answer.status != 200 or not offered:
-            raise EngineError(502, f"{self.address} does not answer as a Docker Engine does")
-        self.is_podman = "libpod-api-version" in answer.fields
+    def _ping(self, deadline: float) -> None:
+        """Find the API version that both sides know (Engine API, "Ping"). Raises EngineError."""
+        with contextlib.closing(self._send(Call("GET", "/_ping"), self._pinned, deadline)) as pong:
+            body = pong.read_all()
+        if self._pinned and pong.status == 400:
+            message = engine_error(400, body).message
+            raise EngineError(502, f"DOCKER_API_VERSION={self._pinned} is refused: {message}")
+        offered = re.fullmatch(r"1\.([0-9]{1,3})", pong.header("Api-Version") or "")
+        if pong.status != 200 or not offered:
+            raise EngineError(502, f"{self.address} does not respond as a Docker Engine does")
+        self.is_podman = pong.header("Libpod-Api-Version") is not None
         self._version = f"1.{min(int(offered[1]), NEWEST_API)}"
         self._asked = time.monotonic()
 
-    def _ask(
-        self,
-        method: str,
-        target: str,
-        deadline: float,
-        interrupts: Interrupts = NEVER,
-        http10: bool = False,
-        again: bool = False,
-        **content: Any,
-    ) -> EngineResponse:
-        """Return an answer whose head was read before deadline.
+    def _send(self, call: Call, version: str, deadline: float) -> EngineResponse:
+        """Return a response whose head came before deadline, whatever its status.
 
-        http10: as HTTP/1.0, which the Engine does not cut in chunks: a fifth quicker to read, but
-        whether it is whole has to be found out. content: body and headers, none for a GET. Raises
-        EngineError, and what Interrupts.wait_readable raises.
+        Raises EngineError, ClientGone and Stopping.
         """
-        # Invariant: what changes something is never sent twice. Only a GET goes out on a connection
-        # that was idle, and once more on a new one if the Engine had closed that.
-        reuse = method == "GET" and not http10
-        sock, was_idle = self._connection(reuse and not again)
+        target = (f"/v{version}" if version else "") + call.path
+        if call.query:
+            target += "?" + urlencode(call.query)
+        # Invariant: a request that changes something is never sent twice. Only a GET is sent on an
+        # idle connection, and again on a new one if the Engine had closed that.
+        is_reusing = call.method == "GET" and not call.http10
+        try:
+            if is_reusing and (sock := self._idle_connection()):
+                with contextlib.suppress(ConnectionError):
+                    return self._exchange(sock, call, target, deadline)
+            return self._exchange(self._connect(deadline), call, target, deadline)
+        except socket.timeout as error:
+            raise EngineError(504, "the Engine did not respond in time") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
+
+    def _exchange(
+        self, sock: EngineSocket, call: Call, target: str, deadline: float
+    ) -> EngineResponse:
         with contextlib.ExitStack() as on_error:
             on_error.callback(sock.close)
             try:
-                sock.settimeout(max(0.001, deadline - time.monotonic()))
-                if method == "GET":
-                    # In a fifth of the time that http.client takes to put these three lines.
-                    request = f"GET {target} HTTP/1.{0 if http10 else 1}\r\nHost: docker\r\n\r\n"
-                    sock.sendall(request.encode())
-                else:
-                    connection = http.client.HTTPConnection("docker")
-                    connection.sock = sock
-                    connection.request(method, target, **content)
-                answer = EngineResponse(sock, interrupts, deadline)
-                answer.pool = self._idle if reuse else None
-                on_error.pop_all()
-                return answer
-            except socket.timeout as error:
-                raise EngineError(504, "the Engine did not answer in time") from error
-            except (OSError, BadMessage) as error:
-                self._asked = -math.inf  # perhaps it was restarted as another version
-                if not (was_idle and isinstance(error, ConnectionError)):
-                    raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
-        return self._ask(method, target, deadline, interrupts, again=True)
+                response = sock.exchange(call, target, deadline)
+            except (OSError, http.client.HTTPException):
+                self._asked = -math.inf  # the Engine may have been restarted as another version
+                raise
+            on_error.pop_all()
+        pool = self._idle if call.method == "GET" and not call.http10 else None
+        return EngineResponse(sock, response, deadline, pool)
 
-    def _connection(self, reuse: bool) -> tuple[socket.socket, bool]:
-        """Return a connection, and whether it is one that was idle. Raises EngineError (503)."""
-        while reuse and self._idle:
+    def _idle_connection(self) -> EngineSocket | None:
+        while self._idle:
             with contextlib.suppress(IndexError):  # another thread took the last one
                 _, sock = self._idle.pop()
-                if not NEVER.wait_readable(
-                    sock, 0
-                ):  # the Engine has neither closed it nor said a word
-                    return sock, True
+                if sock.is_quiet():
+                    return sock
                 sock.close()
+        return None
+
+    def _connect(self, deadline: float) -> EngineSocket:
+        """Return a new connection. Raises EngineError (503)."""
         try:
-            return connect(self.address, self._tls), False
+            deadline = min(deadline, time.monotonic() + CONNECT_TIMEOUT)
+            return EngineSocket(connect(self.address, self._tls, deadline))
         except (OSError, ValueError) as error:
             self._asked = -math.inf  # what comes back may be another version
             message = f"the Engine at {self.address} is not reachable: {describe(error)}"
+            if isinstance(error, PermissionError) and self.address.path:
+                message += f"; {socket_access(self.address.path)}"
             raise EngineError(503, message) from error
+
+
+def socket_access(path: str) -> str:
+    """Return who may use a Unix socket, as advice."""
+    import grp  # loaded here because it is rarely needed
+
+    group = "the group of its socket"
+    with contextlib.suppress(OSError, KeyError):
+        group = f"the group {grp.getgrgid(os.stat(path).st_gid).gr_name}"
+    return f"run the agent as root or as a member of {group}"
 
 
 def engine_error(status: int, body: bytes) -> EngineError:
@@ -2097,33 +2488,33 @@ def engine_error(status: int, body: bytes) -> EngineError:
     try:
         message = require(decode_response(body), "message", str)
     except EngineError:
-        return EngineError(502, f"the Engine answered {status} without saying why")
+        return EngineError(502, f"{BROKEN}: status {status} without a message")
     return EngineError(status if status in PASSED_THROUGH_STATUSES else 502, message)
 
 
 def decode_response(body: bytes, kind: type = dict) -> Any:
-    """Return the JSON object (or list) in an answer of the Engine. Raises EngineError (502)."""
+    """Return the JSON object (or list) in a response of the Engine. Raises EngineError (502)."""
     try:
-        answer = json.loads(body)
+        decoded = json.loads(body)
     except (ValueError, RecursionError) as error:
-        raise EngineError(502, "the Engine's answer is not JSON") from error
-    if not isinstance(answer, kind):
-        raise EngineError(502, "the Engine's answer is not the JSON that was asked for")
-    return answer
+        raise EngineError(502, f"{BROKEN}: it is not JSON") from error
+    if not isinstance(decoded, kind):
+        raise EngineError(502, f"{BROKEN}: it is not the JSON that was asked for")
+    return decoded
 
 
-def require(answer: Json, name: str, kind: type) -> Any:
-    """Return one member of an Engine's answer. Raises EngineError (502)."""
-    if not isinstance(answer.get(name), kind):
-        raise EngineError(502, f"the Engine's answer has no {name}")
-    return answer[name]
+def require(decoded: Json, name: str, kind: type) -> Any:
+    """Return one member of a response of the Engine. Raises EngineError (502)."""
+    if not isinstance(decoded.get(name), kind):
+        raise EngineError(502, f"{BROKEN}: it has no {name}")
+    return decoded[name]
 
 
-def container_id(answer: Json) -> str:
-    """Return the id in an Engine's answer about a container. Raises EngineError (502)."""
-    if not re.fullmatch(CONTAINER, require(answer, "Id", str)):
-        raise EngineError(502, "the Engine's answer has no Id")
-    return str(answer["Id"])
+def container_id(decoded: Json) -> str:
+    """Return the id in a response of the Engine about a container. Raises EngineError (502)."""
+    if not re.fullmatch(CONTAINER, require(decoded, "Id", str)):
+        raise EngineError(502, f"{BROKEN}: it has no Id")
+    return str(decoded["Id"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2853,6 +3244,19 @@ class Agent(NamedTuple):
     engine: Engine
     host_root: str
 
+    def ask(self, path: str) -> Json | None:
+        """Return the Engine's JSON for a path, None if there is no such thing."""
+        try:
+            return self.engine.json("GET", path)
+        except EngineError as error:
+            if error.status != 404:
+                raise
+            return None
+
+    def tidy(self, now: float) -> None:
+        """Close what has been idle for too long; called twice a second."""
+        self.engine.close_idle(now - IDLE_CONNECTION)
+
 
 def find_container(request: Request, agent: Agent) -> Json:
     """Return the Engine's inspect JSON of the container in the path. Raises EngineError."""
@@ -2863,7 +3267,7 @@ def find_container(request: Request, agent: Agent) -> Json:
 
 def health(request: Request, agent: Agent) -> Response:
     code, status, docker = 200, "ok", "connected"
-    if not agent.engine.healthy():
+    if agent.engine.problem():
         code, status, docker = 503, "degraded", "unreachable"
     now = timestamp(time.time(), "seconds")
     return Response({"status": status, "docker": docker, "timestamp": now}, code)
@@ -2893,12 +3297,12 @@ def registry_auth(request: Request) -> str:
 
 def list_containers(request: Request, agent: Agent) -> Response:
     found = agent.engine.call("GET", f"/containers/json?all={int(request.query.get('all', False))}")
-    return Response((container_list if len(found) < MEMOIZED else shape_list)(found))
+    return Response(shape_list(found))
 
 
 def inspect(request: Request, agent: Agent) -> Response:
     body = agent.engine.call("GET", container_path(request.name, "json"))
-    (check_object if len(body) < MEMOIZED else decode_response)(body)
+    decode_response(body)
     return Response(body)
 
 
@@ -2918,7 +3322,7 @@ def post_action(
 def stop_or_restart(request: Request, agent: Agent, action: str, done: str) -> Response:
     """Have the Engine do either, which may take the container's own time. Raises ApiError."""
     if "signal" in request.body:
-        version = agent.engine.version(time.monotonic() + CALL_TIMEOUT, again=True)
+        version = agent.engine.version(time.monotonic() + CALL_TIMEOUT, refresh=True)
         if tuple(map(int, version.split("."))) < (1, 42):
             refuse("signal", f"takes API 1.42, and this Engine has {version}; use /kill")
     if (wait := request.body.get("timeout")) is None:
@@ -2986,7 +3390,7 @@ def with_ending(events: Stream) -> Stream:
     except Stopping:
         yield event("shutdown", {"reason": "the agent is being stopped; reconnect"})
     except EngineError as error:
-        yield event("error", envelope(error.status, error.message))
+        yield event("error", envelope(error))
 
 
 def pull(request: Request, agent: Agent) -> Response:
@@ -3035,30 +3439,30 @@ def write_file(request: Request, agent: Agent) -> Response:
 
 ROUTES = (
     Route("GET", "/health", health, PUBLIC),
-    Route("POST", f"{API}/containers", create, body=CREATE),
-    Route("GET", f"{API}/containers", list_containers, query=LIST_QUERY),
-    Route("GET", f"{API}/containers/{{id}}", inspect),
-    Route("DELETE", f"{API}/containers/{{id}}", remove, query=REMOVE_QUERY),
-    Route("GET", f"{API}/containers/{{id}}/logs", logs, query=LOGS_QUERY),
-    Route("POST", f"{API}/containers/{{id}}/start", start, body=NOTHING),
-    Route("POST", f"{API}/containers/{{id}}/stop", stop, body=STOP),
-    Route("POST", f"{API}/containers/{{id}}/restart", restart, body=STOP),
-    Route("POST", f"{API}/containers/{{id}}/kill", kill, body=KILL),
-    Route("POST", f"{API}/containers/{{id}}/pause", pause, body=NOTHING),
-    Route("POST", f"{API}/containers/{{id}}/unpause", unpause, body=NOTHING),
-    Route("POST", f"{API}/images/pull", pull, body=PULL),
-    Route("POST", f"{API}/files", write_file, body=FILE),
+    Route("POST", f"{API}/containers", create, "create", body=CREATE),
+    Route("GET", f"{API}/containers", list_containers, "read", query=LIST_QUERY),
+    Route("GET", f"{API}/containers/{{id}}", inspect, "inspect"),
+    Route("DELETE", f"{API}/containers/{{id}}", remove, "remove", query=REMOVE_QUERY),
+    Route("GET", f"{API}/containers/{{id}}/logs", logs, "logs", query=LOGS_QUERY),
+    Route("POST", f"{API}/containers/{{id}}/start", start, "operate", body=NOTHING),
+    Route("POST", f"{API}/containers/{{id}}/stop", stop, "operate", body=STOP),
+    Route("POST", f"{API}/containers/{{id}}/restart", restart, "operate", body=STOP),
+    Route("POST", f"{API}/containers/{{id}}/kill", kill, "operate", body=KILL),
+    Route("POST", f"{API}/containers/{{id}}/pause", pause, "operate", body=NOTHING),
+    Route("POST", f"{API}/containers/{{id}}/unpause", unpause, "operate", body=NOTHING),
+    Route("POST", f"{API}/images/pull", pull, "images", body=PULL),
+    Route("POST", f"{API}/files", write_file, "files", body=FILE),
 )
 
 # --------------------------------------------------------------------------------------------------
-# Command line: listen, signals, healthcheck, exit codes
+# Command line: listen, signals, healthcheck, new-key, check, exit codes
 # --------------------------------------------------------------------------------------------------
 
-STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT}
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 def print_error(*lines: str) -> None:
-    """Print lines on standard error, whatever the values that they repeat are made of."""
+    """Print lines on standard error, whatever characters are in the values that they repeat."""
     for line in lines:
         print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
 
@@ -3070,7 +3474,7 @@ def listen(address: Address) -> socket.socket:
         family = socket.AF_INET6 if dual or ":" in address.host else socket.AF_INET
         there = (address.host, address.port)
         return socket.create_server(there, family=family, dualstack_ipv6=dual)
-    # A socket that nobody listens at any more is removed, and nothing else that is there.
+    # A socket on which nobody listens any more is removed, and nothing else.
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         if not stat.S_ISSOCK(os.lstat(address.path).st_mode):
@@ -3095,7 +3499,7 @@ def notify(state: str) -> None:
 
 
 def healthcheck(config: Config) -> int:
-    """Return 0 if the server that this environment configures answers that it is well, else 1."""
+    """Return 0 if the server that this environment configures is healthy, else 1."""
     address, context = config.listen_addr, None
     address = address._replace(host=address.host or "localhost")
     if config.server_tls:
@@ -3106,7 +3510,7 @@ def healthcheck(config: Config) -> int:
     connection = http.client.HTTPConnection("localhost")
     sock = None
     try:
-        sock = connection.sock = connect(address, context)
+        sock = connection.sock = connect(address, context, time.monotonic() + CONNECT_TIMEOUT)
         with contextlib.closing(connection):
             connection.request("GET", "/health")
             return 0 if connection.getresponse().status == 200 else 1
@@ -3117,57 +3521,100 @@ def healthcheck(config: Config) -> int:
         return 0 if is_refusal and config.tls_client_ca_file else 1
 
 
-def announce(log: Log, address: Address, engine: Engine) -> None:
-    where = {"address": str(address), "engine": str(engine.address)}
-    log("info", "listening", version=VERSION, **where, engine_answers=engine.healthy())
+def new_key(name: str) -> int:
+    """Print a new key, and its entry for KEYS_FILE; return the exit status."""
+    if not re.fullmatch(KEY_NAME, name) or name == "master":
+        print_error(f"{name}: a key's name has 1 to 64 letters, digits, '.', '_' or '-'")
+        return 2
+    key = secrets.token_hex(32)
+    entry = {"name": name, "sha256": hashlib.sha256(key.encode()).hexdigest()}
+    print(key)
+    print(json.dumps({**entry, "allow": ["read", "logs"], "containers": []}))
+    return 0
+
+
+def check(config: Config) -> int:
+    """Print the warnings of a configuration that would start, and "ok"; return 0."""
+    print_error(*(f"warning: {line}" for line in config.warnings))
+    print("ok")
+    return 0
+
+
+def start_up(log: Log, address: Address, agent: Agent) -> None:
+    """Log where the agent listens, and whether the Engine answers."""
+    problem = agent.engine.problem()
+    where = {"address": str(address), "engine": str(agent.engine.address)}
+    log("info", "listening", version=VERSION, **where, engine_answers=not problem)
+    if problem:
+        log("warning", f"the Engine does not answer: {problem}")
+
+
+def raise_open_files(wanted: int) -> int:
+    """Raise the limit on open files; return how many connections it allows, at most `wanted`."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return wanted
+    # A connection may need a second descriptor, to the Engine.
+    return max(1, min(wanted, (soft - DESCRIPTORS_KEPT) // 2))
 
 
 def run(config: Config) -> int:
-    """Serve until SIGTERM or SIGINT; return the exit status. Raises ConfigError."""
+    """Serve until a stop signal; return the exit status. Raises ConfigError."""
     # Blocked before the first thread starts, so that no handler ever runs inside other code.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     os.umask(0)  # every mode here is explicit
     # The same everywhere: musl's default is too little, and json's decoder needs over 1 MiB.
     threading.stack_size(4 * 1024 * 1024)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    address = config.listen_addr
+    address, log = config.listen_addr, Log(config.log_level)
     try:
         listener = listen(address)
     except OSError as error:
         raise ConfigError(f"LISTEN_ADDR: {address}: {describe(error)}") from error
     if not address.path:
         address = address._replace(port=listener.getsockname()[1])
-    log = Log(config.log_level, config.api_key)
+    for line in config.warnings:
+        log("warning", line)
+    allowed = raise_open_files(config.max_connections)
+    if allowed < config.max_connections:
+        log("warning", f"MAX_CONNECTIONS: lowered to {allowed} by the limit on open files")
+    config = config._replace(max_connections=allowed)
     engine = Engine(config.docker_host, config.engine_tls, config.docker_api_version)
-    if len(config.api_key) < SHORT_KEY:
-        log("warning", f"the key is shorter than {SHORT_KEY} characters; try openssl rand -hex 32")
     agent = Agent(engine, config.host_root)
-    with Server(config, engine, log, listener, ROUTES, agent) as server:
+    with Server(config, log, listener, ROUTES, agent, observe) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         notify("READY=1")
-        # In a thread: an Engine that is silent must not keep us from being stopped.
-        threading.Thread(target=announce, args=(log, address, engine), daemon=True).start()
+        # In a thread: an Engine that does not answer must not delay a stop.
+        threading.Thread(target=start_up, args=(log, address, agent), daemon=True).start()
         signal.sigwait(STOP_SIGNALS)
         notify("STOPPING=1")
         log("info", "stopping")
         server.stop()
         deadline = time.monotonic() + GRACE
-        while server.active and time.monotonic() < deadline:
+        while server.slots and time.monotonic() < deadline:
             if signal.sigtimedwait(STOP_SIGNALS, 0.05):
                 log("warning", "stopped at once")
                 os._exit(1)
+    engine.close_idle()
     log("info", "stopped")
     return 0
+
+
+def observe(request: Request, seconds: float) -> None:
+    pass
 
 
 def usage() -> str:
     rows = [f"  {s.name:<20} {s.meaning}\n{'':<22} default: {s.default or '-'}" for s in SETTINGS]
     return (
-        "usage: dockeragent.py [--help | --version | healthcheck]\n\n"
-        "Serves a small HTTP API in front of a Docker Engine. With healthcheck, asks the running\n"
-        "server's /health and exits 0 or 1. Configured by the environment:\n\n" + "\n".join(rows)
+        "usage: dockeragent.py [--help | --version | check | healthcheck | new-key NAME]\n\n"
+        "Serves a small HTTP API in front of a Docker Engine.\n"
+        "  check         loads the configuration as a start would; prints ok or what is wrong\n"
+        "  healthcheck   asks the running server's /health and exits 0 or 1\n"
+        "  new-key NAME  prints a new key, and its entry for KEYS_FILE\n\n"
+        "Configured by the environment:\n\n" + "\n".join(rows)
     )
 
 
@@ -3181,16 +3628,21 @@ def main(argv: list[str] | None = None) -> int:
     if arguments in (["--help"], ["-h"], ["--version"]):
         print(f"dockeragent {VERSION}" if arguments == ["--version"] else usage())
         return 0
-    if arguments not in ([], ["healthcheck"]):
+    if len(arguments) == 2 and arguments[0] == "new-key":
+        return new_key(arguments[1])
+    if arguments not in ([], ["healthcheck"], ["check"]):
         print_error(f"unknown arguments {' '.join(arguments)}; try --help")
         return 2
+    is_healthcheck = arguments == ["healthcheck"]
+    # It needs no key, and should not have to be able to read one.
+    unneeded = {"API_KEY": "-", "API_KEY_FILE": "", "KEYS_FILE": ""} if is_healthcheck else {}
     try:
-        if arguments:  # asks what needs no key
-            return healthcheck(load_config({**os.environ, "API_KEY": "-", "API_KEY_FILE": ""}))
-        return run(load_config(os.environ))
+        config = load_config({**os.environ, **unneeded})
+        command = healthcheck if is_healthcheck else check if arguments else run
+        return command(config)
     except ConfigError as error:
         print_error(*error.args)
-        return 1 if arguments else 2
+        return 1 if is_healthcheck else 2
 
 
 if __name__ == "__main__":
