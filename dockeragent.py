@@ -369,29 +369,84 @@ def decode_query(query: str, schema: Schema) -> Json:
 
 
 # --------------------------------------------------------------------------------------------------
-# Keys and policy: who asks, and whether he may
+# Keys and policy: whose key it is, and the one function that decides what it may do
 # --------------------------------------------------------------------------------------------------
+
+# What a limited key's `allow` may name. A route names one of these, PUBLIC or MASTER_ONLY.
+PERMISSIONS = ["read", "inspect", "logs", "operate", "create", "deploy", "remove", "images"]
+PERMISSIONS += ["networks", "volumes", "files", "metrics"]
+PUBLIC, MASTER_ONLY = "public", "master"
+KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
+HELPER_NAME = re.compile(r"\.(?:next|prev|old)\Z")  # a deploy's containers beside the one deployed
 
 
 class Key(NamedTuple):
-    """One key's entry: its name, and what a limited key may do."""
+    """One key: its name, and what it may do. A limited key has patterns of names; see README."""
 
     name: str
     digest: bytes = b""  # SHA-256 of the key
     master: bool = False
     expires: float = math.inf  # Unix seconds
-    allow: frozenset[str] = frozenset()
+    allow: tuple[str, ...] = ()
+    containers: tuple[str, ...] = ()
+    images: tuple[str, ...] = ()  # in full: docker.io/library/nginx:1.27, ghcr.io/acme/*
+    networks: tuple[str, ...] = ()
+    volumes: tuple[str, ...] = ()
+    binds: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    ports: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    cache: bool = False
+    limits: Mapping[str, Any] = {}
 
     def covers(self, kind: str, name: str) -> bool:
-        """Return whether the key may see the container, image, network or volume of this name.
+        """Return whether a pattern of the key allows this name. kind: "containers", "images"..."""
+        if kind == "containers":
+            name = HELPER_NAME.sub("", name)
+        if kind == "images":
+            name = full_reference(name)
+        patterns = getattr(self, kind)
+        return self.master or any(
+            name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
+            for pattern in patterns
+        )
 
-        kind: "containers", "images", "networks" or "volumes".
+    def file_folder(self, path: str) -> str | None:
+        """Return the listed folder that a file's path lies beneath; None is no limit.
+
+        Raises ApiError (403) if it lies beneath none.
         """
-        return self.master
+        if self.master:
+            return None
+        for folder in self.files:
+            depth = folder.count("/")
+            parts = [part for part in path.split("/") if part not in ("", ".")]
+            if parts[:depth] == folder.split("/")[1:] and ".." not in parts[depth:] != []:
+                return folder
+        return forbid(self, "files", path)
 
 
-KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
 STRANGER = Key("")  # whoever has not shown a valid key
+
+
+def split_reference(image: str) -> tuple[str, str]:
+    """Return the registry's host and the rest of an image's name, as the Engine understands it."""
+    host, slash, rest = image.partition("/")
+    if not slash or not (re.search("[.:A-Z]", host) or host == "localhost"):
+        host, rest = "docker.io", image
+    if host in ("docker.io", "index.docker.io"):
+        host, rest = "docker.io", rest if "/" in rest or not rest else f"library/{rest}"
+    return host, rest
+
+
+def full_reference(image: str) -> str:
+    """Return an image's reference in full: nginx is docker.io/library/nginx:latest.
+
+    distribution/reference, ParseNormalizedNamed and TagNameOnly.
+    """
+    host, rest = split_reference(image)
+    has_tag = "@" in rest or ":" in rest.rpartition("/")[2]
+    return f"{host}/{rest}" + ("" if has_tag else ":latest")
 
 
 def find_key(keys: Iterable[Key], shown: bytes) -> Key:
@@ -404,19 +459,304 @@ def find_key(keys: Iterable[Key], shown: bytes) -> Key:
     return found
 
 
-def parse_keys(text: bytes, named: list[str]) -> tuple[Key, ...]:
-    """Return the keys of a keys file."""
-    raise NotImplementedError
+def forbid(key: Key, kind: str, what: str) -> NoReturn:
+    raise ApiError(403, f"key {key.name}: {kind}: {what} is not allowed")
 
 
 def permit(key: Key, permission: str) -> None:
-    """Raise ApiError (403) unless the key may do what the route's permission names."""
+    """Raise ApiError (403) unless the key may use a route with this permission."""
     if not key.master and permission not in key.allow:
-        raise ApiError(403, f"key {key.name}: {permission} is not allowed")
+        forbid(
+            key, "allow", "this, for a limited key," if permission == MASTER_ONLY else permission
+        )
 
 
-def decide(request: Request, ask: Callable[[str], Json | None]) -> None:
-    """Decide whether the request's key may do what was asked for."""
+# One function a permission, and one a field; each raises ApiError (403), or changes the body into
+# what a limited key gets. `ask` returns the Engine's JSON for a path, None for a 404.
+Ask = Callable[[str], Optional[Json]]
+
+
+def decide(request: Request, permission: str, ask: Ask) -> None:
+    """Decide whether the key may do what the checked request asks for.
+
+    The one function that decides. A limited key is not root on the host: what no rule here allows
+    is refused.
+    """
+    if not request.key.master:
+        DECISIONS[permission](request, ask)
+
+
+def decide_container(request: Request, ask: Ask) -> None:
+    """Let the request act on the full id of a container whose name is in scope."""
+    if not request.name:
+        return  # a list, in which each row is checked with `covers`
+    found = ask(f"/containers/{quote(request.name, safe='')}/json")
+    # By its name alone: labels can be forged, and an id tells nothing. As if it were not there.
+    if not found or not request.key.covers("containers", found["Name"].removeprefix("/")):
+        raise ApiError(404, f"no such container: {request.name}")
+    request.name = found["Id"]  # a name could be another's a moment later
+
+
+def decide_create(request: Request, ask: Ask) -> None:
+    key, body = request.key, request.body
+    name = request.name or body.get("name", "")
+    if not key.covers("containers", name):
+        forbid(key, "containers", name or "a container without a name")
+    if request.query.get("adopt"):
+        forbid(key, "adopt", "replacing a container that was not deployed here")
+    for field in body.keys() - FREE_FIELDS - FIELD_RULES.keys():
+        forbid(key, field, "a field for the master key")
+    for rule in dict.fromkeys(FIELD_RULES.values()):
+        rule(key, body, ask)
+
+
+def decide_image(request: Request, ask: Ask) -> None:
+    for values in request.query, request.body:
+        if "image" in values:
+            values["image"] = check_image(request.key, values["image"])
+    repository = request.body.get("repository")
+    if repository and not request.key.covers("images", repository):
+        forbid(request.key, "images", repository)
+
+
+def decide_volume(request: Request, ask: Ask) -> None:
+    if request.name and not request.key.covers("volumes", request.name):
+        forbid(request.key, "volumes", request.name)
+
+
+def decide_file(request: Request, ask: Ask) -> None:
+    request.key.file_folder(request.body.get("path") or request.query["path"])
+    # A set-id file of root's in a folder that a container mounts is root in it.
+    if int(request.body.get("permission", "0"), 8) > 0o777:
+        forbid(request.key, "permission", request.body["permission"])
+
+
+def decide_list(request: Request, ask: Ask) -> None:
+    """Allow what shows only rows that are each checked with `covers`."""
+
+
+DECISIONS: dict[str, Callable[[Request, Ask], None]] = {
+    **dict.fromkeys(("read", "inspect", "logs", "operate", "remove"), decide_container),
+    **dict.fromkeys(("create", "deploy"), decide_create),
+    **dict.fromkeys(("networks", "metrics"), decide_list),
+    "images": decide_image,
+    "volumes": decide_volume,
+    "files": decide_file,
+}
+
+
+def check_image(key: Key, image: str) -> str:
+    """Return the reference in full, which cannot also be the beginning of an id."""
+    full = full_reference(image)
+    # An id or a digest is taken from the host's cache, where another's private image may be: the
+    # Engine asks no registry, so nobody checks the caller's credentials.
+    if re.fullmatch("(?:sha256:)?[0-9a-f]{64}", image) or ("@" in image and not key.cache):
+        forbid(key, "images", f"{image}, which is no name and tag,")
+    if not key.covers("images", full):
+        forbid(key, "images", full)
+    return full
+
+
+def restrict_image(key: Key, body: Json, ask: Ask) -> None:
+    body["image"] = check_image(key, body["image"])
+    # A cached image may be another's private one: the registry is always asked.
+    if not key.cache and body.setdefault("pull", "always") != "always":
+        forbid(key, "pull", body["pull"])
+
+
+def restrict_volumes(key: Key, body: Json, ask: Ask) -> None:
+    for volume in body.get("volumes", ()):
+        source = volume.get("source", "")
+        if volume["type"] == "bind":
+            # Exact paths: whoever can write in a listed folder can plant a link below it.
+            if source not in key.binds:
+                forbid(key, "binds", source)
+            # Read-only for the same reason; not recursive, as a disk mounted below is writable.
+            if volume.get("read_only") is False:
+                forbid(key, "binds", f"{source}, writable,")
+            volume.update(read_only=True, non_recursive=True)
+        elif source and not key.covers("volumes", source):
+            forbid(key, "volumes", source)
+        elif source:
+            found = ask(f"/volumes/{quote(source, safe='')}")
+            # A volume with options may be a bind of any folder: o=bind,device=/.
+            if found and (found.get("Driver") != "local" or found.get("Options")):
+                forbid(key, "volumes", f"{source}, which has options,")
+
+
+def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
+    mode = body.get("network_mode", "")
+    if mode.startswith("container:"):
+        body["network_mode"] = f"container:{find_peer(key, mode.partition(':')[2], ask)}"
+    elif mode and mode != "none":
+        forbid(key, "network_mode", mode)
+    if mode:
+        return
+    for network in body.setdefault("networks", [{"name": "bridge", "aliases": []}]):
+        name = network["name"]
+        # On the default bridge every container hears every other, so no pattern includes it.
+        is_listed = name in key.networks if name == "bridge" else key.covers("networks", name)
+        if name == "host" or not is_listed:
+            forbid(key, "networks", name)
+        # By its exact name, then by id: the Engine would take the beginning of another's id.
+        found = ask(f"/networks/{quote(name, safe='')}")
+        if not found or found.get("Name") != name:
+            raise ApiError(404, f"no such network: {name}")
+        network["name"] = name if name == "bridge" else found["Id"]
+        for alias in network["aliases"]:
+            # All on the network resolve it: it could be api.stripe.com, or another's name.
+            if not key.covers("containers", alias):
+                forbid(key, "aliases", alias)
+
+
+def label_of(inspected: Json, label: str) -> str:
+    """Return a label of a container or an image, from the Engine's inspect JSON."""
+    labels = (inspected.get("Config") or {}).get("Labels") or {}
+    return str(labels.get(label, ""))
+
+
+def find_peer(key: Key, name: str, ask: Ask) -> str:
+    """Return the id of a container whose network a limited key may share."""
+    found = ask(f"/containers/{quote(name, safe='')}/json")
+    image = ask(f"/images/{quote(found['Image'], safe='')}/json") if found else None
+    if found and image and key.covers("containers", found["Name"].removeprefix("/")):
+        # One made with more rights may be on any network. The label is the agent's own, unless it
+        # is the image's.
+        maker, own = label_of(found, "dockeragent.key"), label_of(image, "dockeragent.key")
+        if maker and maker != own:
+            return str(found["Id"])
+    forbid(key, "network_mode", f"container:{name}")
+
+
+def restrict_hostname(key: Key, body: Json, ask: Ask) -> None:
+    if "hostname" in body and not key.covers("containers", body["hostname"]):
+        forbid(key, "hostname", body["hostname"])
+
+
+def restrict_ports(key: Key, body: Json, ask: Ask) -> None:
+    ports = body.get("ports", ())
+    if len(ports) > 32:  # each may be a process of the Engine's
+        forbid(key, "ports", "more than 32 of them")
+    ranges = [tuple(map(int, (text.split("-") * 2)[:2])) for text in key.ports]
+    for port in ports:
+        number = port["host_port"]
+        if not any(low <= number <= high or not number for low, high in ranges):
+            forbid(key, "ports", str(number or "one that the Engine picks"))
+
+
+def restrict_labels(key: Key, body: Json, ask: Ask) -> None:
+    # Other tools act on labels: a proxy's routes, a scheduler's jobs on the host.
+    for label in body.get("labels", ()):
+        if not key.covers("labels", label):
+            forbid(key, "labels", label)
+
+
+def restrict_resources(key: Key, body: Json, ask: Ask) -> None:
+    resources = body.setdefault("resources", {})
+    for name in key.limits.keys() - {"containers"}:
+        most, wanted = key.limits[name], resources.get(name, 0)
+        if not wanted <= most:
+            forbid(key, name, f"more than {most}")
+        resources[name] = wanted or most  # 0 is no limit to the Engine
+    if "memory_mb" in key.limits:
+        memory = resources["memory_mb"]
+        swap = resources.get("memory_swap_mb", 0) or memory
+        if not 0 < swap <= memory:  # -1 is no limit to the Engine
+            forbid(key, "memory_swap_mb", f"more than memory_mb, {memory},")
+        resources["memory_swap_mb"] = swap
+    if resources.get("cpu_shares", 0) > 1024:
+        forbid(key, "cpu_shares", "more than 1024")
+    for name in resources.get("ulimits", {}).keys() - {"nofile", "nproc", "core", "stack", "fsize"}:
+        forbid(key, "ulimits", name)
+
+
+def restrict_times(key: Key, body: Json, ask: Ask) -> None:
+    # A check is a process of the Engine's: one a millisecond takes the host's processors.
+    if 0 < body.get("healthcheck", {}).get("interval", 0) < 1:
+        forbid(key, "healthcheck.interval", "under 1 second")
+    if body.get("stop_timeout", 0) > 120:
+        forbid(key, "stop_timeout", "more than 120 seconds")
+
+
+def restrict_log(key: Key, body: Json, ask: Ask) -> None:
+    # Other drivers send to any address; without rotation a log fills the host's disk.
+    log = {"driver": "json-file", "max_size_mb": 10, "max_files": 3, **body.get("log", {})}
+    if log["driver"] not in ("json-file", "local") or log["max_size_mb"] > 100:
+        forbid(key, "log", "but json-file or local, of at most 100 MB a file,")
+    if log["max_files"] > 10:
+        forbid(key, "log.max_files", "more than 10")
+    body["log"] = log
+
+
+def restrict_capabilities(key: Key, body: Json, ask: Ask) -> None:
+    # NET_RAW forges packets on a shared network, MKNOD makes device files.
+    body["cap_drop"] = [*body.get("cap_drop", []), "NET_RAW", "MKNOD"]
+
+
+# Every other field of a container is for the master key: privileged, devices, pid_mode...
+FIELD_RULES = {
+    "image": restrict_image,
+    "pull": restrict_image,
+    "volumes": restrict_volumes,
+    "networks": restrict_networks,
+    "network_mode": restrict_networks,
+    "hostname": restrict_hostname,
+    "ports": restrict_ports,
+    "labels": restrict_labels,
+    "resources": restrict_resources,
+    "healthcheck": restrict_times,
+    "stop_timeout": restrict_times,
+    "log": restrict_log,
+    "cap_drop": restrict_capabilities,
+}
+FREE_FIELDS = {
+    "name",
+    "cmd",
+    "entrypoint",
+    "env",
+    "working_dir",
+    "user",
+    "init",
+    "tty",
+    "read_only",
+}
+FREE_FIELDS |= {"no_new_privileges", "restart_policy", "stop_signal", "extra_hosts", "dns"}
+FREE_FIELDS |= {"platform", "auto_remove", "deploy", "timeout"}
+
+
+def labels_for(key: Key, labels: Mapping[str, str], image: Json) -> dict[str, str]:
+    """Return a new container's labels: the image's own that the key may not set become empty.
+
+    image: the Engine's inspect JSON. labels: as asked for, and the agent's own.
+    """
+    own = (image.get("Config") or {}).get("Labels") or {}
+    emptied = {label: "" for label in own if not key.covers("labels", label)}
+    return {**emptied, **labels}
+
+
+def check_created(key: Key, created: Json, labels: Mapping[str, str], status: int) -> None:
+    """Check a container, or an image, for what only its image can have brought.
+
+    created: the Engine's inspect JSON; labels: that were set on purpose. Raises ApiError with the
+    status: 403 before the container was created, 409 after.
+    """
+    config = created.get("Config") or {}
+    for label, value in (config.get("Labels") or {}).items():
+        if value and labels.get(label) != value and not key.covers("labels", label):
+            raise ApiError(status, f"key {key.name}: labels: the image's {label} is not allowed")
+    health = config.get("Healthcheck") or {}
+    for name in "Interval", "StartInterval":
+        if 0 < (health.get(name) or 0) < 10**9:  # nanoseconds
+            message = "the image's own check is run more than once a second"
+            raise ApiError(status, f"key {key.name}: healthcheck: {message}, which is not allowed")
+
+
+def check_count(key: Key, name: str, names: Iterable[str]) -> None:
+    """Refuse one more container in the key's scope. names: of all containers there are."""
+    others = {HELPER_NAME.sub("", other) for other in names if key.covers("containers", other)}
+    most = key.limits.get("containers", math.inf)
+    if len(others - {name}) >= most:
+        raise ApiError(403, f"key {key.name}: limits: more than {most} containers is not allowed")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -552,6 +892,55 @@ SETTINGS = (
 )
 
 
+# A container that mounts one of these, or a folder that holds one, is root on the host.
+FORBIDDEN_PATHS = ["/proc", "/sys", "/dev", "/run", "/var/run", "/var/lib/docker"]
+FORBIDDEN_PATHS += ["/var/lib/containerd"]
+NAMES = array_of(
+    string_schema(r"\*|[a-zA-Z0-9][a-zA-Z0-9_.-]*\*?", "a name, or its beginning and *", 255)
+)
+PATHS = array_of(
+    string_schema(r"(?:/(?!\.\.?(?:/|\Z))[^/*:\0]+)+", "an absolute path without *, :, . or ..")
+)
+KEYS = object_schema(
+    "keys",
+    keys=array_of(
+        object_schema(
+            "name sha256",
+            name=string_schema(f"(?!master\\Z){KEY_NAME}", "1 to 64 of A-Z a-z 0-9 . _ -"),
+            sha256=string_schema("[0-9a-f]{64}", "64 hexadecimal digits; see new-key"),
+            master={"type": "boolean", "description": "true or false"},
+            expires=string_schema(
+                r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(Z|[+-][0-9]{2}:[0-9]{2})",
+                "a time such as 2027-06-30T00:00:00Z",
+            ),
+            allow=array_of(one_of(*PERMISSIONS)),
+            containers=NAMES,
+            # The host part stands in full: ghcr.io* would be ghcr.io.evil.com too.
+            images=array_of(
+                string_schema(
+                    r"\*|[^*\s]*/[^*\s]*\*?|[^*./\s]+\*?|[^*/\s]+(:[^*/\s]*\*?)?", "an image"
+                )
+            ),
+            networks=NAMES,
+            volumes=NAMES,
+            binds=PATHS,
+            files=PATHS,
+            ports=array_of(string_schema("[0-9]{1,5}(-[0-9]{1,5})?", "8000 or 8000-8099")),
+            labels=array_of(string_schema(r"[^*]+\*?|\*", "a label, or its beginning and *")),
+            cache={"type": "boolean", "description": "true or false"},
+            limits=object_schema(
+                "",
+                memory_mb=integer_schema(6, 2**40),
+                cpus={"type": "integer|number", "description": "a number", "minimum": 0.01}
+                | {"maximum": 10**6},
+                pids=integer_schema(1, 2**22),
+                containers=integer_schema(0, 2**31),
+            ),
+        )
+    ),
+)
+
+
 def describe(error: Exception) -> str:
     """Return one line for an error, without the number Python puts before an OSError's text."""
     if isinstance(error, OSError) and error.strerror:
@@ -628,6 +1017,44 @@ def load_keys(values: Json) -> tuple[Key, ...]:
     if not keys:
         raise ConfigError("API_KEY: is required; try API_KEY=$(openssl rand -hex 32)")
     return keys
+
+
+def parse_keys(text: bytes, named_files: list[str]) -> tuple[Key, ...]:
+    """Return the keys of a keys file. Raises ApiError, whose message names the wrong field."""
+    keys = []
+    for index, entry in enumerate(validate(KEYS, decode_json(text))["keys"]):
+        place = f"keys[{index}]"
+        if entry.get("master") and not entry.keys() <= {"name", "sha256", "master", "expires"}:
+            refuse(f"{place}.master", "stands with expires alone: a master key has no limits")
+        for path in entry.get("binds", []) + entry.get("files", []):
+            if place_that_leaks := forbidden_place(path, named_files):
+                refuse(f"{place}.binds", f"{path} would give away {place_that_leaks}")
+        entry = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
+        entry["images"] = tuple(map(full_pattern, entry.get("images", ())))
+        if "expires" in entry:
+            try:
+                moment = datetime.datetime.fromisoformat(entry["expires"].replace("Z", "+00:00"))
+            except ValueError as error:
+                refuse(f"{place}.expires", str(error))
+            entry["expires"] = moment.timestamp()
+        keys.append(Key(digest=bytes.fromhex(entry.pop("sha256")), **entry))
+    return tuple(keys)
+
+
+def forbidden_place(path: str, named_files: list[str]) -> str:
+    """Return the place that path lies in or holds, "" if a limited key may have it."""
+    places = [*FORBIDDEN_PATHS, *map(os.path.abspath, named_files)]
+    for place in [*places, *map(os.path.realpath, places)]:
+        for real in (path, os.path.realpath(path)):
+            if f"{real}/".startswith(f"{place}/") or f"{place}/".startswith(f"{real}/"):
+                return place
+    return ""
+
+
+def full_pattern(pattern: str) -> str:
+    if pattern == "*" or not pattern.endswith("*"):
+        return pattern if pattern == "*" else full_reference(pattern)
+    return "/".join(split_reference(pattern[:-1])) + "*"
 
 
 def named_files(values: Json) -> list[str]:
@@ -1056,8 +1483,6 @@ def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
 # HTTP handler: read the head, limit, authorise, route, read the body, respond
 # --------------------------------------------------------------------------------------------------
 
-PUBLIC = "public"  # the permission of a route that needs no key
-
 
 class Request:
     """One request, and what becomes of it; set step by step, in the order of Connection.answer."""
@@ -1355,7 +1780,7 @@ class Connection(socketserver.BaseRequestHandler):
         permit(request.key, request.route.permission)
         request.query = decode_query(query, request.route.query)
         self.read_body(request, request.route)
-        decide(request, self.server.agent.ask)
+        decide(request, request.route.permission, self.server.agent.ask)
         return request.route.endpoint(request, self.server.agent)
 
     def authorise(self, request: Request) -> None:
