@@ -2539,14 +2539,16 @@ class EngineReader(io.RawIOBase):
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
-        self.deadline = 0.0  # monotonic
+        self.deadline: float | None = None  # monotonic; None: nothing is received
         self.interrupts = NEVER
         self.has_ended = False
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any) -> int | None:
+        if self.deadline is None:
+            return None
         data = receive(self._sock, self.deadline, self.interrupts, len(buffer))
         buffer[: len(data)] = data
         self.has_ended = not data
@@ -2576,18 +2578,15 @@ class EngineSocket:
     def sendall(self, data: bytes) -> None:
         left = memoryview(data)
         while left:
-            left = left[send(self.raw, left, self.reader.deadline) :]
+            left = left[send(self.raw, left, self.reader.deadline or 0) :]
 
     def makefile(self, mode: str) -> KeptFile:
         return self.file
 
     def is_quiet(self) -> bool:
         """Return whether it is still open, and nothing came that nobody asked for."""
-        self.reader.deadline, self.reader.interrupts = 0, NEVER
-        with contextlib.suppress(socket.timeout):
-            self.file.peek(1)
-            return False
-        return not NEVER.wait_readable(self.raw, 0)
+        self.reader.deadline = None  # so that only what was received before is looked at
+        return not (self.file.peek(1) or NEVER.wait_readable(self.raw, 0))
 
     def exchange(self, call: Call, target: str, deadline: float) -> http.client.HTTPResponse:
         """Send a request; return the response, its head read.
