@@ -110,7 +110,6 @@ MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
 IDLE_CONNECTION = 2.0  # seconds that each is kept
 VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded while nobody asks it anything
 HEALTH_CACHE = 1.0  # seconds
-MEMOIZED = 256 * 1024  # bytes of an answer that is not decoded again while it stays the same
 
 MAX_LINE = 1024 * 1024  # bytes of one log line; the rest goes on as the next
 MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own hold up to 16 KiB and a timestamp
@@ -2830,24 +2829,39 @@ def pull_result(engine: Engine, image: str, digest: str) -> Json:
     return {"image": full, "digest": None}
 
 
-def shape_list(found: bytes) -> bytes:
-    """Return our list of containers, as JSON, from the Engine's. Raises EngineError."""
-    rows = []
+def shape_list(found: list[Any], key: Key, query: Json) -> list[Json]:
+    """Return our rows of the Engine's list: those that the key covers and the query asks for.
+
+    Filtered here, not by the Engine: by what the key may see, and with no regular expression.
+    """
     try:
-        for container in decode_response(found, list):
-            row = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
-            ports = row["ports"] or []
-            row["ports"] = [{o: port.get(t) for o, t in PORT_FIELDS.items()} for port in ports]
-            row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
-            rows.append(row)
+        rows = [shape_row(container, key) for container in found]
+        return [row for row in rows if is_listed(row, key, query)]
     except (AttributeError, KeyError, TypeError) as error:
         raise EngineError(502, "the Engine's answer is no list of containers") from error
-    return encode_json({"containers": rows}) + b"\n"
 
 
-# Those who ask for these ask over and over, and the Engine's answer is mostly the same.
-container_list = functools.lru_cache(maxsize=4)(shape_list)
-check_object = functools.lru_cache(maxsize=8)(decode_response)
+def shape_row(container: Json, key: Key) -> Json:
+    row = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
+    row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
+    ports = row["ports"] or []
+    row["ports"] = [
+        {ours: port.get(theirs) for ours, theirs in PORT_FIELDS.items()} for port in ports
+    ]
+    if not key.master:
+        labels = row["labels"].items()
+        row["labels"] = {name: text for name, text in labels if not name.startswith(OWN_LABELS)}
+    return row
+
+
+def is_listed(row: Json, key: Key, query: Json) -> bool:
+    label, has_value, value = query.get("label", "").partition("=")
+    if label and (label not in row["labels"] or (has_value and row["labels"][label] != value)):
+        return False
+    # A name with another slash in it is a link's.
+    name = next((one[1:] for one in row["names"] if "/" not in one[1:]), "")
+    return query.get("name", "") in name and key.covers("containers", name)
+
 
 # --------------------------------------------------------------------------------------------------
 # Logs: from the Engine's frames to lines, to server-sent events and JSON
@@ -3326,11 +3340,19 @@ class Agent(NamedTuple):
     host_root: str
 
 
-def find_container(request: Request, agent: Agent) -> Json:
-    """Return the Engine's inspect JSON of the container in the path. Raises EngineError."""
-    found = agent.engine.json("GET", container_path(request.name, "json"))
+def inspect_container(request: Request, agent: Agent) -> tuple[bytes, Json]:
+    """Return the Engine's inspect JSON of the container in the path, as it came and decoded.
+
+    Raises EngineError.
+    """
+    body = agent.engine.call("GET", container_path(request.name, "json"))
+    found: Json = decode_response(body)
     request.target.update(id=container_id(found), name=str(found.get("Name")).removeprefix("/"))
-    return found
+    return body, found
+
+
+def find_container(request: Request, agent: Agent) -> Json:
+    return inspect_container(request, agent)[1]
 
 
 def health(request: Request, agent: Agent) -> Response:
@@ -3357,53 +3379,76 @@ def create(request: Request, agent: Agent) -> Response:
 
 def registry_auth(request: Request) -> str:
     """Return X-Registry-Auth as padded base64url of a JSON object, or "". Raises ApiError (400)."""
-    if not (value := request.header("X-Registry-Auth")):
+    value = request.header("X-Registry-Auth")
+    if value in ("", "null"):
         return ""
     bare = value.rstrip("=")
     with contextlib.suppress(ApiError, ValueError):
         decoded = base64.b64decode(bare + "=" * (-len(bare) % 4), b"-_", validate=True)
         # Invariant: decode_json bounds the depth; Python's decoder alone may overflow the C stack.
-        if isinstance(decode_json(decoded), dict):
+        credentials = decode_json(decoded)
+        if credentials is None:
+            return ""
+        if isinstance(credentials, dict):
             return base64.urlsafe_b64encode(decoded).decode()
     raise ApiError(400, "X-Registry-Auth: must be the base64url of a JSON object")
 
 
 def list_containers(request: Request, agent: Agent) -> Response:
-    found = agent.engine.call("GET", f"/containers/json?all={int(request.query.get('all', False))}")
-    return Response((container_list if len(found) < MEMOIZED else shape_list)(found))
+    stopped = int(request.query.get("all", False))
+    found = decode_response(agent.engine.call("GET", f"/containers/json?all={stopped}"), list)
+    return Response({"containers": shape_list(found, request.key, request.query)})
 
 
 def inspect(request: Request, agent: Agent) -> Response:
-    body = agent.engine.call("GET", container_path(request.name, "json"))
-    (check_object if len(body) < MEMOIZED else decode_response)(body)
-    return Response(body)
+    return Response(inspect_container(request, agent)[0])
 
 
 def post_action(
     request: Request, agent: Agent, action: str, done: str, seconds: float = CALL_TIMEOUT
 ) -> Response:
-    """Have the Engine do something to a container, with the signal and timeout in the body."""
-    query: Json = {}
-    if "signal" in request.body:
-        query["signal"] = "SIG" + request.body["signal"].upper().removeprefix("SIG")
-    if "timeout" in request.body:
-        query["t"] = request.body["timeout"]
-    agent.engine.call("POST", container_path(request.name, action), query, seconds=seconds)
+    """Do something to a container, by its full id, with the signal in the body."""
+    container = container_id(find_container(request, agent))
+    query = {name: signal_name(word) for name, word in request.body.items()}
+    agent.engine.call("POST", container_path(container, action), query, seconds=seconds)
     return Response({"message": f"container {done}"})
 
 
 def stop_or_restart(request: Request, agent: Agent, action: str, done: str) -> Response:
-    """Have the Engine do either, which may take the container's own time. Raises ApiError."""
+    """Stop or restart a container, which may take its own time. Raises ApiError."""
+    found, query = find_container(request, agent), {}
+    config = require(found, "Config", dict)
     if "signal" in request.body:
-        version = agent.engine.version(time.monotonic() + CALL_TIMEOUT, again=True)
-        if tuple(map(int, version.split("."))) < (1, 42):
-            refuse("signal", f"takes API 1.42, and this Engine has {version}; use /kill")
-    if (wait := request.body.get("timeout")) is None:
-        found = find_container(request, agent)
-        own = require(found, "Config", dict).get("StopTimeout")
-        # Invariant: a container's own timeout makes no wait longer than a client could ask for.
-        wait = min(MAX_STOP, max(0, own)) if own and isinstance(own, int) else DEFAULT_STOP
-    return post_action(request, agent, action, done, wait + CALL_TIMEOUT)
+        query = stop_signal(agent.engine, request.body["signal"], config, action)
+    wait = config.get("StopTimeout")
+    # Invariant: a container's own timeout makes no wait longer than a client could ask for.
+    wait = min(MAX_STOP, max(0, wait)) if wait and isinstance(wait, int) else DEFAULT_STOP
+    if "timeout" in request.body:
+        wait = query["t"] = request.body["timeout"]
+    path = container_path(container_id(found), action)
+    agent.engine.call("POST", path, query, seconds=wait + CALL_TIMEOUT)
+    return Response({"message": f"container {done}"})
+
+
+def stop_signal(engine: Engine, wanted: str, config: Json, action: str) -> Json:
+    """Return the query by which a stop sends a signal. Raises ApiError (400) if none can.
+
+    Before API 1.42 a stop takes none, and podman ignores it: only the container's own can be had.
+    """
+    version = engine.version(time.monotonic() + CALL_TIMEOUT)
+    if int(version.partition(".")[2]) >= 42 and not engine.is_podman:
+        return {"signal": signal_name(wanted)}
+    own = str(config.get("StopSignal") or "SIGTERM")
+    if signal_number(own) != signal_number(wanted):
+        rule = f"{own} alone, the container's own, can be sent by {action} (Engine API {version})"
+        refuse("signal", f"{rule}; for another one use kill")
+    return {}
+
+
+def signal_number(word: str) -> int:
+    """Return the number of a signal's name or number; SIGTERM's for neither, as the Engine does."""
+    number = int(word) if re.fullmatch("[0-9]{1,3}", word) else 0
+    return number or int(getattr(signal, signal_name(word), signal.SIGTERM))
 
 
 start = functools.partial(post_action, action="start", done="started", seconds=START_TIMEOUT)
@@ -3416,7 +3461,7 @@ unpause = functools.partial(post_action, action="unpause", done="unpaused")
 
 def remove(request: Request, agent: Agent) -> Response:
     query = {name: int(value) for name, value in request.query.items()}
-    agent.engine.call("DELETE", container_path(request.name), query)
+    agent.engine.call("DELETE", container_path(container_id(find_container(request, agent))), query)
     return Response({"message": "container removed"})
 
 
@@ -3468,6 +3513,7 @@ def with_ending(events: Stream) -> Stream:
 
 def pull(request: Request, agent: Agent) -> Response:
     auth = registry_auth(request)
+    request.target.update(image=request.body["image"])
     if "text/event-stream" in ",".join(request.fields.get("accept", [])).lower():
         return event_stream(pull_events(request, agent, auth))
     return Response(
