@@ -2842,7 +2842,7 @@ def shape_list(found: list[Any], key: Key, query: Json) -> list[Json]:
 
 
 def shape_row(container: Json, key: Key) -> Json:
-    row = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
+    row: Json = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
     row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
     ports = row["ports"] or []
     row["ports"] = [
