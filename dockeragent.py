@@ -2616,6 +2616,18 @@ PORT_FIELDS = {
     "type": "Type",
 }
 
+# What the Engine's words for a failed pull mean; the first that fits, else the registry failed.
+PULL_ERRORS = (
+    (502, r"dial tcp|lookup |x509:|EOF$|unexpected (http )?status.*(429|5\d\d)"),
+    # What follows these is the registry's own text, or a page of HTML with any words in it.
+    (502, r"error parsing http|(^|: )(toomanyrequests|unknown): "),
+    (500, "failed to register layer|no space left|read-only file system|(open|mkdir|rename) /"),
+    (401, "unauthorized|authentication required|no basic auth|(incorrect|invalid) username"),
+    (403, r"(^|: )denied\b|is denied|access denied|forbidden"),
+    (404, "(manifest|name) unknown|(?<!file )not found|no (such image|matching manifest)"),
+    (404, "does not exist|does not match the specified platform"),
+)
+
 
 def container_path(name: str, action: str = "") -> str:
     """Return the Engine's path for a container. Raises ApiError (400) for what is no id or name."""
@@ -2643,14 +2655,25 @@ def engine_fields(
             yield from engine_fields(rule, value, version, f"{path}{name}.")
 
 
+def check_mounts(engine: Engine, version: int, volumes: list[Json]) -> None:
+    """Refuse mounts that this Engine would read as something else. Raises ApiError (400)."""
+    for index, volume in enumerate(volumes):
+        # Invariant: podman writes a mount as one line of options, source=a,target=b: nothing in
+        # a path may end it and begin another.
+        paths = volume.get("source", "") + volume["target"]
+        if engine.is_podman and re.search(r"""[,"'\n\r]""", paths):
+            refuse(f"volumes[{index}]", "must have no comma, quote or line break for podman")
+        if version < 40 and volume.get("non_recursive"):
+            refuse(f"volumes[{index}]", f"a limited key's bind needs API 1.40, not 1.{version}")
+
+
 def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
     """Return the query and the body of "Create a container" for a checked body of ours.
 
     Every value comes from a validated field. Raises ApiError (400) for one the Engine lacks.
     """
-    version = int(engine.version(time.monotonic() + CALL_TIMEOUT).partition(".")[2])
-    if version < 40 and any(volume.get("non_recursive") for volume in body.get("volumes", ())):
-        refuse("volumes", f"a bind of a limited key needs API 1.40; this Engine has 1.{version}")
+    version = int(engine.version(time.monotonic() + CALL_TIMEOUT, True).partition(".")[2])
+    check_mounts(engine, version, body.get("volumes", []))
     request: Json = {"query": {}, "HostConfig": {}}
     for place, value in engine_fields(CREATE, body, version):
         *folders, last = place.split(".")
@@ -2787,16 +2810,10 @@ def pull_error(status: int, message: str) -> EngineError:
     The Engine reports most of a registry's refusals as 500, or inside a 200, with nothing but a
     sentence to tell them apart: the one place where an error's text is looked at.
     """
-    for words, meaning in (
-        ("unauthorized|authentication required|no basic auth|(incorrect|invalid) username", 401),
-        ("denied:|is denied|access denied|forbidden", 403),
-        ("(manifest|name) unknown|(?<!file )not found|no (such image|matching manifest)", 404),
-        ("does not exist|does not match the specified platform", 404),
-        ("https?://|dial tcp|lookup |x509|timeout|EOF", 502),
-    ):
-        if status in (500, 502) and re.search(words, message, re.IGNORECASE):
-            return EngineError(meaning, message)
-    return EngineError(status, message)
+    if status not in (500, 502):
+        return EngineError(status, message)
+    found = [code for code, words in PULL_ERRORS if re.search(words, message, re.IGNORECASE)]
+    return EngineError(found[0] if found else 502, message)
 
 
 def pull_image(engine: Engine, body: Json, auth: str, interrupts: Interrupts) -> Json:
@@ -3347,7 +3364,8 @@ def inspect_container(request: Request, agent: Agent) -> tuple[bytes, Json]:
     """
     body = agent.engine.call("GET", container_path(request.name, "json"))
     found: Json = decode_response(body)
-    request.target.update(id=container_id(found), name=str(found.get("Name")).removeprefix("/"))
+    name = str(found.get("Name", "")).removeprefix("/")
+    request.target.update(id=str(found.get("Id", "")), name=name)
     return body, found
 
 
@@ -3435,7 +3453,7 @@ def stop_signal(engine: Engine, wanted: str, config: Json, action: str) -> Json:
 
     Before API 1.42 a stop takes none, and podman ignores it: only the container's own can be had.
     """
-    version = engine.version(time.monotonic() + CALL_TIMEOUT)
+    version = engine.version(time.monotonic() + CALL_TIMEOUT, True)  # it may be another by now
     if int(version.partition(".")[2]) >= 42 and not engine.is_podman:
         return {"signal": signal_name(wanted)}
     own = str(config.get("StopSignal") or "SIGTERM")
