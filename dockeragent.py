@@ -2616,11 +2616,11 @@ PORT_FIELDS = {
     "type": "Type",
 }
 
-# What the Engine's words for a failed pull mean; the first that fits, else the registry failed.
+# What the Engine's words for a failed pull mean. Those that come first in a message decide: what
+# follows may be the registry's own text, or a page of HTML. None: the registry failed, 502.
 PULL_ERRORS = (
-    (502, r"dial tcp|lookup |x509:|EOF$|unexpected (http )?status.*(429|5\d\d)"),
-    # What follows these is the registry's own text, or a page of HTML with any words in it.
-    (502, r"error parsing http|(^|: )(toomanyrequests|unknown): "),
+    (502, r"dial tcp|lookup |x509:|unexpected (http )?status.*(429|5\d\d)|error parsing http"),
+    (502, "(^|: )(toomanyrequests|unknown): "),
     (500, "failed to register layer|no space left|read-only file system|(open|mkdir|rename) /"),
     (401, "unauthorized|authentication required|no basic auth|(incorrect|invalid) username"),
     (403, r"(^|: )denied\b|is denied|access denied|forbidden"),
@@ -2812,8 +2812,9 @@ def pull_error(status: int, message: str) -> EngineError:
     """
     if status not in (500, 502):
         return EngineError(status, message)
-    found = [code for code, words in PULL_ERRORS if re.search(words, message, re.IGNORECASE)]
-    return EngineError(found[0] if found else 502, message)
+    found = [(re.search(words, message, re.IGNORECASE), code) for code, words in PULL_ERRORS]
+    starts = [(match.start(), code) for match, code in found if match]
+    return EngineError(min(starts, default=(0, 502))[1], message)
 
 
 def pull_image(engine: Engine, body: Json, auth: str, interrupts: Interrupts) -> Json:
