@@ -233,15 +233,32 @@ Schema = dict[str, Any]
 KINDS: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 KINDS |= {list: "array", dict: "object"}
 BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
-KEYWORDS = {"type", "description", "properties", "required", "values", "items", "unique"}
-KEYWORDS |= {"pattern", "maxLength", "raw", "minimum", "maximum"}
+KEYWORDS = {"type", "description", "example", "properties", "required", "names", "values", "items"}
+KEYWORDS |= {"pattern", "maxLength", "raw", "minimum", "maximum", "zero", "check"}
+# Not enforced here: the policy reads `master` off a row, `engine_container` the other two.
+KEYWORDS |= {"master", "engine", "since"}
+# Names of docker run, compose and the Engine that difflib cannot bring to ours.
+OTHER_NAMES = {
+    "environment": "env",
+    "containername": "name",
+    "mounts": "volumes",
+    "binds": "volumes",
+    "publish": "ports",
+    "portbindings": "ports",
+    "exposedports": "ports",
+    "memlimit": "resources.memory_mb",
+    "logconfig": "log",
+    "rm": "auto_remove",
+    "destination": "target",
+    "hostconfig": "volumes, ports, resources and so on, beside image",
+}
 
 
 def check_schema(schema: Schema) -> Schema:
-    """Return schema. Raises ValueError for a keyword that `validate` would not enforce."""
+    """Return schema. Raises ValueError for a keyword that nothing would enforce."""
     if unknown := set(schema) - KEYWORDS:
         raise ValueError(f"unknown keywords {unknown} in {schema}")
-    nested = [schema[key] for key in ("items", "values") if key in schema]
+    nested = [schema[key] for key in ("items", "names", "values") if key in schema]
     for child in (*schema.get("properties", {}).values(), *nested):
         check_schema(child)
     return schema
@@ -256,33 +273,26 @@ class NotJson(str):
 
 
 def validate(schema: Schema, value: Any, path: str = "") -> Any:
-    """Return value as schema allows it, less the members that are null. Raises ApiError (400)."""
+    """Return value in the one form that the code after this sees. Raises ApiError (400).
+
+    Members that are null are left out; a schema's `check` may change the value, or refuse it.
+    """
+    rule = f"must be {schema['description']}"
+    if "example" in schema:
+        rule += f", such as {json.dumps(schema['example'], ensure_ascii=False)}"
     if isinstance(value, NotJson):
-        refuse(path, value)
-    rule = f"must be {schema.get('description', 'an ' + schema['type'])}"
+        refuse(path, f"{value}; it {rule}")
     if KINDS.get(type(value)) not in schema["type"].split("|"):
         refuse(path, rule)
-    if isinstance(value, dict):
-        return validate_object(schema, value, path)
-    if isinstance(value, list):
-        items = [validate(schema["items"], item, f"{path}[{i}]") for i, item in enumerate(value)]
-        if schema.get("unique") and len(set(items)) < len(items):
-            refuse(path, "must not name the same twice")
-        return items
     if isinstance(value, str):
-        if "\0" in value and not schema.get("raw"):
-            refuse(path, "must not contain a NUL character")
-        if re.search(r"[\ud800-\udfff]", value):
-            refuse(path, "must not contain a lone surrogate")
-        if len(value) > schema["maxLength"]:
-            refuse(path, f"must be at most {schema['maxLength']} characters")
-        if not re.fullmatch(schema["pattern"], value):
-            refuse(path, rule)
-    if "maximum" in schema and value != "":  # a port may be written as a string
-        low, high = schema["minimum"], schema["maximum"]
-        if not low <= float(value) <= high:
-            refuse(path, f"must be between {low:,} and {high:,}")
-    return value
+        validate_string(schema, value, path, rule)
+    if isinstance(value, dict):
+        value = validate_object(schema, value, path)
+    elif isinstance(value, list):
+        value = [validate(schema["items"], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    elif "maximum" in schema:
+        validate_number(schema, value, path)
+    return schema["check"](value, path) if "check" in schema else value
 
 
 def validate_object(schema: Schema, value: Json, path: str) -> Json:
@@ -290,10 +300,10 @@ def validate_object(schema: Schema, value: Json, path: str) -> Json:
     properties, result = schema.get("properties", {}), {}
     prefix = f"{path}." if path else ""
     for name, member in value.items():
-        if "values" in schema:
-            validate(schema["values"], name, path)
+        if "names" in schema:
+            validate(schema["names"], name, path)
         elif name not in properties:
-            refuse(prefix + name, f"is unknown; known here: {', '.join(properties) or 'nothing'}")
+            refuse(prefix + name, f"is unknown; {suggest_name(name, properties)}")
         if member is not None:
             rule = schema.get("values") or properties[name]
             result[name] = validate(rule, member, prefix + name)
@@ -303,25 +313,83 @@ def validate_object(schema: Schema, value: Json, path: str) -> Json:
     return result
 
 
+def validate_string(schema: Schema, value: str, path: str, rule: str) -> None:
+    if "\0" in value and not schema.get("raw"):
+        refuse(path, "must not contain a NUL character")
+    if re.search(r"[\ud800-\udfff]", value):
+        refuse(path, "must not contain a lone surrogate")
+    if len(value) > schema["maxLength"]:
+        refuse(path, f"must be at most {schema['maxLength']} characters")
+    if not re.fullmatch(schema["pattern"], value):
+        refuse(path, rule)
+
+
+def validate_number(schema: Schema, value: Any, path: str) -> None:
+    """Check a number's bounds, of one that is written as a string too. Raises ApiError (400)."""
+    if isinstance(value, str) and not value.isdigit():
+        return
+    low, high, zero = schema["minimum"], schema["maximum"], schema.get("zero")
+    number = int(value) if isinstance(value, str) else value
+    if not (low <= number <= high or (zero and number == 0)):
+        refuse(path, f"must be {f'0 ({zero}) or ' if zero else ''}between {low:,} and {high:,}")
+
+
+def suggest_name(name: str, properties: Json) -> str:
+    """Return what to write instead of an unknown name: the nearest known one, or all of them."""
+    import difflib  # here: no start should wait for it
+
+    def squash(text: str) -> str:
+        return text.lower().replace("_", "")
+
+    if not properties:
+        return "nothing can be set here"
+    nested = {
+        squash(inner): f"{outer}.{inner}"
+        for outer, schema in properties.items()
+        for inner in schema.get("properties", {})
+    }
+    known = {**nested, **{squash(own): own for own in properties}}
+    wanted = squash(name[:64])
+    hint = OTHER_NAMES.get(wanted, "")
+    if re.split(r"\W", hint)[0] in properties:
+        return f"did you mean {hint}?"
+    for nearest in difflib.get_close_matches(wanted, known, 1):
+        return f"did you mean {known[nearest]}?"
+    return f"known here: {', '.join(properties)}"
+
+
 # One function for each kind of value; it returns the value's schema.
-def string_schema(pattern: str = "(?s:.*)", rule: str = "a string", longest: int = 4096) -> Schema:
-    return {"type": "string", "pattern": pattern, "description": rule, "maxLength": longest}
+def string_schema(
+    pattern: str = "(?s:.*)", rule: str = "a string", longest: int = 4096, **more: Any
+) -> Schema:
+    return {"type": "string", "pattern": pattern, "description": rule, "maxLength": longest, **more}
 
 
 def one_of(*words: str) -> Schema:
     return string_schema("|".join(words), f"one of {', '.join(words)}")
 
 
-def integer_schema(low: int, high: int) -> Schema:
-    return {"type": "integer", "minimum": low, "maximum": high}
+def integer_schema(low: int, high: int, **more: Any) -> Schema:
+    kind = {"type": "integer", "description": "an integer", "minimum": low, "maximum": high}
+    return {**kind, **more}
 
 
-def array_of(item: Schema, **more: Any) -> Schema:
-    return {"type": "array", "items": item, **more}
+def array_of(item: Schema, rule: str = "an array", **more: Any) -> Schema:
+    return {"type": "array", "description": rule, "items": item, **more}
 
 
-def object_schema(required: str, **properties: Schema) -> Schema:
-    return check_schema({"type": "object", "properties": properties, "required": required.split()})
+def map_of(names: Schema, values: Schema, rule: str, **more: Any) -> Schema:
+    return {"type": "object", "description": rule, "names": names, "values": values, **more}
+
+
+def object_schema(
+    required: str, /, example: Any = None, check: Any = None, **properties: Schema
+) -> Schema:
+    schema: Schema = {"type": "object", "description": "a JSON object"}
+    schema.update(properties=properties, required=required.split())
+    extra = {"example": example, "check": check}
+    schema.update({keyword: value for keyword, value in extra.items() if value is not None})
+    return check_schema(schema)
 
 
 NOTHING = object_schema("")
@@ -329,6 +397,8 @@ NOTHING = object_schema("")
 
 def decode_json(body: bytes) -> Any:
     """Return the value of JSON (RFC 8259), NotJson for what `validate` refuses. Raises ApiError."""
+    if not body.strip(b" \t\r\n"):
+        return NotJson("is empty")
     # Invariant: the depth is known before the decoder, which recurses, sees it: without escapes,
     # strings and scalars all that is left are brackets.
     brackets = re.sub(rb'"[^"]*"?|[^"\[{\]}]+', b"", re.sub(rb"(?s)\\.", b"", body))
@@ -343,8 +413,12 @@ def decode_json(body: bytes) -> Any:
             parse_constant=lambda name: NotJson(f"{name} is not JSON"),
             parse_int=lambda digits: int(digits) if len(digits) <= MAX_DIGITS else too_long,
         )
-    except ValueError as error:
-        raise ApiError(400, f"body: is not JSON in UTF-8: {error}") from error
+    except json.JSONDecodeError as error:
+        octal = re.compile(r"\b0[0-9]+").match(error.doc, max(0, error.pos - 1))
+        hint = f'; write "{octal[0]}" in quotes' if octal else ""
+        raise ApiError(400, f"body: is not JSON: {error}{hint}") from error
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"body: is not UTF-8: {error}") from error
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> Json | NotJson:
@@ -357,11 +431,16 @@ def unique_object(pairs: list[tuple[str, Any]]) -> Json | NotJson:
     return result
 
 
-def decode_query(query: str, schema: Schema) -> Json:
-    """Return the parameters of a query string, typed as schema says. Raises ApiError (400)."""
+def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json:
+    """Return the parameters of a query string, typed as schema says. Raises ApiError (400).
+
+    body: the schema of the route's body, if it takes one; a field of it is no parameter.
+    """
     pairs: list[tuple[str, Any]] = []
     for part in filter(None, query.split("&")):
         name, _, value = (unquote(raw, errors="replace") for raw in part.partition("="))
+        if name not in schema["properties"] and name in (body or NOTHING)["properties"]:
+            refuse(f"query.{name}", "goes into the body, which is JSON")
         is_boolean = schema["properties"].get(name, {}).get("type") == "boolean"
         pairs.append((name, BOOLEANS.get(value.lower(), value) if is_boolean else value))
     checked: Json = validate(schema, unique_object(pairs), "query")
@@ -1778,7 +1857,7 @@ class Connection(socketserver.BaseRequestHandler):
                 raise ApiError(400, "neither a query nor a body is taken here")
             return request.route.endpoint(request, self.server.agent)
         permit(request.key, request.route.permission)
-        request.query = decode_query(query, request.route.query)
+        request.query = decode_query(query, request.route.query, request.route.body)
         self.read_body(request, request.route)
         decide(request, request.route.permission, self.server.agent.ask)
         return request.route.endpoint(request, self.server.agent)
@@ -2410,13 +2489,14 @@ def overwrite(parent: int, name: bytes, write: FileWrite) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Request schemas: the tables, nothing else
+# Request schemas: the tables, and the rules between fields of one table
 # --------------------------------------------------------------------------------------------------
 
 SIGNALS = (
     "ABRT|ALRM|BUS|CHLD|CONT|FPE|HUP|ILL|INT|KILL|PIPE|POLL|PROF|QUIT|SEGV|STOP|SYS|TERM|TRAP|TSTP"
     "|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ"
 )
+REAL_TIME = r"RTMIN(?:\+(?:[1-9]|1[0-5]))?|RTMAX(?:-(?:[1-9]|1[0-4]))?"  # systemd's is RTMIN+3
 # The distribution project's reference grammar: [domain[:port]/]path[:tag][@digest]
 IMAGE = (
     r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?/)?"
@@ -2424,74 +2504,470 @@ IMAGE = (
     r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64}|@sha512:[0-9a-f]{128})?"
 )
 IMAGE_RULE = "an image such as nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
+OWN_LABELS = "dockeragent."  # what the agent's own labels begin with: no client sets one
+HELPER_NAMES = (".next", ".prev", ".old")  # a deploy's containers, beside the one of the name
+# What the source of each type of volume must be.
+SOURCES = {
+    # The Engine would clean any other path into one that nobody has checked.
+    "bind": (
+        r"/|(?:/(?!\.\.?(?:/|\Z))[^/]+)+/?",
+        "must be an absolute path with no '.', '..' or empty component",
+    ),
+    "volume": (r"(?:[a-zA-Z0-9][a-zA-Z0-9_.-]+)?", f"must be a volume's name: two {NAME_RULE}"),
+    "tmpfs": ("", "must be absent for a tmpfs"),
+}
+
+
+def check_name(name: str, path: str) -> str:
+    if name.endswith(HELPER_NAMES):
+        refuse(path, f"must not end in {', '.join(HELPER_NAMES)}: a deploy uses these")
+    return name
+
+
+def check_ip(address: str, path: str) -> str:
+    if "%" in address or parse_ip(address) is None:
+        refuse(path, "must be an IPv4 or IPv6 address, such as 10.0.0.5")
+    return address
+
+
+def check_host(address: str, path: str) -> str:
+    return address if address == "host-gateway" else check_ip(address, path)
+
+
+def check_volume(volume: Json, path: str) -> Json:
+    """Return volume with its type, and a bind's source without a slash at its end."""
+    source = volume.get("source", "")
+    kind = volume.setdefault("type", "bind" if source.startswith("/") else "volume")
+    pattern, rule = SOURCES[kind]
+    if not re.fullmatch(pattern, source):
+        refuse(f"{path}.source", rule)
+    for name in {"size_mb", "mode"} & volume.keys():
+        if kind != "tmpfs":
+            refuse(f"{path}.{name}", "goes only with a tmpfs")
+    if kind == "bind":
+        volume["source"] = source.rstrip("/") or "/"
+    return volume
+
+
+def check_ulimit(limit: Any, path: str) -> list[int]:
+    """Return [soft, hard]; -1 is no limit."""
+    pair = limit if isinstance(limit, list) else [limit, limit]
+    if len(pair) != 2 or (pair[1] != -1 and not -1 < pair[0] <= pair[1]):
+        refuse(path, "must be a number, or [soft, hard] with soft at most hard")
+    return pair
+
+
+def check_resources(resources: Json, path: str) -> Json:
+    memory, swap = resources.get("memory_mb", 0), resources.get("memory_swap_mb", 0)
+    if swap > 0 and not 0 < memory <= swap:
+        rule = "is memory and swap together: it needs memory_mb, and must be at least as much"
+        refuse(f"{path}.memory_swap_mb", rule)
+    return resources
+
+
+def check_health(health: Json, path: str) -> Json:
+    if not health.get("disable", True):
+        del health["disable"]
+    given = [name for name in ("cmd", "shell", "disable") if name in health]
+    if len(given) > 1 or ("disable" in given and len(health) > 1):
+        refuse(path, "takes one of cmd, shell and disable, and times with the first two")
+    if health.get("cmd") == []:
+        refuse(f"{path}.cmd", "must not be empty")
+    return health
+
+
+def check_networks(body: Json) -> Json:
+    """Return body with all that is joined in `networks`, or `network_mode` host, none, container:X.
+
+    Neither is the Engine's default, `bridge`; which, as a mode, gives way to networks.
+    """
+    networks, mode = body.pop("networks", []), body.pop("network_mode", "default")
+    if len({network["name"] for network in networks}) < len(networks):
+        refuse("networks", "must not name the same network twice")
+    if mode != "default" and not (mode == "bridge" and networks):
+        first = [network for network in networks if network["name"] == mode]
+        others = [network for network in networks if network["name"] != mode]
+        networks = [*(first or [{"name": mode, "aliases": []}]), *others]
+    for network in networks:
+        if network["name"] in ("host", "none") or ":" in network["name"]:
+            if len(networks) > 1 or network["aliases"]:
+                refuse("networks", f"cannot be joined in network_mode {network['name']}")
+            return {**body, "network_mode": network["name"]}
+    return {**body, "networks": networks} if networks else body
+
+
+def check_create(body: Json, path: str) -> Json:
+    policy = body.get("restart_policy", {"name": "no"})
+    if policy.get("max_retry_count") and policy["name"] != "on-failure":
+        refuse("restart_policy.max_retry_count", "goes only with on-failure")
+    if body.get("auto_remove") and policy["name"] != "no":
+        refuse("auto_remove", "goes only with the restart_policy no")
+    return check_networks(body)
+
+
+# What becomes of a value in the Engine's body.
+def times(unit: int) -> Callable[[Any], int]:
+    return lambda amount: round(amount * unit) if amount > 0 else int(amount)
+
+
+def engine_ports(ports: list[Json]) -> dict[str, list[dict[str, str]]]:
+    """Return the Engine's PortBindings: {"80/tcp": [{"HostIp": "", "HostPort": "8080"}]}."""
+    bindings: dict[str, list[dict[str, str]]] = {}
+    for port in ports:
+        binding = {"HostIp": port["host_ip"], "HostPort": str(port["host_port"] or "")}
+        exposed = f"{port['container_port']}/{port['protocol']}"
+        bindings.setdefault(exposed, []).append(binding)
+    return bindings
+
+
+def engine_mount(volume: Json) -> Json:
+    """Return the Engine's Mount. Mounts, not Binds: no colon in a path can become an option."""
+    mount = {"Type": volume["type"], "Source": volume.get("source", ""), "Target": volume["target"]}
+    mount["ReadOnly"] = volume.get("read_only", False)
+    if volume.get("non_recursive"):  # set by the policy, never by a client
+        mount["BindOptions"] = {"NonRecursive": True}
+    if volume["type"] == "tmpfs":
+        size, mode = volume.get("size_mb", 0) * 2**20, int(volume.get("mode", "0"), 8)
+        mount["TmpfsOptions"] = {"SizeBytes": size, "Mode": mode}
+    return mount
+
+
+def engine_device(text: str) -> Json:
+    """Return the Engine's device mapping for /dev/a[:/dev/b][:rwm]."""
+    host, *rest = text.split(":")
+    inside = rest.pop(0) if rest and rest[0].startswith("/") else host
+    access = rest[0] if rest else "rwm"
+    return {"PathOnHost": host, "PathInContainer": inside, "CgroupPermissions": access}
+
+
+def engine_gpus(count: Any) -> list[Json]:
+    return [{"Count": -1 if count == "all" else count, "Capabilities": [["gpu"]]}]
+
+
+def engine_endpoint(networks: list[Json]) -> Json:
+    """Return the EndpointsConfig of the first network: older Engines take one at create."""
+    return {networks[0]["name"]: {"Aliases": networks[0]["aliases"]}}
+
+
+def engine_ulimits(limits: Json) -> list[Json]:
+    return [{"Name": name, "Soft": soft, "Hard": hard} for name, (soft, hard) in limits.items()]
+
+
+def signal_name(word: str) -> str:
+    """Return a signal's name as the Engine writes it: SIGTERM."""
+    return "SIG" + word.upper().removeprefix("SIG")
+
+
+Place = Union[str, tuple[str, Callable[[Any], Any]]]
+
+
+def field(schema: Schema, *places: Place, since: int = 0, master: bool = False) -> Schema:
+    """Return schema as one row of CREATE.
+
+    places: where the value goes in the Engine's request ("HostConfig.Memory", "query.name"), and
+    what becomes of it. since: the Engine API that knows it, 41 for 1.41. master: for the master
+    key alone.
+    """
+    pairs = [
+        place if isinstance(place, tuple) else (place, lambda value: value) for place in places
+    ]
+    return {**schema, "engine": pairs, "since": since, "master": master}
 
 
 STRING = string_schema(longest=MAX_BODY)
+limit = functools.partial(integer_schema, example=512, zero="no limit")
 BOOLEAN = {"type": "boolean", "description": "true or false"}
-PORT = string_schema("0{0,9}[1-9][0-9]{0,4}", "a port from 1 to 65535, in ASCII digits")
-PORT |= {**integer_schema(1, 65535), "type": "string|integer"}
-SIGNAL = string_schema(f"(?ai:(SIG)?({SIGNALS}))", "a POSIX signal name such as SIGTERM or HUP")
-USER_ID = integer_schema(0, 2**32 - 2)  # one more means "no change"
-PLATFORM = string_schema(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch such as linux/amd64", 64)
+STRINGS = array_of(STRING, "an array of strings", example=["sleep", "60"])
+ABSOLUTE = string_schema("(?s:/.*)", "an absolute path", example="/srv")
+PORT = string_schema("0{0,9}[1-9][0-9]{0,4}", "a port from 1 to 65535, in ASCII digits", 15)
+PORT |= {"type": "string|integer", "example": 8080, "minimum": 1, "maximum": 65535}
+PORT["check"] = lambda port, path: int(port or 0)
+HOST_PORT = {**PORT, "pattern": "[0-9]{0,15}", "zero": "the Engine picks one"}
+SIGNAL = string_schema(f"(?ai:(SIG)?({SIGNALS}))", "a POSIX signal's name", example="SIGTERM")
+ANY_SIGNAL = {**SIGNAL, "pattern": f"(?ai:(SIG)?({SIGNALS}|{REAL_TIME}))"}
+USER_ID = integer_schema(0, 2**32 - 2, example=1000)  # one more means "no change"
+PLATFORM = string_schema(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch", 64, example="linux/amd64")
+LABELS = map_of(
+    string_schema(
+        rf"(?s:(?!{re.escape(OWN_LABELS)}).*)", f"a name not beginning with {OWN_LABELS}"
+    ),
+    STRING,
+    "an object of strings",
+    example={"com.example.team": "web"},
+)
+HOST_NAME = string_schema(
+    r"[a-zA-Z0-9_]([a-zA-Z0-9_.-]*[a-zA-Z0-9_])?", "letters, digits, '.', '-' and '_'", 64
+)
+IP = string_schema(rule="an IP address", longest=45, example="10.0.0.5", check=check_ip)
 
 PORTS = object_schema(
     "container_port",
+    example={"container_port": 80, "host_port": 8080},
+    check=lambda port, path: {"host_port": 0, "protocol": "tcp", "host_ip": "", **port},
     container_port=PORT,
-    host_port={**PORT, "pattern": f"({PORT['pattern']})?"},  # empty: the Engine picks one
+    host_port=HOST_PORT,
     protocol=one_of("tcp", "udp", "sctp"),
-    host_ip=string_schema(longest=45),
+    host_ip=IP,
 )
 VOLUMES = object_schema(
     "target",
-    source=string_schema("(?s:.+)", "a path or a volume's name"),
-    target=string_schema(r"/+[^/](?s:.*)", "an absolute path other than /"),
+    example={"source": "/data", "target": "/data"},
+    check=check_volume,
+    source=string_schema("(?s:.+)", "a path or a volume's name", example="/data"),
+    target=string_schema(r"/+[^/](?s:.*)", "an absolute path other than /", example="/data"),
     read_only=BOOLEAN,
     type=one_of("bind", "volume", "tmpfs"),
+    size_mb=integer_schema(0, 2**40, example=64),
+    mode=string_schema("0*[1-7][0-7]{0,3}", "an octal mode up to 7777", 15, example="1777"),
 )
+NETWORK = string_schema(CONTAINER, f"a network's name: {NAME_RULE}", 255, example="front")
+JOINED = object_schema("name", name=NETWORK, aliases=array_of(HOST_NAME, example=["db"]))
+NETWORKS = {
+    **NETWORK,
+    "type": "string|object",
+    "properties": JOINED["properties"],
+    "required": ["name"],
+    "check": lambda network, path: {
+        "aliases": [],
+        **(network if isinstance(network, dict) else {"name": network}),
+    },
+}
+NAME = string_schema(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", f"at least two {NAME_RULE}", 255)
+SECONDS = {"type": "integer|number", "description": "a number of seconds", "example": 1.5}
+SECONDS.update(minimum=0.001, maximum=1_000_000, zero="the image's own")
 # A hundredth is the Engine's own floor; much less would round to "no limit".
-CPUS = {"type": "integer|number", "minimum": 0.01, "maximum": 10**6, "description": "a number"}
-RESTART = one_of("no", "always", "on-failure", "unless-stopped")
+CPUS = {"type": "integer|number", "description": "a number", "example": 1.5, "zero": "no limit"}
+CPUS.update(minimum=0.01, maximum=10**6)
+CAPABILITIES = array_of(
+    string_schema("[A-Za-z][A-Za-z0-9_]*", "a capability's name", 64), example=["NET_ADMIN"]
+)
+ULIMIT = integer_schema(-1, 2**63 - 1)
+ULIMITS = map_of(
+    string_schema("[a-z]+", "a limit's name", 32),
+    {**array_of(ULIMIT), **ULIMIT, "type": "integer|array", "check": check_ulimit},
+    "an object of numbers or [soft, hard]",
+    example={"nofile": 65536, "core": [0, 0]},
+)
+SHARED = f"host|container:{CONTAINER}"  # another's namespace
+
+# Each field of a create is one row: what it may be, where it goes in the Engine's request and as
+# what, which API version knows it, and whether it is for the master key alone.
 CREATE = object_schema(
     "image",
-    image=string_schema(
-        f"{IMAGE}|(?:sha256:)?[0-9a-f]{{64}}", f"{IMAGE_RULE}, or an image's id", 512
+    example={"image": "nginx:1.27"},
+    check=check_create,
+    image=field(
+        string_schema(
+            f"{IMAGE}|(?:sha256:)?[0-9a-f]{{64}}", f"{IMAGE_RULE}, or an image's id", 512
+        ),
+        "Image",
     ),
-    name=string_schema(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", f"at least two {NAME_RULE}", 255),
-    cmd=array_of(STRING),
-    entrypoint=array_of(STRING),
-    env=array_of(string_schema("(?s:[^=]+=.*)", "NAME=value", MAX_BODY)),
-    labels={"type": "object", "values": STRING},
-    working_dir=string_schema("(?s:/.*)", "an absolute path"),
-    user=string_schema(r"[^\s:]+(:[^\s:]+)?", "user, uid, user:group or uid:gid", 255),
-    hostname=string_schema(
-        r"[a-zA-Z0-9]([a-zA-Z0-9.-]*[a-zA-Z0-9])?", "letters, digits, '.' and '-'", 64
+    name=field({**NAME, "check": check_name}, "query.name"),
+    cmd=field(STRINGS, "Cmd"),
+    entrypoint=field(STRINGS, "Entrypoint"),
+    env=field(
+        array_of(
+            string_schema("(?s:[^=]+=.*)", "NAME=value", MAX_BODY, example="TZ=UTC"),
+            "an array of strings",
+            example=["TZ=UTC"],
+        ),
+        "Env",
     ),
-    ports=array_of(PORTS),
-    volumes=array_of(VOLUMES),
-    networks=array_of(string_schema(CONTAINER, f"a network's name: {NAME_RULE}", 255), unique=True),
-    network_mode=string_schema(f"(container:)?{CONTAINER}", "bridge, container:ID or a name", 255),
+    labels=field(LABELS, "Labels"),
+    working_dir=field(ABSOLUTE, "WorkingDir"),
+    user=field(
+        string_schema(
+            r"[^\s:]+(:[^\s:]+)?", "user, uid, user:group or uid:gid", 255, example="1000:1000"
+        ),
+        "User",
+    ),
+    hostname=field(HOST_NAME, "Hostname"),
+    ports=field(
+        array_of(PORTS, "an array of objects", example=[PORTS["example"]]),
+        ("HostConfig.PortBindings", engine_ports),
+        ("ExposedPorts", lambda ports: {key: {} for key in engine_ports(ports)}),
+    ),
+    volumes=field(
+        array_of(VOLUMES, "an array of objects", example=[VOLUMES["example"]]),
+        ("HostConfig.Mounts", lambda volumes: list(map(engine_mount, volumes))),
+        since=25,
+    ),
+    networks=field(
+        array_of(NETWORKS, "an array of names or objects", example=["front", {"name": "back"}]),
+        ("HostConfig.NetworkMode", lambda networks: networks[0]["name"]),
+        ("NetworkingConfig.EndpointsConfig", engine_endpoint),
+    ),
+    network_mode=field(
+        string_schema(f"(container:)?{CONTAINER}", "bridge, host, none, container:ID or a name"),
+        "HostConfig.NetworkMode",
+    ),
     restart_policy=object_schema(
-        "name", name=RESTART, max_retry_count=integer_schema(0, 2**31 - 1)
+        "name",
+        example={"name": "always"},
+        name=field(
+            one_of("no", "always", "on-failure", "unless-stopped"), "HostConfig.RestartPolicy.Name"
+        ),
+        max_retry_count=field(
+            integer_schema(0, 2**31 - 1, example=3), "HostConfig.RestartPolicy.MaximumRetryCount"
+        ),
     ),
     resources=object_schema(
-        "", cpus=CPUS, memory_mb=integer_schema(6, 2**40), cpu_shares=integer_schema(2, 262_144)
+        "",
+        example={"cpus": 1.5, "memory_mb": 512},
+        check=check_resources,
+        cpus=field(CPUS, ("HostConfig.NanoCpus", times(10**9)), since=25),
+        memory_mb=field(limit(6, 2**40), ("HostConfig.Memory", times(2**20))),
+        memory_swap_mb=field(
+            integer_schema(-1, 2**40, example=1024), ("HostConfig.MemorySwap", times(2**20))
+        ),
+        cpu_shares=field(limit(2, 262_144), "HostConfig.CpuShares"),
+        pids=field(limit(1, 4_194_304), "HostConfig.PidsLimit", since=23),
+        shm_size_mb=field(
+            integer_schema(0, 2**40, example=64), ("HostConfig.ShmSize", times(2**20)), since=22
+        ),
+        ulimits=field(ULIMITS, ("HostConfig.Ulimits", engine_ulimits)),
     ),
+    healthcheck=object_schema(
+        "",
+        example={"cmd": ["curl", "-f", "http://localhost/"], "interval": 10},
+        check=check_health,
+        cmd=field(STRINGS, ("Healthcheck.Test", lambda cmd: ["CMD", *cmd]), since=24),
+        shell=field(
+            string_schema(
+                "(?s:.+)", "a shell's command", MAX_BODY, example="curl -f http://localhost/"
+            ),
+            ("Healthcheck.Test", lambda command: ["CMD-SHELL", command]),
+            since=24,
+        ),
+        disable=field(BOOLEAN, ("Healthcheck.Test", lambda disable: ["NONE"]), since=24),
+        interval=field(SECONDS, ("Healthcheck.Interval", times(10**9)), since=24),
+        timeout=field(SECONDS, ("Healthcheck.Timeout", times(10**9)), since=24),
+        start_period=field(SECONDS, ("Healthcheck.StartPeriod", times(10**9)), since=29),
+        retries=field(integer_schema(0, 2**31 - 1, example=3), "Healthcheck.Retries", since=24),
+    ),
+    log=object_schema(
+        "",
+        example={"driver": "json-file", "max_size_mb": 10, "max_files": 3},
+        driver=field(
+            string_schema(
+                "[a-zA-Z0-9][a-zA-Z0-9_./:-]*", "a log driver's name", 255, example="local"
+            ),
+            "HostConfig.LogConfig.Type",
+        ),
+        max_size_mb=field(
+            integer_schema(1, 2**20, example=10),
+            ("HostConfig.LogConfig.Config.max-size", lambda mb: f"{mb}m"),
+        ),
+        max_files=field(
+            integer_schema(1, 10_000, example=3), ("HostConfig.LogConfig.Config.max-file", str)
+        ),
+    ),
+    init=field(BOOLEAN, "HostConfig.Init", since=25),
+    tty=field(BOOLEAN, "Tty"),
+    read_only=field(BOOLEAN, "HostConfig.ReadonlyRootfs"),
+    cap_drop=field(CAPABILITIES, "HostConfig.CapDrop"),
+    no_new_privileges=field(
+        BOOLEAN, ("HostConfig.SecurityOpt", lambda wanted: ["no-new-privileges"] * wanted)
+    ),
+    stop_signal=field(ANY_SIGNAL, ("StopSignal", signal_name), since=21),
+    stop_timeout=field(integer_schema(0, MAX_STOP, example=30), "StopTimeout", since=25),
+    extra_hosts=field(
+        map_of(
+            HOST_NAME,
+            string_schema(
+                rule="an address or host-gateway", longest=45, example="10.0.0.5", check=check_host
+            ),
+            "an object of addresses",
+            example={"db": "10.0.0.5"},
+        ),
+        ("HostConfig.ExtraHosts", lambda hosts: [f"{name}:{ip}" for name, ip in hosts.items()]),
+    ),
+    dns=field(array_of(IP, "an array of addresses", example=["10.0.0.2"]), "HostConfig.Dns"),
+    platform=field(PLATFORM, "query.platform", since=41),
+    auto_remove=field(BOOLEAN, "HostConfig.AutoRemove", since=25),
     pull=one_of("missing", "always", "never"),
+    privileged=field(BOOLEAN, "HostConfig.Privileged", master=True),
+    cap_add=field(CAPABILITIES, "HostConfig.CapAdd", master=True),
+    devices=field(
+        array_of(
+            string_schema(
+                "/[^:]+(:/[^:]+)?(:[rwm]{1,3})?",
+                "a device's path, perhaps :path and :rwm",
+                example="/dev/fuse",
+            ),
+            example=["/dev/fuse", "/dev/sda:/dev/xvda:r"],
+        ),
+        ("HostConfig.Devices", lambda devices: list(map(engine_device, devices))),
+        master=True,
+    ),
+    gpus=field(
+        {
+            **string_schema("all", '"all" or a number', example="all"),
+            "type": "string|integer",
+            "minimum": 1,
+            "maximum": 1024,
+        },
+        ("HostConfig.DeviceRequests", engine_gpus),
+        since=40,
+        master=True,
+    ),
+    security_opt=field(
+        array_of(STRING, "an array of strings", example=["seccomp=unconfined"]),
+        "HostConfig.SecurityOpt",
+        master=True,
+    ),
+    sysctls=field(
+        map_of(
+            string_schema("[a-zA-Z0-9_./-]+", "a sysctl's name", 255),
+            STRING,
+            "an object of strings",
+            example={"net.core.somaxconn": "1024"},
+        ),
+        "HostConfig.Sysctls",
+        since=23,
+        master=True,
+    ),
+    pid_mode=field(
+        string_schema(SHARED, "host or container:ID"), "HostConfig.PidMode", master=True
+    ),
+    ipc_mode=field(
+        string_schema(
+            f"{SHARED}|none|private|shareable", "host, none, private, shareable or container:ID"
+        ),
+        "HostConfig.IpcMode",
+        master=True,
+    ),
 )
-PULL = object_schema("image", image=string_schema(IMAGE, IMAGE_RULE, 512), platform=PLATFORM)
-STOP = object_schema("", timeout=integer_schema(0, MAX_STOP), signal=SIGNAL)
-KILL = object_schema("", signal=SIGNAL)
+PULL = object_schema(
+    "image",
+    example={"image": "nginx:1.27"},
+    image=string_schema(IMAGE, IMAGE_RULE, 512),
+    platform=PLATFORM,
+)
+STOP = object_schema(
+    "",
+    example={"timeout": 10, "signal": "SIGTERM"},
+    timeout=integer_schema(0, MAX_STOP, example=10),
+    signal=SIGNAL,
+)
+KILL = object_schema("", example={"signal": "SIGKILL"}, signal=SIGNAL)
 FILE = object_schema(
     "path content",
-    path=string_schema(longest=MAX_PATH),
+    example={"path": "/etc/app.conf", "content": "a=1"},
+    path=string_schema(rule="an absolute path", longest=MAX_PATH, example="/etc/app.conf"),
     content={**STRING, "raw": True},
     encoding=one_of("utf-8", "base64"),
-    permission=string_schema("0?[0-7]{1,4}", "an octal mode up to 7777, such as 0644"),
+    permission=string_schema("0?[0-7]{1,4}", "an octal mode up to 7777", example="0644"),
     uid=USER_ID,
     gid=USER_ID,
     atomic=BOOLEAN,
 )
-LIST_QUERY = object_schema("", all=BOOLEAN)
+LIST_QUERY = object_schema(
+    "",
+    all=BOOLEAN,
+    label=string_schema("(?s:[^=]+(=.*)?)", "key or key=value"),
+    name=string_schema("(?s:.+)", "a part of a container's name"),
+)
 REMOVE_QUERY = object_schema("", force=BOOLEAN, v=BOOLEAN)
 LOGS_QUERY = object_schema(
     "",
@@ -2945,14 +3421,7 @@ def container_id(decoded: Json) -> str:
 # Containers and images: our requests to the Engine's, its answers to ours
 # --------------------------------------------------------------------------------------------------
 
-# Our fields and the Engine's: a create's, those of its resources with our unit, a list's.
-CREATE_FIELDS = {"image": "Image", "cmd": "Cmd", "entrypoint": "Entrypoint", "env": "Env"}
-CREATE_FIELDS.update(labels="Labels", working_dir="WorkingDir", user="User", hostname="Hostname")
-RESOURCE_FIELDS = {
-    "cpus": ("NanoCpus", 1e9),
-    "memory_mb": ("Memory", 2**20),
-    "cpu_shares": ("CpuShares", 1),
-}
+# Our fields and the Engine's, in a list.
 LIST_FIELDS = {"id": "Id", "names": "Names", "image": "Image", "image_id": "ImageID"}
 LIST_FIELDS.update(command="Command", created="Created", state="State", status="Status")
 LIST_FIELDS.update(ports="Ports", labels="Labels")
@@ -2963,6 +3432,18 @@ PORT_FIELDS = {
     "type": "Type",
 }
 
+# What the Engine's words for a failed pull mean. Those that come first in a message decide: what
+# follows may be the registry's own text, or a page of HTML. None: the registry failed, 502.
+PULL_ERRORS = (
+    (502, r"dial tcp|lookup |x509:|unexpected (http )?status.*(429|5\d\d)|error parsing http"),
+    (502, "(^|: )(toomanyrequests|unknown): "),
+    (500, "failed to register layer|no space left|read-only file system|(open|mkdir|rename) /"),
+    (401, "unauthorized|authentication required|no basic auth|(incorrect|invalid) username"),
+    (403, r"(^|: )denied\b|is denied|access denied|forbidden"),
+    (404, "(manifest|name) unknown|(?<!file )not found|no (such image|matching manifest)"),
+    (404, "does not exist|does not match the specified platform"),
+)
+
 
 def container_path(name: str, action: str = "") -> str:
     """Return the Engine's path for a container. Raises ApiError (400) for what is no id or name."""
@@ -2972,107 +3453,121 @@ def container_path(name: str, action: str = "") -> str:
     return f"/containers/{quote(name, safe='')}" + (f"/{action}" if action else "")
 
 
-def engine_ports(ports: list[Json]) -> dict[str, list[dict[str, str]]]:
-    """Return the Engine's PortBindings: {"80/tcp": [{"HostIp": "", "HostPort": "8080"}]}."""
-    bindings: dict[str, list[dict[str, str]]] = {}
-    for index, port in enumerate(ports):
-        host_ip = port.get("host_ip", "")
-        if "host_ip" in port and ("%" in host_ip or parse_ip(host_ip) is None):
-            refuse(f"ports[{index}].host_ip", "must be an IPv4 or IPv6 address")
-        exposed = f"{int(port['container_port'])}/{port.get('protocol', 'tcp')}"
-        published = str(port.get("host_port", "")).lstrip("0")
-        bindings.setdefault(exposed, []).append({"HostIp": host_ip, "HostPort": published})
-    return bindings
+def engine_fields(
+    schema: Schema, body: Json, version: int, path: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield where each field goes in the Engine's request, and its value there.
 
-
-def engine_mount(volume: Json, path: str) -> Json:
-    """Return the Engine's Mount. Mounts, not Binds: no colon in a path can become an option."""
-    source = volume.get("source", "")
-    kind = volume.get("type") or ("bind" if source.startswith("/") else "volume")
-    if kind == "tmpfs" and source:
-        refuse(f"{path}.source", "must be absent for a tmpfs")
-    if kind == "bind" and not source.startswith("/"):
-        refuse(f"{path}.source", "must be an absolute path for a bind")
-    if kind == "volume" and not re.fullmatch(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", source):
-        refuse(f"{path}.source", f"must be a volume's name: at least two {NAME_RULE}")
-    read_only = volume.get("read_only", False)
-    return {"Type": kind, "Source": source, "Target": volume["target"], "ReadOnly": read_only}
-
-
-def engine_networks(body: Json) -> tuple[str, list[str]]:
-    """Return the network mode and the networks to join, the first of them at create."""
-    names, mode = body.get("networks", []), body.get("network_mode", "")
-    if not names or mode in ("bridge", "default"):
-        return mode, names
-    if mode in ("host", "none") or ":" in mode:
-        refuse("networks", f"cannot be joined in network_mode {mode}")
-    mode = mode or names[0]
-    return mode, [mode, *(name for name in names if name != mode)]
-
-
-def engine_container(body: Json) -> tuple[Json, list[str]]:
-    """Return the body of "Create a container" and the networks to connect before the start.
-
-    Every value comes from a validated field. Raises ApiError (400) for fields that contradict.
+    version: of the API in use, 41 for 1.41. Raises ApiError (400) for a field that it lacks.
     """
-    ports = engine_ports(body.get("ports", []))
-    mode, networks = engine_networks(body)
-    mounts = [engine_mount(v, f"volumes[{i}]") for i, v in enumerate(body.get("volumes", []))]
-    host: Json = {"PortBindings": ports, "Mounts": mounts, "NetworkMode": mode}
-    if policy := body.get("restart_policy"):
-        if "max_retry_count" in policy and policy["name"] != "on-failure":
-            refuse("restart_policy.max_retry_count", "goes only with on-failure")
-        retries = policy.get("max_retry_count", 0)
-        host["RestartPolicy"] = {"Name": policy["name"], "MaximumRetryCount": retries}
-    for ours, amount in body.get("resources", {}).items():
-        theirs, unit = RESOURCE_FIELDS[ours]
-        host[theirs] = round(amount * unit)
-    container = {theirs: body[ours] for ours, theirs in CREATE_FIELDS.items() if ours in body}
-    container.update(ExposedPorts={port: {} for port in ports}, HostConfig=host)
-    if networks:
-        container["NetworkingConfig"] = {"EndpointsConfig": {networks[0]: {}}}
-    return container, networks[1:]
+    for name, value in body.items():
+        rule = schema["properties"].get(name, {})
+        if rule.get("since", 0) > version:
+            message = f"needs API 1.{rule['since']}; this Engine is used with API 1.{version}"
+            refuse(path + name, message)
+        for place, convert in rule.get("engine", ()):
+            yield place, convert(value)
+        if "properties" in rule:
+            yield from engine_fields(rule, value, version, f"{path}{name}.")
 
 
-def create_container(engine: Engine, body: Json, auth: str, interrupts: Interrupts) -> Json:
-    """Create and start a container; return {"Id", "Warnings"}. Nothing is left if that fails."""
-    container, networks = engine_container(body)
-    query = {"name": body["name"]} if "name" in body else {}
-    create = ("POST", "/containers/create", query, container, START_TIMEOUT)
-    pull = body.get("pull", "missing")
-    if pull == "always":
-        pull_image(engine, body, auth, interrupts)
+def check_mounts(engine: Engine, version: int, volumes: list[Json]) -> None:
+    """Refuse mounts that this Engine would read as something else. Raises ApiError (400)."""
+    for index, volume in enumerate(volumes):
+        # Invariant: podman writes a mount as one line of options, source=a,target=b: nothing in
+        # a path may end it and begin another.
+        paths = volume.get("source", "") + volume["target"]
+        if engine.is_podman and re.search(r"""[,"'\n\r]""", paths):
+            refuse(f"volumes[{index}]", "must have no comma, quote or line break for podman")
+        if version < 40 and volume.get("non_recursive"):
+            refuse(f"volumes[{index}]", f"a limited key's bind needs API 1.40, not 1.{version}")
+
+
+def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
+    """Return the query and the body of "Create a container" for a checked body of ours.
+
+    Every value comes from a validated field. Raises ApiError (400) for one the Engine lacks.
+    """
+    version = int(engine.version(time.monotonic() + CALL_TIMEOUT, True).partition(".")[2])
+    check_mounts(engine, version, body.get("volumes", []))
+    request: Json = {"query": {}, "HostConfig": {}}
+    for place, value in engine_fields(CREATE, body, version):
+        *folders, last = place.split(".")
+        target = request
+        for folder in folders:
+            target = target.setdefault(folder, {})
+        # Two fields of ours may be one list of the Engine's: SecurityOpt.
+        target[last] = target.get(last, []) + value if isinstance(value, list) else value
+    return request.pop("query"), request
+
+
+def has_image(engine: Engine, body: Json) -> bool:
+    """Return whether the body's image is there, for its platform if it names one."""
     try:
-        created = engine.json(*create)
-    except EngineError as error:
-        if error.status != 404 or pull != "missing" or has_image(engine, body["image"]):
-            raise
-        pull_image(engine, body, auth, interrupts)
-        created = engine.json(*create)
-    path = container_path(container_id(created))
-    try:
-        for network in networks:
-            target = f"/networks/{quote(network, safe='')}/connect"
-            engine.call("POST", target, body={"Container": created["Id"]})
-        engine.call("POST", f"{path}/start", seconds=START_TIMEOUT)
-    except EngineError as error:
-        try:
-            engine.call("DELETE", path, {"force": 1, "v": 1}, seconds=START_TIMEOUT)
-        except EngineError as left:
-            message = f"{error}; and container {created['Id'][:12]} is left behind: {left}"
-            raise EngineError(error.status, message) from error
-        raise
-    return created
-
-
-def has_image(engine: Engine, image: str) -> bool:
-    try:
-        engine.call("GET", f"/images/{quote(image)}/json")
+        image = engine.json("GET", f"/images/{quote(body['image'])}/json")
     except EngineError as error:
         if error.status != 404:
             raise
         return False
-    return True
+    found = "/".join(str(image.get(name)) for name in ("Os", "Architecture", "Variant"))
+    return f"{found}/".startswith(body.get("platform", "") + "/" * ("platform" in body))
+
+
+def create_container(engine: Engine, body: Json, pull: Callable[[], object]) -> Json:
+    """Create a container, without starting it; return {"Id", "Warnings"}.
+
+    pull: pulls the body's image; called when the body's own `pull` says so, as in docker run.
+    """
+    query, container = engine_container(engine, body)
+    create = ("POST", "/containers/create", query, container, START_TIMEOUT)
+    rule = body.get("pull", "missing")
+    if rule == "always":
+        pull()
+    try:
+        created = engine.json(*create)
+    except EngineError as error:
+        if error.status != 404 or rule != "missing" or has_image(engine, body):
+            raise
+        pull()
+        created = engine.json(*create)
+    container_id(created)
+    return created
+
+
+@contextlib.contextmanager
+def removed_on_failure(engine: Engine, container: str) -> Iterator[None]:
+    """Remove a new container, of this id, if what is done within fails."""
+    try:
+        yield
+    except (ApiError, ClientGone) as error:
+        try:
+            remove_container(engine, container)
+        except EngineError as left:
+            message = f"{error}; and container {container[:12]} is left behind: {left.message}"
+            raise EngineError(getattr(error, "status", 500), message) from error
+        raise
+
+
+def remove_container(engine: Engine, container: str) -> None:
+    """Remove a container of this id, and its anonymous volumes, if it is still there."""
+    try:
+        path = container_path(container)
+        engine.call("DELETE", path, {"force": 1, "v": 1}, seconds=START_TIMEOUT)
+    except EngineError as error:
+        if error.status != 404:  # the Engine itself has removed it: auto_remove
+            raise
+
+
+def connect_networks(engine: Engine, container: str, body: Json) -> None:
+    """Connect a new container, of this id, to all of its networks but the first."""
+    for network in body.get("networks", [])[1:]:
+        path = f"/networks/{quote(network['name'], safe='')}/connect"
+        settings = {"Aliases": network["aliases"]}
+        engine.call("POST", path, body={"Container": container, "EndpointConfig": settings})
+
+
+def start_container(engine: Engine, container: str) -> None:
+    engine.call("POST", container_path(container, "start"), seconds=START_TIMEOUT)
 
 
 def split_image(image: str) -> tuple[str, str]:
@@ -3131,16 +3626,11 @@ def pull_error(status: int, message: str) -> EngineError:
     The Engine reports most of a registry's refusals as 500, or inside a 200, with nothing but a
     sentence to tell them apart: the one place where an error's text is looked at.
     """
-    for words, meaning in (
-        ("unauthorized|authentication required|no basic auth|(incorrect|invalid) username", 401),
-        ("denied:|is denied|access denied|forbidden", 403),
-        ("(manifest|name) unknown|(?<!file )not found|no (such image|matching manifest)", 404),
-        ("does not exist|does not match the specified platform", 404),
-        ("https?://|dial tcp|lookup |x509|timeout|EOF", 502),
-    ):
-        if status in (500, 502) and re.search(words, message, re.IGNORECASE):
-            return EngineError(meaning, message)
-    return EngineError(status, message)
+    if status not in (500, 502):
+        return EngineError(status, message)
+    found = [(re.search(words, message, re.IGNORECASE), code) for code, words in PULL_ERRORS]
+    starts = [(match.start(), code) for match, code in found if match]
+    return EngineError(min(starts, default=(0, 502))[1], message)
 
 
 def pull_image(engine: Engine, body: Json, auth: str, interrupts: Interrupts) -> Json:
@@ -3173,24 +3663,39 @@ def pull_result(engine: Engine, image: str, digest: str) -> Json:
     return {"image": full, "digest": None}
 
 
-def shape_list(found: bytes) -> bytes:
-    """Return our list of containers, as JSON, from the Engine's. Raises EngineError."""
-    rows = []
+def shape_list(found: list[Any], key: Key, query: Json) -> list[Json]:
+    """Return our rows of the Engine's list: those that the key covers and the query asks for.
+
+    Filtered here, not by the Engine: by what the key may see, and with no regular expression.
+    """
     try:
-        for container in decode_response(found, list):
-            row = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
-            ports = row["ports"] or []
-            row["ports"] = [{o: port.get(t) for o, t in PORT_FIELDS.items()} for port in ports]
-            row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
-            rows.append(row)
+        rows = [shape_row(container, key) for container in found]
+        return [row for row in rows if is_listed(row, key, query)]
     except (AttributeError, KeyError, TypeError) as error:
         raise EngineError(502, "the Engine's answer is no list of containers") from error
-    return encode_json({"containers": rows}) + b"\n"
 
 
-# Those who ask for these ask over and over, and the Engine's answer is mostly the same.
-container_list = functools.lru_cache(maxsize=4)(shape_list)
-check_object = functools.lru_cache(maxsize=8)(decode_response)
+def shape_row(container: Json, key: Key) -> Json:
+    row: Json = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
+    row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
+    ports = row["ports"] or []
+    row["ports"] = [
+        {ours: port.get(theirs) for ours, theirs in PORT_FIELDS.items()} for port in ports
+    ]
+    if not key.master:
+        labels = row["labels"].items()
+        row["labels"] = {name: text for name, text in labels if not name.startswith(OWN_LABELS)}
+    return row
+
+
+def is_listed(row: Json, key: Key, query: Json) -> bool:
+    label, has_value, value = query.get("label", "").partition("=")
+    if label and (label not in row["labels"] or (has_value and row["labels"][label] != value)):
+        return False
+    # A name with another slash in it is a link's.
+    name = next((one[1:] for one in row["names"] if "/" not in one[1:]), "")
+    return query.get("name", "") in name and key.covers("containers", name)
+
 
 # --------------------------------------------------------------------------------------------------
 # Logs: from the Engine's frames to lines, to server-sent events and JSON
@@ -3682,11 +4187,20 @@ class Agent(NamedTuple):
         self.engine.close_idle(now - IDLE_CONNECTION)
 
 
+def inspect_container(request: Request, agent: Agent) -> tuple[bytes, Json]:
+    """Return the Engine's inspect JSON of the container in the path, as it came and decoded.
+
+    Raises EngineError.
+    """
+    body = agent.engine.call("GET", container_path(request.name, "json"))
+    found: Json = decode_response(body)
+    name = str(found.get("Name", "")).removeprefix("/")
+    request.target.update(id=str(found.get("Id", "")), name=name)
+    return body, found
+
+
 def find_container(request: Request, agent: Agent) -> Json:
-    """Return the Engine's inspect JSON of the container in the path. Raises EngineError."""
-    found = agent.engine.json("GET", container_path(request.name, "json"))
-    request.target.update(id=container_id(found), name=str(found.get("Name")).removeprefix("/"))
-    return found
+    return inspect_container(request, agent)[1]
 
 
 def health(request: Request, agent: Agent) -> Response:
@@ -3698,63 +4212,91 @@ def health(request: Request, agent: Agent) -> Response:
 
 
 def create(request: Request, agent: Agent) -> Response:
-    auth = registry_auth(request)
-    created = create_container(
-        agent.engine, request.body, auth, request.interrupts._replace(stop=None)
-    )
-    body = {"id": created["Id"], "warnings": created.get("Warnings") or []}
-    return Response(body, 201, {"Location": f"{API}/containers/{created['Id']}"})
+    engine, body = agent.engine, request.body
+    interrupts = request.interrupts._replace(stop=None)
+    pull = functools.partial(pull_image, engine, body, registry_auth(request), interrupts)
+    created = create_container(engine, body, pull)
+    identity: str = created["Id"]
+    request.target.update(id=identity, name=body.get("name", ""), image=body["image"])
+    with removed_on_failure(engine, identity):
+        connect_networks(engine, identity, body)
+        start_container(engine, identity)
+    answer = {"id": identity, "warnings": created.get("Warnings") or []}
+    return Response(answer, 201, {"Location": f"{API}/containers/{identity}"})
 
 
 def registry_auth(request: Request) -> str:
     """Return X-Registry-Auth as padded base64url of a JSON object, or "". Raises ApiError (400)."""
-    if not (value := request.header("X-Registry-Auth")):
+    value = request.header("X-Registry-Auth")
+    if value in ("", "null"):
         return ""
     bare = value.rstrip("=")
     with contextlib.suppress(ApiError, ValueError):
         decoded = base64.b64decode(bare + "=" * (-len(bare) % 4), b"-_", validate=True)
         # Invariant: decode_json bounds the depth; Python's decoder alone may overflow the C stack.
-        if isinstance(decode_json(decoded), dict):
+        credentials = decode_json(decoded)
+        if credentials is None:
+            return ""
+        if isinstance(credentials, dict):
             return base64.urlsafe_b64encode(decoded).decode()
     raise ApiError(400, "X-Registry-Auth: must be the base64url of a JSON object")
 
 
 def list_containers(request: Request, agent: Agent) -> Response:
-    found = agent.engine.call("GET", f"/containers/json?all={int(request.query.get('all', False))}")
-    return Response(shape_list(found))
+    stopped = int(request.query.get("all", False))
+    found = decode_response(agent.engine.call("GET", f"/containers/json?all={stopped}"), list)
+    return Response({"containers": shape_list(found, request.key, request.query)})
 
 
 def inspect(request: Request, agent: Agent) -> Response:
-    body = agent.engine.call("GET", container_path(request.name, "json"))
-    decode_response(body)
-    return Response(body)
+    return Response(inspect_container(request, agent)[0])
 
 
 def post_action(
     request: Request, agent: Agent, action: str, done: str, seconds: float = CALL_TIMEOUT
 ) -> Response:
-    """Have the Engine do something to a container, with the signal and timeout in the body."""
-    query: Json = {}
-    if "signal" in request.body:
-        query["signal"] = "SIG" + request.body["signal"].upper().removeprefix("SIG")
-    if "timeout" in request.body:
-        query["t"] = request.body["timeout"]
-    agent.engine.call("POST", container_path(request.name, action), query, seconds=seconds)
+    """Do something to a container, by its full id, with the signal in the body."""
+    container = container_id(find_container(request, agent))
+    query = {name: signal_name(word) for name, word in request.body.items()}
+    agent.engine.call("POST", container_path(container, action), query, seconds=seconds)
     return Response({"message": f"container {done}"})
 
 
 def stop_or_restart(request: Request, agent: Agent, action: str, done: str) -> Response:
-    """Have the Engine do either, which may take the container's own time. Raises ApiError."""
+    """Stop or restart a container, which may take its own time. Raises ApiError."""
+    found, query = find_container(request, agent), {}
+    config = require(found, "Config", dict)
     if "signal" in request.body:
-        version = agent.engine.version(time.monotonic() + CALL_TIMEOUT, refresh=True)
-        if tuple(map(int, version.split("."))) < (1, 42):
-            refuse("signal", f"takes API 1.42, and this Engine has {version}; use /kill")
-    if (wait := request.body.get("timeout")) is None:
-        found = find_container(request, agent)
-        own = require(found, "Config", dict).get("StopTimeout")
-        # Invariant: a container's own timeout makes no wait longer than a client could ask for.
-        wait = min(MAX_STOP, max(0, own)) if own and isinstance(own, int) else DEFAULT_STOP
-    return post_action(request, agent, action, done, wait + CALL_TIMEOUT)
+        query = stop_signal(agent.engine, request.body["signal"], config, action)
+    wait = config.get("StopTimeout")
+    # Invariant: a container's own timeout makes no wait longer than a client could ask for.
+    wait = min(MAX_STOP, max(0, wait)) if wait and isinstance(wait, int) else DEFAULT_STOP
+    if "timeout" in request.body:
+        wait = query["t"] = request.body["timeout"]
+    path = container_path(container_id(found), action)
+    agent.engine.call("POST", path, query, seconds=wait + CALL_TIMEOUT)
+    return Response({"message": f"container {done}"})
+
+
+def stop_signal(engine: Engine, wanted: str, config: Json, action: str) -> Json:
+    """Return the query by which a stop sends a signal. Raises ApiError (400) if none can.
+
+    Before API 1.42 a stop takes none, and podman ignores it: only the container's own can be had.
+    """
+    version = engine.version(time.monotonic() + CALL_TIMEOUT, True)  # it may be another by now
+    if int(version.partition(".")[2]) >= 42 and not engine.is_podman:
+        return {"signal": signal_name(wanted)}
+    own = str(config.get("StopSignal") or "SIGTERM")
+    if signal_number(own) != signal_number(wanted):
+        rule = f"{own} alone, the container's own, can be sent by {action} (Engine API {version})"
+        refuse("signal", f"{rule}; for another one use kill")
+    return {}
+
+
+def signal_number(word: str) -> int:
+    """Return the number of a signal's name or number; SIGTERM's for neither, as the Engine does."""
+    number = int(word) if re.fullmatch("[0-9]{1,3}", word) else 0
+    return number or int(getattr(signal, signal_name(word), signal.SIGTERM))
 
 
 start = functools.partial(post_action, action="start", done="started", seconds=START_TIMEOUT)
@@ -3767,7 +4309,7 @@ unpause = functools.partial(post_action, action="unpause", done="unpaused")
 
 def remove(request: Request, agent: Agent) -> Response:
     query = {name: int(value) for name, value in request.query.items()}
-    agent.engine.call("DELETE", container_path(request.name), query)
+    agent.engine.call("DELETE", container_path(container_id(find_container(request, agent))), query)
     return Response({"message": "container removed"})
 
 
@@ -3819,6 +4361,7 @@ def with_ending(events: Stream) -> Stream:
 
 def pull(request: Request, agent: Agent) -> Response:
     auth = registry_auth(request)
+    request.target.update(image=request.body["image"])
     if "text/event-stream" in ",".join(request.fields.get("accept", [])).lower():
         return event_stream(pull_events(request, agent, auth))
     return Response(
