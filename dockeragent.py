@@ -452,11 +452,13 @@ def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json
 # --------------------------------------------------------------------------------------------------
 
 # What a limited key's `allow` may name. A route names one of these, PUBLIC or MASTER_ONLY.
-PERMISSIONS = ["read", "inspect", "logs", "operate", "create", "deploy", "remove", "images"]
-PERMISSIONS += ["networks", "volumes", "files", "metrics"]
-PUBLIC, MASTER_ONLY = "public", "master"
+PERMISSIONS = "read inspect logs operate create deploy remove images networks volumes files metrics"
+PUBLIC, MASTER_ONLY = "public", "what is for the master key"
+KEY_LABEL = "dockeragent.key"  # the name of the limited key that created a container
 KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
-HELPER_NAME = re.compile(r"\.(?:next|prev|old)\Z")  # a deploy's containers beside the one deployed
+OWN_LABELS = "dockeragent."  # what the agent's own labels begin with: no client sets one
+HELPER_NAMES = (".next", ".prev", ".old")  # ends of names: a deploy's containers beside the first
+HELPER_NAME = re.compile(r"\.(?:next|prev|old)\Z")
 
 
 class Key(NamedTuple):
@@ -484,10 +486,11 @@ class Key(NamedTuple):
             name = HELPER_NAME.sub("", name)
         if kind == "images":
             name = full_reference(name)
-        patterns = getattr(self, kind)
-        return self.master or any(
+        if self.master or (kind == "labels" and name.startswith(OWN_LABELS)):
+            return self.master  # no pattern covers the agent's own labels
+        return any(
             name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
-            for pattern in patterns
+            for pattern in getattr(self, kind)
         )
 
     def file_folder(self, path: str) -> str | None:
@@ -545,9 +548,7 @@ def forbid(key: Key, kind: str, what: str) -> NoReturn:
 def permit(key: Key, permission: str) -> None:
     """Raise ApiError (403) unless the key may use a route with this permission."""
     if not key.master and permission not in key.allow:
-        forbid(
-            key, "allow", "this, for a limited key," if permission == MASTER_ONLY else permission
-        )
+        forbid(key, "allow", permission)
 
 
 # One function a permission, and one a field; each raises ApiError (403), or changes the body into
@@ -571,7 +572,7 @@ def decide_container(request: Request, ask: Ask) -> None:
         return  # a list, in which each row is checked with `covers`
     found = ask(f"/containers/{quote(request.name, safe='')}/json")
     # By its name alone: labels can be forged, and an id tells nothing. As if it were not there.
-    if not found or not request.key.covers("containers", found["Name"].removeprefix("/")):
+    if not found or not request.key.covers("containers", found.get("Name", "")[1:]):
         raise ApiError(404, f"no such container: {request.name}")
     request.name = found["Id"]  # a name could be another's a moment later
 
@@ -583,9 +584,9 @@ def decide_create(request: Request, ask: Ask) -> None:
         forbid(key, "containers", name or "a container without a name")
     if request.query.get("adopt"):
         forbid(key, "adopt", "replacing a container that was not deployed here")
-    for field in body.keys() - FREE_FIELDS - FIELD_RULES.keys():
+    for field in body.keys() - LIMITED_FIELDS:
         forbid(key, field, "a field for the master key")
-    for rule in dict.fromkeys(FIELD_RULES.values()):
+    for rule in RULES:
         rule(key, body, ask)
 
 
@@ -610,14 +611,11 @@ def decide_file(request: Request, ask: Ask) -> None:
         forbid(request.key, "permission", request.body["permission"])
 
 
-def decide_list(request: Request, ask: Ask) -> None:
-    """Allow what shows only rows that are each checked with `covers`."""
-
-
 DECISIONS: dict[str, Callable[[Request, Ask], None]] = {
     **dict.fromkeys(("read", "inspect", "logs", "operate", "remove"), decide_container),
     **dict.fromkeys(("create", "deploy"), decide_create),
-    **dict.fromkeys(("networks", "metrics"), decide_list),
+    # Lists, whose rows are each checked with `covers`.
+    **dict.fromkeys(("networks", "metrics"), lambda request, ask: None),
     "images": decide_image,
     "volumes": decide_volume,
     "files": decide_file,
@@ -664,6 +662,7 @@ def restrict_volumes(key: Key, body: Json, ask: Ask) -> None:
 
 
 def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
+    restrict_names(key, [body["hostname"]] if "hostname" in body else [])
     mode = body.get("network_mode", "")
     if mode.startswith("container:"):
         body["network_mode"] = f"container:{find_peer(key, mode.partition(':')[2], ask)}"
@@ -682,10 +681,14 @@ def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
         if not found or found.get("Name") != name:
             raise ApiError(404, f"no such network: {name}")
         network["name"] = name if name == "bridge" else found["Id"]
-        for alias in network["aliases"]:
-            # All on the network resolve it: it could be api.stripe.com, or another's name.
-            if not key.covers("containers", alias):
-                forbid(key, "aliases", alias)
+        restrict_names(key, network["aliases"])
+
+
+def restrict_names(key: Key, names: Iterable[str]) -> None:
+    # All on a network resolve them: one could be api.stripe.com, or another's container.
+    for name in names:
+        if not key.covers("containers", name):
+            forbid(key, "hostname or alias", name)
 
 
 def label_of(inspected: Json, label: str) -> str:
@@ -698,18 +701,13 @@ def find_peer(key: Key, name: str, ask: Ask) -> str:
     """Return the id of a container whose network a limited key may share."""
     found = ask(f"/containers/{quote(name, safe='')}/json")
     image = ask(f"/images/{quote(found['Image'], safe='')}/json") if found else None
-    if found and image and key.covers("containers", found["Name"].removeprefix("/")):
+    if found and image and key.covers("containers", found["Name"][1:]):
         # One made with more rights may be on any network. The label is the agent's own, unless it
         # is the image's.
-        maker, own = label_of(found, "dockeragent.key"), label_of(image, "dockeragent.key")
+        maker, own = label_of(found, KEY_LABEL), label_of(image, KEY_LABEL)
         if maker and maker != own:
             return str(found["Id"])
     forbid(key, "network_mode", f"container:{name}")
-
-
-def restrict_hostname(key: Key, body: Json, ask: Ask) -> None:
-    if "hostname" in body and not key.covers("containers", body["hostname"]):
-        forbid(key, "hostname", body["hostname"])
 
 
 def restrict_ports(key: Key, body: Json, ask: Ask) -> None:
@@ -772,35 +770,16 @@ def restrict_capabilities(key: Key, body: Json, ask: Ask) -> None:
     body["cap_drop"] = [*body.get("cap_drop", []), "NET_RAW", "MKNOD"]
 
 
-# Every other field of a container is for the master key: privileged, devices, pid_mode...
-FIELD_RULES = {
-    "image": restrict_image,
-    "pull": restrict_image,
-    "volumes": restrict_volumes,
-    "networks": restrict_networks,
-    "network_mode": restrict_networks,
-    "hostname": restrict_hostname,
-    "ports": restrict_ports,
-    "labels": restrict_labels,
-    "resources": restrict_resources,
-    "healthcheck": restrict_times,
-    "stop_timeout": restrict_times,
-    "log": restrict_log,
-    "cap_drop": restrict_capabilities,
-}
-FREE_FIELDS = {
-    "name",
-    "cmd",
-    "entrypoint",
-    "env",
-    "working_dir",
-    "user",
-    "init",
-    "tty",
-    "read_only",
-}
-FREE_FIELDS |= {"no_new_privileges", "restart_policy", "stop_signal", "extra_hosts", "dns"}
-FREE_FIELDS |= {"platform", "auto_remove", "deploy", "timeout"}
+RULES = [restrict_image, restrict_volumes, restrict_networks, restrict_ports, restrict_labels]
+RULES += [restrict_resources, restrict_times, restrict_log, restrict_capabilities]
+# What they look at, and what is free. Any other field of a container is for the master key.
+RULED_FIELDS = (
+    "image pull volumes networks network_mode hostname ports labels resources healthcheck"
+)
+RULED_FIELDS += " stop_timeout log cap_drop"
+FREE_FIELDS = "name cmd entrypoint env working_dir user init tty read_only no_new_privileges dns"
+FREE_FIELDS += " restart_policy stop_signal extra_hosts platform auto_remove deploy timeout"
+LIMITED_FIELDS = {*RULED_FIELDS.split(), *FREE_FIELDS.split()}
 
 
 def labels_for(key: Key, labels: Mapping[str, str], image: Json) -> dict[str, str]:
@@ -992,7 +971,7 @@ KEYS = object_schema(
                 r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(Z|[+-][0-9]{2}:[0-9]{2})",
                 "a time such as 2027-06-30T00:00:00Z",
             ),
-            allow=array_of(one_of(*PERMISSIONS)),
+            allow=array_of(one_of(*PERMISSIONS.split())),
             containers=NAMES,
             # The host part stands in full: ghcr.io* would be ghcr.io.evil.com too.
             images=array_of(
@@ -1330,7 +1309,7 @@ def client_address(peer: str, forwarded: str, trusted: Networks) -> str:
 
 
 class RateLimiter:
-    """Exact sliding windows: no RATE_WINDOW seconds admit more than `limit` requests of a client."""
+    """Exact sliding windows: no RATE_WINDOW seconds admit more than `limit` of one client."""
 
     def __init__(self, limit: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._limit = limit
@@ -1623,6 +1602,14 @@ class Route(NamedTuple):
     permission: str  # the word that a limited key must name, or PUBLIC
     body: Optional[Schema] = None  # None: a body is refused
     query: Schema = NOTHING
+
+
+def check_routes(*routes: Route) -> tuple[Route, ...]:
+    """Return routes. Raises ValueError for one with no permission that `decide` knows."""
+    for route in routes:
+        if route.permission not in (PUBLIC, MASTER_ONLY, *DECISIONS):
+            raise ValueError(f"{route.method} {route.path} has no permission")
+    return routes
 
 
 def split_path_and_query(path: str) -> tuple[list[str], str]:
@@ -2504,8 +2491,6 @@ IMAGE = (
     r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64}|@sha512:[0-9a-f]{128})?"
 )
 IMAGE_RULE = "an image such as nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
-OWN_LABELS = "dockeragent."  # what the agent's own labels begin with: no client sets one
-HELPER_NAMES = (".next", ".prev", ".old")  # a deploy's containers, beside the one of the name
 # What the source of each type of volume must be.
 SOURCES = {
     # The Engine would clean any other path into one that nobody has checked.
@@ -4404,7 +4389,7 @@ def write_file(request: Request, agent: Agent) -> Response:
 # Routes: the table
 # --------------------------------------------------------------------------------------------------
 
-ROUTES = (
+ROUTES = check_routes(
     Route("GET", "/health", health, PUBLIC),
     Route("POST", f"{API}/containers", create, "create", body=CREATE),
     Route("GET", f"{API}/containers", list_containers, "read", query=LIST_QUERY),
