@@ -10,6 +10,7 @@ import ast
 import base64
 import binascii
 import contextlib
+import hashlib
 import http.client
 import itertools
 import json
@@ -639,6 +640,180 @@ def test_second_newline_of_a_key_file_is_an_error(tmp_path):
     done = command(API_KEY="", API_KEY_FILE=str(tmp_path / "key"))
     assert done.returncode == 2 and done.stderr.startswith("API_KEY_FILE: ")
     assert KEY not in done.stderr
+
+
+# Keys and policy
+
+
+def digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def keys_file(folder: Path, *entries: dict[str, Any]) -> str:
+    """A keys file with these entries; "key" in one stands for its sha256."""
+    path = folder / "keys.json"
+    rows = [
+        {**entry, "sha256": digest(entry["key"])} if "key" in entry else entry for entry in entries
+    ]
+    for row in rows:
+        row.pop("key", None)
+    path.write_text(json.dumps({"keys": rows}))
+    path.chmod(0o600)
+    return str(path)
+
+
+ENTRY = {"name": "ci", "sha256": "a" * 64}
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    cases(
+        ("not JSON", "{", "not JSON"),
+        ("no keys", {}, "keys: is required"),
+        ("an unknown field", {"keys": [], "kays": []}, "kays"),
+        (
+            "an unknown field of a key",
+            {"keys": [{**ENTRY, "containres": []}]},
+            "keys[0].containres",
+        ),
+        ("a repeated field", '{"keys": [], "keys": []}', "more than once"),
+        ("no name", {"keys": [{"sha256": "a" * 64}]}, "keys[0].name"),
+        ("the name of the master", {"keys": [{**ENTRY, "name": "master"}]}, "keys[0].name"),
+        ("a name with a space", {"keys": [{**ENTRY, "name": "c i"}]}, "keys[0].name"),
+        ("the key itself", {"keys": [{**ENTRY, "sha256": KEY}]}, "keys[0].sha256"),
+        ("a name twice", {"keys": [ENTRY, {**ENTRY, "sha256": "b" * 64}]}, "same name"),
+        ("a key twice", {"keys": [ENTRY, {**ENTRY, "name": "b"}]}, "same digest"),
+        ("the master's key", {"keys": [{**ENTRY, "sha256": "MASTER"}]}, "same digest"),
+        (
+            "a master with limits",
+            {"keys": [{**ENTRY, "master": True, "allow": ["read"]}]},
+            "keys[0].master",
+        ),
+        ("master as a string", {"keys": [{**ENTRY, "master": "true"}]}, "keys[0].master"),
+        ("an unknown permission", {"keys": [{**ENTRY, "allow": ["root"]}]}, "keys[0].allow[0]"),
+        ("a star in the middle", {"keys": [{**ENTRY, "containers": ["a*b"]}]}, "containers[0]"),
+        ("a star in a host", {"keys": [{**ENTRY, "images": ["ghcr.io*"]}]}, "images[0]"),
+        (
+            "a star in a host and port",
+            {"keys": [{**ENTRY, "images": ["ghcr.io:5*/x"]}]},
+            "images[0]",
+        ),
+        (
+            "a star in the middle of an image",
+            {"keys": [{**ENTRY, "images": ["ghcr.io/*/x"]}]},
+            "images[0]",
+        ),
+        ("a relative bind", {"keys": [{**ENTRY, "binds": ["srv"]}]}, "binds[0]"),
+        ("a bind that climbs", {"keys": [{**ENTRY, "binds": ["/srv/../etc"]}]}, "binds[0]"),
+        ("a bind with a star", {"keys": [{**ENTRY, "binds": ["/srv/*"]}]}, "binds[0]"),
+        ("a bind with a colon", {"keys": [{**ENTRY, "binds": ["/srv:rw"]}]}, "binds[0]"),
+        ("the root", {"keys": [{**ENTRY, "binds": ["/"]}]}, "binds[0]"),
+        (
+            "a folder above the Engine's",
+            {"keys": [{**ENTRY, "binds": ["/var/lib"]}]},
+            "/var/lib/docker",
+        ),
+        (
+            "a folder of the Engine's",
+            {"keys": [{**ENTRY, "files": ["/var/lib/docker/volumes"]}]},
+            "/var/lib/docker",
+        ),
+        ("the kernel's", {"keys": [{**ENTRY, "files": ["/proc/sys"]}]}, "/proc"),
+        ("the folder of the socket", {"keys": [{**ENTRY, "binds": ["/var/run"]}]}, "/var/run"),
+        ("the socket's real folder", {"keys": [{**ENTRY, "binds": ["/run/docker"]}]}, "/run"),
+        ("a folder with the keys file", {"keys": [{**ENTRY, "files": ["FOLDER"]}]}, "keys.json"),
+        ("a port range of words", {"keys": [{**ENTRY, "ports": ["http"]}]}, "ports[0]"),
+        ("an unknown limit", {"keys": [{**ENTRY, "limits": {"memory": 1}}]}, "limits.memory"),
+        (
+            "a time without a zone",
+            {"keys": [{**ENTRY, "expires": "2027-01-01T00:00:00"}]},
+            "expires",
+        ),
+        (
+            "a time that cannot be",
+            {"keys": [{**ENTRY, "expires": "2027-13-01T00:00:00Z"}]},
+            "expires",
+        ),
+    ),
+)
+def test_wrong_keys_file_is_one_line(text, word, tmp_path):
+    content = text if isinstance(text, str) else json.dumps(text)
+    path = tmp_path / "keys.json"
+    path.write_text(content.replace("MASTER", digest(KEY)).replace("FOLDER", str(tmp_path)))
+    for arguments in ([], ["check"]):
+        done = command(*arguments, KEYS_FILE=str(path))
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert done.stderr.startswith(f"KEYS_FILE: {path}: ") and word in done.stderr
+        assert digest(KEY) not in done.stderr
+
+
+def test_new_key_is_an_entry_that_a_check_accepts(tmp_path):
+    done = command("new-key", "ci", API_KEY="")
+    key, entry = done.stdout.splitlines()
+    assert re.fullmatch("[0-9a-f]{64}", key) and json.loads(entry)["sha256"] == digest(key)
+    path = tmp_path / "keys.json"
+    path.write_text(json.dumps({"keys": [json.loads(entry)]}))
+    done = command("check", API_KEY="", KEYS_FILE=str(path), HOST_ROOT=str(tmp_path))
+    assert (done.returncode, done.stdout) == (0, "ok\n")
+    assert done.stderr.count("warning: ") == 1 and "chmod 600" in done.stderr
+    for name in ("master", "c i", "", "x" * 65):
+        done = command("new-key", name)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_keys_are_found_by_their_digest_and_expire(fake_engine, tmp_path):
+    fake_engine.script["GET /containers/json"] = http_answer([])
+    path = keys_file(
+        tmp_path,
+        {"name": "ops", "key": "ops", "master": True},
+        {"name": "old", "key": "old", "master": True, "expires": "2020-01-01T00:00:00Z"},
+        {"name": "new", "key": "new", "allow": ["read"], "expires": "2120-01-01T01:00:00+01:00"},
+        {"name": "none", "key": "none"},
+    )
+    with Agent(DOCKER_HOST=fake_engine.url, API_KEY="", KEYS_FILE=path) as agent:
+        wrong = agent.get("/api/v1/containers", key="x")
+        found = {
+            key: agent.get("/api/v1/containers", key=key) for key in ("ops", "old", "new", "none")
+        }
+        assert {key: reply.status for key, reply in found.items()} == {
+            "ops": 200,
+            "old": 401,
+            "new": 200,
+            "none": 403,
+        }
+        assert found["old"].body == wrong.body
+        assert_envelope(found["none"], 403, "key none: allow: read is not allowed")
+        assert_envelope(agent.get("/api/v1/containers", key=digest("ops")), 401)
+        lines = until(lambda: agent.lines("request")[5:], "the log") and agent.lines("request")
+    assert [line.get("key") for line in lines] == [None, "ops", None, "new", "none", None]
+
+
+def test_each_key_has_a_window_of_its_own(fake_engine, tmp_path):
+    fake_engine.script["GET /containers/json"] = http_answer([])
+    path = keys_file(tmp_path, *({"name": n, "key": n, "allow": ["read"]} for n in ("a", "b")))
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=path, RATE_LIMIT="2") as agent:
+        for key, status in (("a", 200), ("b", 200), (KEY, 200), ("x", 401)):
+            statuses = [agent.get("/api/v1/containers", key=key).status for _ in range(3)]
+            assert statuses == [status, status, 429]
+
+
+def test_one_limited_key_holds_a_quarter_of_the_connections(fake_engine, tmp_path):
+    fake_engine.script["GET /containers/json"] = http_answer([])
+    path = keys_file(tmp_path, {"name": "ci", "key": "ci", "allow": ["read"]})
+    env = {"DOCKER_HOST": fake_engine.url, "KEYS_FILE": path, "MAX_CONNECTIONS": "8"}
+    with Agent(**env) as agent, contextlib.ExitStack() as stack:
+        ask = message("GET /api/v1/containers", key="ci")
+        held = [stack.enter_context(agent.connect()) for _ in range(2)]
+        for sock in held:
+            sock.sendall(ask)
+            assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        for _ in range(8):
+            with agent.connect() as late:
+                late.sendall(ask)
+                assert_envelope(split_replies(read_to_end(late))[0], 503, "key ci")
+        assert agent.get("/api/v1/containers").status == 200
+        held[0].close()
+        until(lambda: agent.get("/api/v1/containers", key="ci").status == 200, "a free connection")
 
 
 # Logging
