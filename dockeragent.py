@@ -2991,18 +2991,29 @@ class Call(NamedTuple):
     http10: bool = False
 
 
-class EngineReader(io.RawIOBase):
-    """The bytes of one connection to the Engine, as http.client reads them.
+class KeptFile(io.BufferedReader):
+    """What http.client reads from; it stays open between the responses of one connection."""
 
-    Each read waits with one deadline for all of them, and ends when the client disconnects or the
-    agent stops.
+    def close(self) -> None:
+        """Do nothing: EngineSocket.close ends the connection."""
+
+    def flush(self) -> None:
+        """Do nothing: http.client flushes it when a response is deleted, perhaps after the end."""
+
+
+class EngineSocket(io.RawIOBase):
+    """A connection to the Engine; to http.client, its socket and the file it reads from.
+
+    All reads together have one deadline. Each ends when the client disconnects or the agent stops.
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        sock.setblocking(False)
+        self.raw = sock
         self.deadline: float | None = None  # monotonic; None: nothing is received
         self.interrupts = NEVER
         self.has_ended = False
+        self.file = KeptFile(self, RECV_SIZE)
 
     def readable(self) -> bool:
         return True
@@ -3010,43 +3021,26 @@ class EngineReader(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         if self.deadline is None:
             return None
-        data = receive(self._sock, self.deadline, self.interrupts, len(buffer))
+        data = receive(self.raw, self.deadline, self.interrupts, len(buffer))
         buffer[: len(data)] = data
         self.has_ended = not data
         return len(data)
 
-
-class KeptFile(io.BufferedReader):
-    """Stays open when http.client closes it, so that bytes nobody asked for are still in it."""
-
-    def close(self) -> None:
-        """Do nothing: the connection is closed by its owner."""
-
-    def flush(self) -> None:
-        """Do nothing: http.client flushes it when a response is deleted, perhaps after the end."""
-
-
-class EngineSocket:
-    """A connection to the Engine; to http.client, which sends and receives on it, its socket."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self.raw = sock
-        self.reader = EngineReader(sock)
-        self.file = KeptFile(self.reader, RECV_SIZE)
-        self.close = sock.close
-
     def sendall(self, data: bytes) -> None:
         left = memoryview(data)
         while left:
-            left = left[send(self.raw, left, self.reader.deadline or 0) :]
+            left = left[send(self.raw, left, self.deadline or 0) :]
 
     def makefile(self, mode: str) -> KeptFile:
         return self.file
 
+    def close(self) -> None:
+        self.raw.close()
+        super().close()
+
     def is_quiet(self) -> bool:
         """Return whether it is still open, and nothing came that nobody asked for."""
-        self.reader.deadline = None  # so that only what was received before is looked at
+        self.deadline = None  # so that only what was received before is looked at
         return not (self.file.peek(1) or NEVER.wait_readable(self.raw, 0))
 
     def exchange(self, call: Call, target: str, deadline: float) -> http.client.HTTPResponse:
@@ -3054,7 +3048,7 @@ class EngineSocket:
 
         Raises OSError, http.client.HTTPException, ClientGone and Stopping.
         """
-        self.reader.deadline, self.reader.interrupts = deadline, call.interrupts
+        self.deadline, self.interrupts = deadline, call.interrupts
         connection = http.client.HTTPConnection("docker")
         sock: Any = self
         connection.sock = sock
@@ -3068,7 +3062,7 @@ class EngineSocket:
         while True:
             response = http.client.HTTPResponse(sock, method=call.method)
             response.begin()
-            if self.reader.has_ended:  # http.client takes a truncated head for a complete one
+            if self.has_ended:  # http.client takes a truncated head for a complete one
                 raise ConnectionResetError("it disconnected")
             if response.status >= 200 or response.status == 101:
                 return response  # others are interim: RFC 9110 section 15.2
@@ -3105,7 +3099,7 @@ class EngineResponse:
             time.sleep(pause)
         sock = self._sock
         try:
-            sock.reader.deadline = deadline
+            sock.deadline = deadline
             try:
                 sock.file.peek(1)  # waits here, so that no time runs out in the middle of a chunk
             except socket.timeout:
@@ -3119,7 +3113,7 @@ class EngineResponse:
     def _read_piece(self, deadline: float) -> bytes:
         """Return the next bytes of the body. Raises OSError and http.client.HTTPException."""
         sock, response = self._sock, self._response
-        sock.reader.deadline = deadline
+        sock.deadline = deadline
         piece = response.read1(RECV_SIZE)
         if response.chunked and response.chunk_left == 0:
             # http.client would look for this line end only with the next chunk.
