@@ -135,11 +135,10 @@ REST_ENTRIES = 500  # read again at the end of a followed log
 TAIL_MARGIN = 1000  # entries that may be written between two looks at a log's tail
 RESUME_JITTER = 10_000_000  # nanoseconds by which stdout and stderr may be stored out of order
 
-MAX_PATH_RETRIES = (
-    20  # attempts at a path whose folders another request takes away, one after the other
-)
+MAX_PATH_RETRIES = 20  # while other requests take the folders of a path away
 MAX_LINKS = 40  # symbolic links in one path, as Linux has it
 MAX_PATH = 4096  # bytes, PATH_MAX
+LOCK_TIMEOUT = 30.0  # seconds to wait for other writes to the same filesystem
 
 # RFC 9110 section 5.6.2 and 5.5, RFC 9112 section 3: no control but HTAB in a value, so a bare CR,
 # a bare LF or a NUL never matches; no white space before the colon, so no folded line does either.
@@ -506,6 +505,10 @@ class Key(NamedTuple):
             if parts[:depth] == folder.split("/")[1:] and ".." not in parts[depth:] != []:
                 return folder
         return forbid(self, "files", path)
+
+    def file_folder(self, path: str) -> str | None:
+        """Return the listed folder that path is beneath; None: the key may use any file."""
+        return None
 
 
 STRANGER = Key("")  # whoever has not shown a valid key
@@ -2139,88 +2142,147 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # --------------------------------------------------------------------------------------------------
-# Files: written whole or not at all, and never outside the root
+# Files: written completely or not at all, and never outside the root
 # --------------------------------------------------------------------------------------------------
 
-# What each failure of a system call is to the client, and what may help.
+# The status of each failure of a system call, and what the client can do about it.
 FILE_ERRORS = {
-    errno.EACCES: (403, "the agent may not: check the owner, or run the agent as root"),
-    errno.EPERM: (403, "the agent may not: it lacks a capability, or the file is immutable"),
+    errno.EACCES: (403, "check the file's owner, or run the agent as root"),
+    errno.EPERM: (403, "see lsattr and the mount's options, or give the agent its capabilities"),
     errno.EROFS: (403, "mount the host's filesystem without :ro"),
     errno.ENOSPC: (507, "make room on the disk"),
     errno.EDQUOT: (507, "the owner's quota is used up"),
     errno.EFBIG: (507, "the filesystem or a limit allows no file of this size"),
     errno.ENAMETOOLONG: (400, "a name has at most 255 bytes on most filesystems"),
-    errno.EINVAL: (400, "the filesystem does not take this name"),
-    errno.EILSEQ: (400, "the filesystem does not take this name"),
-    errno.ENOENT: (409, "something in the path is gone, or its filesystem makes no files"),
+    errno.EINVAL: (400, "the filesystem does not take this name or content"),
+    errno.ENOENT: (404, "check the path"),
     errno.ENOTDIR: (409, "a part of the path is not a folder"),
     errno.EISDIR: (409, "there is a folder in the file's place"),
-    errno.EEXIST: (409, "the path was changed by somebody else meanwhile; try again"),
-    errno.ELOOP: (409, "the path was changed by somebody else meanwhile; try again"),
-    errno.ENODATA: (409, "the path was changed by somebody else meanwhile; try again"),
-    errno.ENXIO: (409, "there is something other than a regular file"),
-    errno.ENODEV: (409, "there is something other than a regular file"),
-    errno.ESPIPE: (409, "there is something other than a regular file"),
     errno.EAGAIN: (409, "another program holds a lease on the file; try again"),
     errno.ETXTBSY: (409, "the file is being executed; write it with atomic true"),
     errno.EBUSY: (409, "the file is a mount point; write it with atomic false"),
     errno.EMFILE: (503, "the agent has too many files open"),
     errno.ENFILE: (503, "the host has too many files open"),
 }
-
-WRITING = threading.Lock()  # held by who uses a temporary name or writes in place
-ACCESS_LIST = "system.posix_acl_access"
 FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW
+ACCESS_LIST = "system.posix_acl_access"
+Attributes = tuple[int, int, int]  # uid, gid, mode
+
+
+@contextlib.contextmanager
+def file_errors() -> Iterator[None]:
+    """Turn an OSError into the ApiError that tells the client what to do."""
+    try:
+        yield
+    except OSError as error:
+        status, advice = FILE_ERRORS.get(error.errno or 0, (500, "see the host's kernel log"))
+        raise ApiError(status, f"path: {error.strerror}: {advice}") from error
+
+
+@contextlib.contextmanager
+def if_supported() -> Iterator[None]:
+    """Go on without what the filesystem cannot do. Raises any other OSError."""
+    try:
+        yield
+    except OSError as error:
+        # EBADF: the C library would imitate posix_fallocate by reading, which we may not.
+        if error.errno not in (errno.EBADF, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+
+
+def components(path: bytes) -> list[bytes]:
+    return [part for part in path.split(b"/") if part not in (b"", b".")]
 
 
 def split_path(path: str) -> list[bytes]:
     """Return the components of a path on the host. Raises ApiError (400)."""
     encoded = path.encode()
     parts = encoded.split(b"/")
-    if parts[0] or b".." in parts or parts[-1] in (b"", b".") or "\0" in path:
+    if parts[0] or b".." in parts or parts[-1] in (b"", b"."):
         refuse("path", "must be absolute, name a file, and have no .. component or trailing slash")
     if len(encoded) > MAX_PATH or any(len(part) > 255 for part in parts):
         refuse("path", f"must have at most {MAX_PATH} bytes, and a name at most 255")
-    return [part for part in parts if part not in (b"", b".")]
+    return components(encoded)
 
 
-class Walk:
-    """Descends from the root by held descriptors, making missing folders.
+class Tree(NamedTuple):
+    """The files that a request may use."""
+
+    root: str  # where the host's filesystem is mounted
+    locks: dict[int, threading.RLock]  # by st_dev, so there are no more than filesystems
+    folder: Optional[str] = None  # of a limited key: the files beneath it, through no link
+
+
+class Walk(contextlib.ExitStack):
+    """Descends from the root by held descriptors; with make, missing folders are made.
 
     A path is never looked at twice: each component is opened relative to the descriptor of the one
     before, and the kernel is told to follow no link. Links are read and resolved here, as the host
-    would see them.
+    would see them. Whatever the walk opens or locks, its end closes and unlocks.
     """
 
-    def __init__(self, root: str) -> None:
+    def __init__(self, tree: Tree, *, make: bool = False) -> None:
+        super().__init__()
+        self._tree, self._make = tree, make
         try:
-            self._stack = [os.open(root, os.O_PATH | os.O_DIRECTORY)]
+            self._stack = [os.open(tree.root, os.O_PATH | os.O_DIRECTORY)]
         except OSError as error:
             remedy = "run the agent's container with -v /:/host, or set HOST_ROOT=/ on a bare host"
-            message = f"HOST_ROOT={root} is not there ({error.strerror}): {remedy}"
+            message = f"HOST_ROOT={tree.root} is not there ({error.strerror}): {remedy}"
             raise ApiError(503, message) from error
-        self._made: list[tuple[int, bytes]] = []  # (own descriptor of the parent, name)
-        self._missing = self._links = 0
+        self._made: list[tuple[int, bytes]] = []  # (descriptor of the parent, name)
+        self._links = 0
+        self._is_limited = False  # to what is beneath the folder that the walk has come to
 
-    def __enter__(self) -> Walk:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        """Close every held descriptor; on failure, remove the folders that were made first."""
-        for parent, name in reversed(self._made):
-            if kind:
-                with contextlib.suppress(OSError):  # somebody else uses it by now
-                    os.rmdir(name, dir_fd=parent)
-            os.close(parent)
+    def __exit__(self, *failure: Any) -> None:
+        for parent, name in reversed(self._made if failure[0] else []):
+            with contextlib.suppress(OSError):  # another program uses it by now
+                os.rmdir(name, dir_fd=parent)
         for descriptor in self._stack:
             os.close(descriptor)
+        super().__exit__(*failure)
 
-    def descend(self, parts: list[bytes]) -> int:
-        """Return the descriptor of the folder that parts lead to; it is the walk's to close.
+    def lock(self, descriptor: int) -> None:
+        """Lock a descriptor's filesystem until the walk ends. Raises ApiError (503)."""
+        lock = self._tree.locks.setdefault(os.fstat(descriptor).st_dev, threading.RLock())
+        if not lock.acquire(timeout=LOCK_TIMEOUT):
+            advice = "see whether that filesystem hangs, or try again later"
+            raise ApiError(503, f"path: other writes take over {LOCK_TIMEOUT:g} s: {advice}")
+        self.callback(lock.release)
 
-        Raises ApiError (400, 409) or OSError.
+    def enter(self, path: str) -> tuple[int, bytes]:
+        """Return the descriptor of the file's folder, and its name. Raises ApiError or OSError."""
+        *parents, name = split_path(path)
+        listed = components((self._tree.folder or "").encode())
+        if parents[: len(listed)] != listed:
+            raise ApiError(403, f"path: must be beneath {self._tree.folder}")
+        self._descend(listed)
+        self._is_limited = self._tree.folder is not None
+        self._descend(parents[len(listed) :])
+        return self._stack[-1], name
+
+    def find(self, name: bytes) -> int:
+        """Return a descriptor (O_PATH) of the regular file called name in the folder entered.
+
+        Raises ApiError (400, 403, 409), FileNotFoundError or another OSError.
         """
+        # Invariant: O_PATH opens no FIFO or device. The file is looked at, and then only read or
+        # written through this descriptor, whatever takes its name meanwhile.
+        found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._stack[-1])
+        self.callback(os.close, found)
+        now = os.fstat(found)
+        if stat.S_ISLNK(now.st_mode):
+            status = 403 if self._is_limited else 400
+            raise ApiError(status, "path: is a link; use the path of the file that it points at")
+        if not stat.S_ISREG(now.st_mode):
+            raise ApiError(409, "path: there is something other than a regular file")
+        # A program that runs with other rights, or the second name of a file outside.
+        if self._is_limited and (now.st_mode & 0o7000 or now.st_nlink > 1 or is_capable(found)):
+            rule = "a mode above 0777, file capabilities or hard links"
+            raise ApiError(403, f"path: a limited key may not use a file that has {rule}")
+        return found
+
+    def _descend(self, parts: list[bytes]) -> None:
         todo = [(part, False) for part in reversed(parts)]  # (component, whether from a link)
         while todo:
             part, linked = todo.pop()
@@ -2235,48 +2297,88 @@ class Walk:
                 # Invariant: a name is only resolved against a held descriptor, with O_NOFOLLOW.
                 self._stack.append(os.open(part, FOLDER, dir_fd=self._stack[-1]))
             except FileNotFoundError:
+                if not self._make:
+                    raise
                 if linked:
                     raise ApiError(409, "path: a link in it leads nowhere") from None
-                self._make(part)
-                todo.append((part, linked))
+                self._make_folder(part)
             except NotADirectoryError:
                 todo.extend((piece, True) for piece in reversed(self._read_link(part)))
-        return self._stack[-1]
 
-    def _make(self, name: bytes) -> None:
-        self._missing += 1
-        # Invariant: a folder that is made, removed and made again ends some time.
-        if self._missing > MAX_PATH:
-            raise ApiError(409, "path: is being changed by somebody else; try again")
+    def _make_folder(self, name: bytes) -> None:
+        """Make a folder and enter it. Raises OSError, also if another program is faster."""
+        self.lock(self._stack[-1])
         parent = os.dup(self._stack[-1])
-        try:
-            os.mkdir(name, 0o755, dir_fd=parent)
-        except OSError as error:
-            os.close(parent)
-            if error.errno != errno.EEXIST:  # somebody else was faster: open theirs
-                raise
-        else:
-            self._made.append((parent, name))
+        self.callback(os.close, parent)
+        os.mkdir(name, 0o755, dir_fd=parent)
+        self._made.append((parent, name))
+        self._stack.append(os.open(name, FOLDER, dir_fd=parent))
 
     def _read_link(self, name: bytes) -> list[bytes]:
         """Return the components of a link's target, back at the root if it is absolute."""
         try:
             target = os.readlink(name, dir_fd=self._stack[-1])
         except OSError as error:
-            if error.errno == errno.EINVAL:
-                raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
-            raise
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)) from error
+        if self._is_limited:
+            raise ApiError(403, f"path: no link beneath {self._tree.folder} is followed")
         self._links += 1
         if self._links > MAX_LINKS:
             raise ApiError(400, f"path: has more than {MAX_LINKS} links in it")
         if target.startswith(b"/"):
             while len(self._stack) > 1:
                 os.close(self._stack.pop())
-        return [part for part in target.split(b"/") if part not in (b"", b".")]
+        return components(target)
+
+
+def is_capable(found: int) -> bool:
+    with if_supported():
+        return "security.capability" in os.listxattr(f"/proc/self/fd/{found}")
+    return False
+
+
+def reopen(found: int, flags: int) -> int:
+    """Return a new descriptor of the file that a descriptor (O_PATH) holds. Raises OSError."""
+    # O_NONBLOCK: a read of some files under /proc would never return.
+    return os.open(f"/proc/self/fd/{found}", flags | os.O_NONBLOCK)
+
+
+def read_content(found: int, longest: int) -> bytes:
+    """Return a file's content, and of a longer one the first longest + 1 bytes. Raises OSError."""
+    try:
+        descriptor = reopen(found, os.O_RDONLY | os.O_NOATIME)
+    except PermissionError:  # only the owner may leave the time of access as it is
+        descriptor = reopen(found, os.O_RDONLY)
+    with open(descriptor, "rb") as file:
+        return file.read(longest + 1) or b""  # None if a read would wait
+
+
+def read_beneath(tree: Tree, path: str) -> tuple[bytes, os.stat_result]:
+    """Return a file's content and status. Raises ApiError: 400, 403, 404, 409, 413, 503."""
+    with file_errors(), Walk(tree) as walk:
+        _, name = walk.enter(path)
+        found = walk.find(name)
+        content = read_content(found, MAX_BODY)
+        if len(content) > MAX_BODY:
+            raise ApiError(413, f"path: the file is longer than {MAX_BODY} bytes")
+        return content, os.fstat(found)
+
+
+def remove_beneath(tree: Tree, path: str) -> None:
+    """Remove a regular file. Raises ApiError: 400, 403, 404, 409, 503.
+
+    If another program swaps the file for a link or a FIFO in the meantime, that is removed.
+    """
+    with file_errors(), Walk(tree) as walk:
+        parent, name = walk.enter(path)
+        walk.lock(parent)
+        walk.find(name)
+        os.unlink(name, dir_fd=parent)
+        sync_folder(parent)
 
 
 class FileWrite(NamedTuple):
-    """What is to be in a file; None for mode, uid and gid means as it was."""
+    """What a file is to have; None: what it has, and a new one 0644 and the agent's owner."""
 
     content: bytes
     mode: Optional[int] = None
@@ -2285,118 +2387,115 @@ class FileWrite(NamedTuple):
     atomic: bool = True
 
 
-def write_beneath(root: str, path: str, write: FileWrite) -> None:
-    """Write a file at an absolute path as the host with its filesystem at root sees it.
+def write_beneath(tree: Tree, path: str, write: FileWrite) -> bool:
+    """Write a file at an absolute path as the host sees it; return whether anything was changed.
 
     Missing parents are made, 0755. Two writers of one path: the last rename wins. On failure
     nothing has changed. Raises ApiError: 400, 403, 409, 503, 507, and 500 for an I/O error.
     """
-    *parents, name = split_path(path)
-    for attempts_left in reversed(range(MAX_PATH_RETRIES)):
-        try:
-            with Walk(root) as walk:
-                write_in(walk.descend(parents), name, write)
-            return
-        except OSError as error:
-            # Another request made a folder here, failed and undid it; or another agent on this host
-            # has used the same temporary name.
-            if attempts_left and error.errno in (errno.ENOENT, errno.EEXIST):
-                continue
-            status, advice = FILE_ERRORS.get(error.errno or 0, (500, "see the host's kernel log"))
-            raise ApiError(status, f"path: {error.strerror}: {advice}") from error
+    if tree.folder is not None and (write.mode or 0) > 0o777:
+        raise ApiError(403, "permission: a limited key may not set a mode above 0777")
+    with file_errors():
+        for _ in range(MAX_PATH_RETRIES):
+            # Another request, or another agent, has made or removed the same name meanwhile.
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                return try_write(tree, path, write)
+    raise ApiError(409, "path: another program is changing it, or its filesystem makes no files")
 
 
-def write_in(parent: int, name: bytes, write: FileWrite) -> None:
-    """Write the file called name in the folder held open. Raises ApiError or OSError."""
-    found = None
-    with contextlib.suppress(FileNotFoundError):
-        found = os.stat(name, dir_fd=parent, follow_symlinks=False)
-        check_regular(found)
-    if found and not write.atomic:
-        overwrite(parent, name, write)
-    else:
-        replace(parent, name, found, write)
-        sync_folder(parent)
+def try_write(tree: Tree, path: str, write: FileWrite) -> bool:
+    with Walk(tree, make=True) as walk:
+        parent, name = walk.enter(path)
+        found = None
+        if write.atomic:
+            walk.lock(parent)
+        with contextlib.suppress(FileNotFoundError):
+            found = walk.find(name)
+        if not write.atomic:  # the lock of the file's own filesystem, if it is mounted by itself
+            walk.lock(parent if found is None else found)
+        if found is not None and is_written(found, write):
+            return False
+        if found is not None and not write.atomic:
+            overwrite(found, write)
+        else:
+            replace(parent, name, found, write)
+            sync_folder(parent)
+        return True
 
 
-def check_regular(found: os.stat_result) -> None:
-    """Raise ApiError unless found is a regular file."""
-    if stat.S_ISLNK(found.st_mode):
-        raise ApiError(400, "path: is a link; write to what it points at")
-    if not stat.S_ISREG(found.st_mode):
-        raise ApiError(409, "path: there is something other than a regular file")
+def is_written(found: int, write: FileWrite) -> bool:
+    now = os.fstat(found)
+    if now.st_size != len(write.content) or attributes(now) != wanted_attributes(now, write):
+        return False
+    with contextlib.suppress(PermissionError):  # it may be writable and not readable
+        return read_content(found, now.st_size) == write.content
+    return False
 
 
-@contextlib.contextmanager
-def if_supported() -> Iterator[None]:
-    """Go on without what the filesystem cannot do. Raises any other OSError."""
-    try:
-        yield
-    except OSError as error:
-        # EBADF: the C library would imitate posix_fallocate by reading, which we may not.
-        if error.errno not in (errno.EBADF, errno.EOPNOTSUPP, errno.EINVAL):
-            raise
+def attributes(now: os.stat_result) -> Attributes:
+    return now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)
 
 
-def set_owner_and_mode(descriptor: int, write: FileWrite, found: os.stat_result | None) -> None:
-    """Give an open file what was asked for, else what was found, else 0644. Raises OSError."""
-    now = os.fstat(descriptor)
-    old = found or now
-    uid = old.st_uid if write.uid is None else write.uid
-    gid = old.st_gid if write.gid is None else write.gid
-    if (uid, gid) != (now.st_uid, now.st_gid):
+def wanted_attributes(now: os.stat_result, write: FileWrite) -> Attributes:
+    asked = (write.uid, write.gid, write.mode)
+    uid, gid, mode = (old if new is None else new for old, new in zip(attributes(now), asked))
+    return uid, gid, mode
+
+
+def set_attributes(descriptor: int, wanted: Attributes) -> None:
+    """Give an open file its owner and mode. Raises OSError, also if it does not take them."""
+    uid, gid, mode = wanted
+    if attributes(os.fstat(descriptor))[:2] != (uid, gid):
         os.fchown(descriptor, uid, gid)
-    mode = stat.S_IMODE(found.st_mode) if found else 0o644
-    mode = mode if write.mode is None else write.mode
     # After the owner: fchown clears the set-id bits. By descriptor, so the umask has no say.
-    if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode:
+    if attributes(os.fstat(descriptor)) != wanted:
         os.fchmod(descriptor, mode)
-        # Some filesystems have but one mode; without CAP_FSETID the kernel drops a set-group-id
-        # bit and says nothing.
-        if stat.S_IMODE(os.fstat(descriptor).st_mode) != mode and (found or write.mode is not None):
-            raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+    # Some filesystems ignore both calls; so does the kernel a set-group-id bit without CAP_FSETID.
+    if attributes(os.fstat(descriptor)) != wanted:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
 
-def keep_attributes(descriptor: int, parent: int, name: bytes) -> None:
-    """Give an open file the extended attributes of the one it is to replace, if it may have them.
+def copy_extended(descriptor: int, found: int) -> None:
+    """Give an open file the extended attributes of the one that it replaces, where permitted.
 
     Raises OSError if not its access list, without which a file's group gets what the mask allows.
     """
-    old = b"/proc/self/fd/%d/%b" % (parent, name)  # a name in a held folder, and not followed
+    old = f"/proc/self/fd/{found}"
     with if_supported():
-        names = os.listxattr(old, follow_symlinks=False)
-        if ACCESS_LIST not in names and ACCESS_LIST in os.listxattr(descriptor):
+        names = set(os.listxattr(old))
+        for name in names - {ACCESS_LIST}:
+            with contextlib.suppress(OSError):
+                os.setxattr(descriptor, name, os.getxattr(old, name))
+        if ACCESS_LIST in names:
+            os.setxattr(descriptor, ACCESS_LIST, os.getxattr(old, ACCESS_LIST))
+        elif ACCESS_LIST in os.listxattr(descriptor):
             os.removexattr(descriptor, ACCESS_LIST)  # it came from the folder
-        for attribute in names:
-            try:
-                value = os.getxattr(old, attribute, follow_symlinks=False)
-                os.setxattr(descriptor, attribute, value)
-            except OSError:
-                if attribute == ACCESS_LIST:
-                    raise
 
 
 @contextlib.contextmanager
 def temporary_name(parent: int, name: bytes) -> Iterator[bytes]:
-    """Give a name for what is to be renamed to `name`, and take it away again if it was not.
+    """Yield a temporary name beside `name`; unlink it on exit if it was not renamed.
 
     It is made from the target's, so that the next write clears away what a killed agent leaves.
     """
+    # No name can be taken out of an append-only folder, so none is made there. rmdir(2) tells: it
+    # fails with EPERM, or else because a file is no folder.
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.rmdir(name, dir_fd=parent)
     temporary = b".dockeragent-%08x" % binascii.crc32(name)
-    with WRITING:
-        try:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary, dir_fd=parent)
-        except OSError:  # somebody else has it
-            temporary += secrets.token_hex(8).encode()
-        try:
-            yield temporary
-        finally:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary, dir_fd=parent)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=parent)
+    except IsADirectoryError:
+        temporary += secrets.token_hex(8).encode()
+    try:
+        yield temporary
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=parent)
 
 
-def replace(parent: int, name: bytes, found: os.stat_result | None, write: FileWrite) -> None:
+def replace(parent: int, name: bytes, found: int | None, write: FileWrite) -> None:
     """Put a new file in the place of name, in one step. Raises OSError.
 
     The file has no name until it is complete, so that a killed agent leaves nothing; where the
@@ -2406,40 +2505,38 @@ def replace(parent: int, name: bytes, found: os.stat_result | None, write: FileW
     with contextlib.ExitStack() as stack:
         try:
             descriptor = os.open(b".", os.O_WRONLY | os.O_TMPFILE, 0o600, dir_fd=parent)
-        except OSError as error:
-            if not os.fstat(parent).st_nlink:  # removed meanwhile, which ext4 calls EPERM
-                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT)) from error
-            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL):
-                raise
+        except OSError:  # if that was not for the want of O_TMPFILE, the next call tells
             temporary = stack.enter_context(temporary_name(parent, name))
-            # Invariant: O_EXCL opens nothing that somebody else has put there.
+            # Invariant: O_EXCL opens nothing that another program has put there.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
             descriptor = os.open(temporary, flags, 0o600, dir_fd=parent)
         file = stack.enter_context(open(descriptor, "wb"))
         file.write(write.content)
         file.flush()
-        if found:
-            set_owner_and_mode(descriptor, write, found)  # a change of owner takes capabilities
-            keep_attributes(descriptor, parent, name)
-        set_owner_and_mode(descriptor, write, found)
+        if found is None:
+            with contextlib.suppress(OSError):  # some filesystems have but one mode
+                os.fchmod(descriptor, 0o644)
+        wanted = wanted_attributes(os.fstat(descriptor if found is None else found), write)
+        set_attributes(descriptor, wanted)
+        if found is not None:
+            copy_extended(descriptor, found)  # after the owner, a change of which takes some
+            set_attributes(descriptor, wanted)
         with if_supported():
             os.fsync(descriptor)
-        if not temporary:
-            source = f"/proc/self/fd/{descriptor}"
-            if not found:
-                with contextlib.suppress(FileExistsError):
-                    os.link(source, name, dst_dir_fd=parent)
-                    return
-            # A file can only be renamed over another from a name.
+        source = f"/proc/self/fd/{descriptor}"
+        if not temporary and found is None:
+            os.link(source, name, dst_dir_fd=parent)
+            return
+        if not temporary:  # a file can only be renamed over another from a name
             temporary = stack.enter_context(temporary_name(parent, name))
             os.link(source, temporary, dst_dir_fd=parent)
         os.replace(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
 
 
 def sync_folder(parent: int) -> None:
-    """Make a rename last, if the folder may be opened, not only written to. Raises OSError."""
+    """Make a change of names last, if the folder may be opened for reading. Raises OSError."""
     try:
-        descriptor = os.open(b".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=parent)
+        descriptor = reopen(parent, os.O_RDONLY)
     except OSError:  # no reason to call a failure what is in place
         return
     with contextlib.ExitStack() as stack, if_supported():
@@ -2447,30 +2544,28 @@ def sync_folder(parent: int) -> None:
         os.fsync(descriptor)
 
 
-def overwrite(parent: int, name: bytes, write: FileWrite) -> None:
-    """Write into the file that is there, keeping its inode. Raises ApiError or OSError."""
-    # O_NONBLOCK: a FIFO put there meanwhile must not hold the thread.
-    descriptor = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=parent)
-    with open(descriptor, "wb", buffering=0) as file:  # unbuffered: its end writes nothing
-        with WRITING:  # or the file would end as one writer's text and another's length
-            found = os.fstat(descriptor)
-            check_regular(found)
-            if found.st_mode & (stat.S_ISUID | stat.S_ISGID):
-                os.fchmod(descriptor, stat.S_IMODE(found.st_mode))  # or we could not give them back
-            try:  # owner, mode and room are settled while the old content is still whole
-                set_owner_and_mode(descriptor, write, found)
-                with if_supported():
-                    os.posix_fallocate(descriptor, 0, len(write.content))
-            except OSError:
-                os.ftruncate(descriptor, found.st_size)
-                with contextlib.suppress(OSError):
-                    set_owner_and_mode(descriptor, FileWrite(b""), found)
-                raise
-            left = memoryview(write.content)
-            while left:
-                left = left[file.write(left) :]
-            file.truncate(len(write.content))
-            set_owner_and_mode(descriptor, write, found)  # writing has cleared the set-id bits
+def overwrite(found: int, write: FileWrite) -> None:
+    """Write into the file that is there, keeping its inode. Raises OSError."""
+    with open(reopen(found, os.O_WRONLY), "wb", buffering=0) as file:  # its end writes nothing
+        descriptor = file.fileno()
+        now = os.fstat(descriptor)
+        wanted = wanted_attributes(now, write)
+        if now.st_mode & (stat.S_ISUID | stat.S_ISGID):
+            os.fchmod(descriptor, stat.S_IMODE(now.st_mode))  # or we could not give them back
+        try:  # owner, mode and room are settled while the old content is still complete
+            set_attributes(descriptor, wanted)
+            with if_supported():
+                os.posix_fallocate(descriptor, 0, len(write.content))
+        except OSError:
+            os.ftruncate(descriptor, now.st_size)
+            with contextlib.suppress(OSError):
+                set_attributes(descriptor, attributes(now))
+            raise
+        left = memoryview(write.content)
+        while left:
+            left = left[file.write(left) :]
+        file.truncate(len(write.content))
+        set_attributes(descriptor, wanted)  # writing has cleared the set-id bits
         with if_supported():
             os.fsync(descriptor)
 
@@ -2936,10 +3031,12 @@ STOP = object_schema(
     signal=SIGNAL,
 )
 KILL = object_schema("", example={"signal": "SIGKILL"}, signal=SIGNAL)
+FILE_PATH = string_schema(rule="an absolute path", longest=MAX_PATH, example="/etc/app.conf")
+FILE_QUERY = object_schema("path", path=FILE_PATH)
 FILE = object_schema(
-    "path content",
+    "path",
     example={"path": "/etc/app.conf", "content": "a=1"},
-    path=string_schema(rule="an absolute path", longest=MAX_PATH, example="/etc/app.conf"),
+    path=FILE_PATH,
     content={**STRING, "raw": True},
     encoding=one_of("utf-8", "base64"),
     permission=string_schema("0?[0-7]{1,4}", "an octal mode up to 7777", example="0644"),
@@ -4151,6 +4248,7 @@ class Agent(NamedTuple):
 
     engine: Engine
     host_root: str
+    file_locks: dict[int, threading.RLock]  # held by Walk
 
     def ask(self, path: str) -> Json | None:
         """Return the Engine's JSON for a path, None if there is no such thing."""
@@ -4364,9 +4462,15 @@ def pull_events(request: Request, agent: Agent, auth: str) -> Stream:
     yield event("done", pull_result(agent.engine, request.body["image"], digest))
 
 
+def file_tree(request: Request, agent: Agent, path: str) -> Tree:
+    """Return where the request may use the file at path, and note the path for the log."""
+    request.target["path"] = path
+    return Tree(agent.host_root, agent.file_locks, request.key.file_folder(path))
+
+
 def write_file(request: Request, agent: Agent) -> Response:
     body = request.body
-    content = text = body["content"].encode()
+    content = text = body.get("content", "").encode()
     if body.get("encoding") == "base64":
         with contextlib.suppress(binascii.Error):
             content = base64.b64decode(text)
@@ -4374,9 +4478,29 @@ def write_file(request: Request, agent: Agent) -> Response:
             raise ApiError(400, "content: must be base64, padded and without line breaks")
     mode = int(body["permission"], 8) if "permission" in body else None
     write = FileWrite(content, mode, body.get("uid"), body.get("gid"), body.get("atomic", True))
-    write_beneath(agent.host_root, body["path"], write)
-    message = "file written successfully"
-    return Response({"path": body["path"], "size": len(content), "message": message}, 201)
+    path = body["path"]
+    changed = write_beneath(file_tree(request, agent, path), path, write)
+    answer = {"path": path, "size": len(content), "changed": changed}
+    return Response({**answer, "message": "file written successfully"}, 201)
+
+
+def read_file(request: Request, agent: Agent) -> Response:
+    path = request.query["path"]
+    content, status = read_beneath(file_tree(request, agent, path), path)
+    headers = {
+        "Content-Type": "application/octet-stream",
+        "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+        "X-File-Mode": f"{stat.S_IMODE(status.st_mode):04o}",
+        "X-File-Uid": str(status.st_uid),
+        "X-File-Gid": str(status.st_gid),
+    }
+    return Response(content, headers=headers)
+
+
+def remove_file(request: Request, agent: Agent) -> Response:
+    path = request.query["path"]
+    remove_beneath(file_tree(request, agent, path), path)
+    return Response({"message": "file removed"})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4398,6 +4522,8 @@ ROUTES = check_routes(
     Route("POST", f"{API}/containers/{{id}}/unpause", unpause, "operate", body=NOTHING),
     Route("POST", f"{API}/images/pull", pull, "images", body=PULL),
     Route("POST", f"{API}/files", write_file, "files", body=FILE),
+    Route("GET", f"{API}/files", read_file, "files", query=FILE_QUERY),
+    Route("DELETE", f"{API}/files", remove_file, "files", query=FILE_QUERY),
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -4528,7 +4654,7 @@ def run(config: Config) -> int:
         log("warning", f"MAX_CONNECTIONS: lowered to {allowed} by the limit on open files")
     config = config._replace(max_connections=allowed)
     engine = Engine(config.docker_host, config.engine_tls, config.docker_api_version)
-    agent = Agent(engine, config.host_root)
+    agent = Agent(engine, config.host_root, {})
     with Server(config, log, listener, ROUTES, agent, observe) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         notify("READY=1")

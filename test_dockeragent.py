@@ -3738,7 +3738,8 @@ def test_write_lands_where_the_host_sees_it(tree_agent, tree, path, place):
     before = snapshot(tree)
     reply = write(tree_agent, path)
     assert reply.status == 201, reply.body
-    assert reply.json() == {"path": path, "size": 3, "message": "file written successfully"}
+    message = "file written successfully"
+    assert reply.json() == {"path": path, "size": 3, "changed": True, "message": message}
     after = snapshot(tree)
     parents = [str(Path("host", *Path(place).parts[:n])) for n in range(1, len(Path(place).parts))]
     assert after[f"host/{place}"][4] == b"new"
@@ -3908,6 +3909,7 @@ def test_no_host_root_says_how_to_mount_it(tmp_path):
 
 
 CHILD = "import os, resource, sys; import dockeragent as da\n"
+CHILD += "tree = da.Tree((*sys.argv, '/')[1], {})\n"
 
 
 def in_child(code: str, *arguments: str) -> str:
@@ -3918,7 +3920,7 @@ def in_child(code: str, *arguments: str) -> str:
 
 
 ATTEMPT = """
-try: da.write_beneath(sys.argv[1], sys.argv[2], da.FileWrite(b"new", **eval(sys.argv[3])))
+try: da.write_beneath(tree, sys.argv[2], da.FileWrite(b"new", **eval(sys.argv[3])))
 except da.ApiError as error: print(error.status)
 """
 
@@ -4026,7 +4028,7 @@ def test_failing_write_does_not_take_the_folder_of_another_away(tree):
         "os.setgroups([]); os.setgid(4001); os.setuid(4001)\n"
         "found = []\n"
         "def put(path, write):\n"
-        "    try: da.write_beneath(sys.argv[1], path, write); found.append(201)\n"
+        "    try: da.write_beneath(tree, path, write); found.append(201)\n"
         "    except da.ApiError as error: found.append(error.status)\n"
         "for turn in range(300):\n"
         "    pair = [('a', da.FileWrite(b'', gid=0)), ('b', da.FileWrite(b''))]\n"
@@ -4055,7 +4057,7 @@ def test_kernel_setting_is_written_in_place():
     """procfs cannot fsync: what took effect is no failure."""
     code = (
         "path = f'/proc/{os.getpid()}/oom_score_adj'\n"
-        "da.write_beneath('/', path, da.FileWrite(b'7', atomic=False))\n"
+        "da.write_beneath(tree, path, da.FileWrite(b'7', atomic=False))\n"
         "print(open(path).read(), end='')\n"
     )
     assert in_child(code) == "7\n"
@@ -4069,7 +4071,7 @@ def test_killed_writer_leaves_old_or_new_and_no_litter(tree, names):
         "print('go', flush=True)\n"
         "for turn in itertools.count(os.getpid() * 10_000):\n"
         "    content = b'ab'[turn % 2 :][:1] * 300_000\n"
-        f"    da.write_beneath(sys.argv[1], f'/app/full/{names}', da.FileWrite(content))"
+        f"    da.write_beneath(tree, f'/app/full/{names}', da.FileWrite(content))"
     )
     (tree / "host/app/full/kept").unlink()
     for _ in range(30):
@@ -4080,7 +4082,9 @@ def test_killed_writer_leaves_old_or_new_and_no_litter(tree, names):
             child.kill()
         # A rename takes two steps: what a kill between them has left goes with the next write.
         if names == "old":
-            da.write_beneath(str(tree / "host"), "/app/full/old", da.FileWrite(whole[0]))
+            there = da.Tree(str(tree / "host"), {})
+            da.write_beneath(there, "/app/full/old", da.FileWrite(b"c"))
+            (tree / "host/app/full/old").write_bytes(whole[0])
         for path in (tree / "host/app/full").iterdir():
             assert path.name.startswith(names[:3]), path.name
             assert path.read_bytes() in whole, path.name
