@@ -2148,7 +2148,7 @@ class Server(http.server.ThreadingHTTPServer):
 # The status of each failure of a system call, and what the client can do about it.
 FILE_ERRORS = {
     errno.EACCES: (403, "check the file's owner, or run the agent as root"),
-    errno.EPERM: (403, "see lsattr and the mount's options, or give the agent its capabilities"),
+    errno.EPERM: (403, "check lsattr, the mount's options and the agent's capabilities"),
     errno.EROFS: (403, "mount the host's filesystem without :ro"),
     errno.ENOSPC: (507, "make room on the disk"),
     errno.EDQUOT: (507, "the owner's quota is used up"),
@@ -2186,7 +2186,7 @@ def if_supported() -> Iterator[None]:
         yield
     except OSError as error:
         # EBADF: the C library would imitate posix_fallocate by reading, which we may not.
-        if error.errno not in (errno.EBADF, errno.EOPNOTSUPP, errno.EINVAL):
+        if error.errno not in (errno.EBADF, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
             raise
 
 
@@ -2246,8 +2246,8 @@ class Walk(contextlib.ExitStack):
         """Lock a descriptor's filesystem until the walk ends. Raises ApiError (503)."""
         lock = self._tree.locks.setdefault(os.fstat(descriptor).st_dev, threading.RLock())
         if not lock.acquire(timeout=LOCK_TIMEOUT):
-            advice = "see whether that filesystem hangs, or try again later"
-            raise ApiError(503, f"path: other writes take over {LOCK_TIMEOUT:g} s: {advice}")
+            rule = f"other writes to its filesystem have taken over {LOCK_TIMEOUT:g} s"
+            raise ApiError(503, f"path: {rule}; check whether it hangs, or try again later")
         self.callback(lock.release)
 
     def enter(self, path: str) -> tuple[int, bytes]:
@@ -2261,14 +2261,17 @@ class Walk(contextlib.ExitStack):
         self._descend(parents[len(listed) :])
         return self._stack[-1], name
 
-    def find(self, name: bytes) -> int:
-        """Return a descriptor (O_PATH) of the regular file called name in the folder entered.
+    def find(self, name: bytes) -> int | None:
+        """Return a descriptor (O_PATH) of the regular file called name, None if nothing is.
 
-        Raises ApiError (400, 403, 409), FileNotFoundError or another OSError.
+        Raises ApiError (400, 403, 409) for anything else in the folder entered, or OSError.
         """
-        # Invariant: O_PATH opens no FIFO or device. The file is looked at, and then only read or
-        # written through this descriptor, whatever takes its name meanwhile.
-        found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._stack[-1])
+        try:
+            # Invariant: O_PATH opens no FIFO or device. The file is looked at, and then only read
+            # or written through this descriptor, whatever takes its name meanwhile.
+            found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._stack[-1])
+        except FileNotFoundError:
+            return None
         self.callback(os.close, found)
         now = os.fstat(found)
         if stat.S_ISLNK(now.st_mode):
@@ -2358,6 +2361,8 @@ def read_beneath(tree: Tree, path: str) -> tuple[bytes, os.stat_result]:
     with file_errors(), Walk(tree) as walk:
         _, name = walk.enter(path)
         found = walk.find(name)
+        if found is None:
+            raise ApiError(404, "path: there is no such file")
         content = read_content(found, MAX_BODY)
         if len(content) > MAX_BODY:
             raise ApiError(413, f"path: the file is longer than {MAX_BODY} bytes")
@@ -2372,7 +2377,7 @@ def remove_beneath(tree: Tree, path: str) -> None:
     with file_errors(), Walk(tree) as walk:
         parent, name = walk.enter(path)
         walk.lock(parent)
-        walk.find(name)
+        walk.find(name)  # refuses what is no regular file
         os.unlink(name, dir_fd=parent)
         sync_folder(parent)
 
@@ -2406,20 +2411,18 @@ def write_beneath(tree: Tree, path: str, write: FileWrite) -> bool:
 def try_write(tree: Tree, path: str, write: FileWrite) -> bool:
     with Walk(tree, make=True) as walk:
         parent, name = walk.enter(path)
-        found = None
         if write.atomic:
             walk.lock(parent)
-        with contextlib.suppress(FileNotFoundError):
-            found = walk.find(name)
-        if not write.atomic:  # the lock of the file's own filesystem, if it is mounted by itself
+        found = walk.find(name)
+        if not write.atomic:  # the lock of the file's own filesystem: it may be mounted by itself
             walk.lock(parent if found is None else found)
         if found is not None and is_written(found, write):
             return False
-        if found is not None and not write.atomic:
-            overwrite(found, write)
-        else:
+        if found is None or write.atomic:
             replace(parent, name, found, write)
             sync_folder(parent)
+        else:
+            overwrite(found, write)
         return True
 
 
@@ -2478,8 +2481,8 @@ def temporary_name(parent: int, name: bytes) -> Iterator[bytes]:
 
     It is made from the target's, so that the next write clears away what a killed agent leaves.
     """
-    # No name can be taken out of an append-only folder, so none is made there. rmdir(2) tells: it
-    # fails with EPERM, or else because a file is no folder.
+    # No name can be taken out of an append-only folder, so none is made there: rmdir(2) checks that
+    # first, and then fails for anything but an empty folder that was swapped in meanwhile.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.rmdir(name, dir_fd=parent)
     temporary = b".dockeragent-%08x" % binascii.crc32(name)

@@ -10,6 +10,7 @@ import ast
 import base64
 import binascii
 import contextlib
+import errno
 import hashlib
 import http.client
 import itertools
@@ -3786,11 +3787,123 @@ REFUSED = [
 ]
 
 
+def file_url(path: str) -> str:
+    return f"/api/v1/files?path={quote(path)}"
+
+
 @pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
 @pytest.mark.parametrize("path, status", REFUSED)
 def test_refused_write_changes_nothing(tree_agent, tree, path, status, atomic):
     before = snapshot(tree)
     assert_envelope(write(tree_agent, path, atomic=atomic), status)
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize(
+    "path, status",
+    [
+        *REFUSED,
+        pytest.param("/app/none", 404, id="no such file"),
+        pytest.param("/none/at/all", 404, id="no such parent is made"),
+    ],
+)
+def test_refused_read_and_removal_change_nothing(tree_agent, tree, path, status, method):
+    before = snapshot(tree)
+    # A read makes no folders, so a dangling link has nothing behind it.
+    status = 404 if path in ("/dangling/x", "/dangling-below/x") else status
+    assert_envelope(tree_agent[0].request(method, file_url(path)), status)
+    assert snapshot(tree) == before
+
+
+def test_read_gives_the_bytes_and_what_is_known_of_them(tree_agent, tree):
+    data = bytes(range(256)) * 4000
+    old = tree / "host/app/old"
+    old.write_bytes(data)
+    old.chmod(0o4750)
+    for path in ("/app/old", "/current/old", "/abs/old"):
+        reply = tree_agent[0].get(file_url(path))
+        assert (reply.status, reply.body) == (200, data)
+        assert reply.headers["content-type"] == "application/octet-stream"
+        assert reply.headers["etag"] == f'"{hashlib.sha256(data).hexdigest()}"'
+        names = ("x-file-mode", "x-file-uid", "x-file-gid")
+        owner = [str(os.getuid()), str(os.getgid())]
+        assert [reply.headers[name] for name in names] == ["4750", *owner]
+    head = tree_agent[0].request("HEAD", file_url("/app/old"))
+    assert head.headers["content-length"] == str(len(data)) and head.body == b""
+
+
+@pytest.mark.parametrize("size, status", [(10 * 2**20, 200), (10 * 2**20 + 1, 413)])
+def test_file_is_read_up_to_ten_mebibytes(tree_agent, tree, size, status):
+    with open(tree / "host/app/old", "wb") as file:
+        file.truncate(size)
+    reply = tree_agent[0].get(file_url("/app/old"))
+    assert reply.status == status
+    assert len(reply.body) == size or status == 413
+
+
+def test_file_that_is_written_while_read_keeps_the_agent_no_longer():
+    """procfs says that its files are regular and empty, and reading the kernel's log would wait."""
+    tree = da.Tree("/proc", {})
+    assert da.read_beneath(tree, f"/{os.getpid()}/comm")[0] == Path("/proc/self/comm").read_bytes()
+    if os.geteuid() == 0 and os.path.exists("/proc/kmsg"):
+        with contextlib.suppress(da.ApiError):
+            da.read_beneath(tree, "/kmsg")
+
+
+def test_removed_file_is_gone_and_nothing_else(tree_agent, tree):
+    before = snapshot(tree)
+    for path, place in (("/app/old", "host/app/old"), ("/current/full/kept", "host/app/full/kept")):
+        reply = tree_agent[0].delete(file_url(path))
+        assert (reply.status, reply.json()) == (200, {"message": "file removed"})
+        assert_envelope(tree_agent[0].delete(file_url(path)), 404)
+        del before[place]
+    assert snapshot(tree) == before
+
+
+@pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
+@pytest.mark.parametrize(
+    "asked, changed",
+    [
+        pytest.param({}, False, id="nothing asked for"),
+        pytest.param({"permission": "640", "uid": 4001, "gid": 4002}, False, id="all as it is"),
+        pytest.param({"permission": "0600"}, True, id="another mode"),
+        pytest.param({"uid": 0}, True, id="another user"),
+        pytest.param({"gid": 0}, True, id="another group"),
+        pytest.param({"content": "odd"}, True, id="other content of the same length"),
+        pytest.param({"content": "older"}, True, id="longer content"),
+        pytest.param({"content": ""}, True, id="no content"),
+    ],
+)
+@pytest.mark.skipif(os.geteuid() != 0, reason="changing owners takes root")
+def test_file_that_is_as_asked_for_is_left_alone(tree_agent, tree, asked, changed, atomic):
+    old = tree / "host/app/old"
+    os.chown(old, 4001, 4002)
+    os.utime(old, (1, 2))
+    before = old.stat()
+    body = {"path": "/app/old", "content": "old", "atomic": atomic, **asked}
+    reply = tree_agent[0].post("/api/v1/files", body)
+    assert (reply.status, reply.json()["changed"]) == (201, changed)
+    after = old.stat()
+    assert old.read_text() == body["content"]
+    assert (after.st_ino == before.st_ino) is (not (changed and atomic))
+    if not changed:
+        times = ("st_atime_ns", "st_mtime_ns", "st_ctime_ns")
+        assert [getattr(before, name) for name in times] == [getattr(after, name) for name in times]
+
+
+def test_content_is_empty_by_default(tree_agent, tree):
+    for path, changed in (("/app/new", True), ("/app/new", False), ("/app/old", True)):
+        reply = tree_agent[0].post("/api/v1/files", {"path": path})
+        assert (reply.status, reply.json()["size"], reply.json()["changed"]) == (201, 0, changed)
+        assert (tree / "host" / path[1:]).read_bytes() == b""
+
+
+@pytest.mark.parametrize("permission", [644, "rw-r--r--", "0o644", "17777", "0888"])
+def test_mode_that_is_no_octal_string_says_what_to_write(tree_agent, tree, permission):
+    before = snapshot(tree)
+    reply = write(tree_agent, "/app/old", permission=permission)
+    assert_envelope(reply, 400, 'permission: must be a string, such as "0644"')
     assert snapshot(tree) == before
 
 
@@ -3899,6 +4012,201 @@ def test_read_only_mount(tree_agent, tree, path, atomic):
         before = snapshot(ro)
         assert_envelope(write(tree_agent, path, atomic=atomic), 403)
         assert snapshot(ro) == before
+
+
+class FakeFilesystem:
+    """A filesystem as seen from /dev/fuse: one folder of files whose mode is 0755, owner 0:0.
+
+    It has no hard links, no unnamed files and no attributes. To set another owner or mode is
+    refused, as vfat does; with quiet it is ignored. While it is frozen, writes wait.
+    The messages are those of linux/fuse.h, version 7.31.
+    """
+
+    def __init__(self, where: Path, quiet: bool = False) -> None:
+        self.where, self.quiet, self.frozen = where, quiet, False
+        self.names: dict[bytes, int] = {}
+        self.contents: dict[int, bytearray] = {}
+        self.waiting: list[bytes] = []
+        where.mkdir()
+        self.device = os.open("/dev/fuse", os.O_RDWR)
+        options = f"fd={self.device},rootmode=40755,user_id=0,group_id=0,default_permissions"
+        command = ["mount", "-i", "-t", "fuse", "-o", options, "fake", str(where)]
+        subprocess.run(command, check=True, pass_fds=[self.device])
+        threading.Thread(target=self.serve, daemon=True).start()
+
+    def __enter__(self) -> FakeFilesystem:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["umount", "-l", str(self.where)], check=True)
+
+    def serve(self) -> None:
+        with contextlib.suppress(OSError):  # unmounted
+            while True:
+                message = os.read(self.device, 1 << 20)
+                if self.frozen and struct.unpack_from("<L", message, 4) == (16,):  # write
+                    self.waiting.append(message)
+                else:
+                    self.answer(message)
+
+    def files(self) -> dict[bytes, bytes]:
+        return {name: bytes(self.contents[node]) for name, node in self.names.items()}
+
+    def thaw(self) -> None:
+        self.frozen = False
+        while self.waiting:
+            self.answer(self.waiting.pop(0))
+
+    def answer(self, message: bytes) -> None:
+        _, kind, unique, node = struct.unpack_from("<LLQQ", message)
+        if kind in (2, 36, 42):  # forget, interrupt: take no answer
+            return
+        try:
+            error, body = 0, self.reply(kind, node, message[40:])
+        except OSError as failure:
+            error, body = -failure.errno, b""
+        with contextlib.suppress(FileNotFoundError):  # interrupted meanwhile
+            os.write(self.device, struct.pack("<LlQ", 16 + len(body), error, unique) + body)
+
+    def attributes(self, node: int) -> bytes:
+        size = len(self.contents.get(node, b""))
+        mode = stat.S_IFDIR if node == 1 else stat.S_IFREG
+        return struct.pack("<6Q10L", node, size, 0, 0, 0, 0, 0, 0, 0, mode | 0o755, 1, *[0] * 5)
+
+    def entry(self, node: int) -> bytes:
+        return struct.pack("<4QLL", node, 0, 0, 0, 0, 0) + self.attributes(node)
+
+    def reply(self, kind: int, node: int, body: bytes) -> bytes:
+        if kind == 26:  # init
+            return struct.pack("<4LHHLLHH8L", 7, 31, 65536, 0, 16, 16, 65536, 1, 16, *[0] * 9)
+        if kind in (1, 10) and body[:-1] not in self.names:  # lookup, unlink
+            raise FileNotFoundError(errno.ENOENT, "")
+        if kind == 1:
+            return self.entry(self.names[body[:-1]])
+        if kind == 10:
+            del self.names[body[:-1]]
+            return b""
+        if kind == 35:  # create
+            name, new = body[16:-1], len(self.contents) + 2
+            self.names[name], self.contents[new] = new, bytearray()
+            return self.entry(new) + bytes(16)
+        if kind == 12:  # rename
+            old, new_name = body[8:-1].split(b"\0")
+            self.names[new_name] = self.names.pop(old)
+            return b""
+        if kind == 4:  # setattr: mode is bit 0, owner and group are bits 1 and 2, size is bit 3
+            which, size = struct.unpack_from("<L12xQ", body)
+            if which & 7 and not self.quiet:
+                raise PermissionError(errno.EPERM, "")
+            if which & 8:
+                self.contents[node] = self.contents[node][:size].ljust(size, b"\0")
+        if kind in (3, 4):  # getattr
+            return struct.pack("<QLL", 0, 0, 0) + self.attributes(node)
+        if kind in (14, 27):  # open, opendir
+            return bytes(16)
+        offset, size = struct.unpack_from("<8xQL", body) if kind in (15, 16) else (0, 0)
+        if kind == 15:  # read
+            return bytes(self.contents[node][offset : offset + size])
+        if kind == 16:  # write
+            self.contents[node][offset : offset + size] = body[40:]
+            return struct.pack("<LL", size, 0)
+        if kind in (18, 20, 25, 29, 30):  # release, fsync, flush, releasedir, fsyncdir
+            return b""
+        raise OSError(errno.ENOSYS, "")
+
+
+@pytest.fixture(params=[False, True], ids=["refuses", "ignores"])
+def one_mode(tree: Path, request: pytest.FixtureRequest) -> Iterator[FakeFilesystem]:
+    """A filesystem of one mode at /fat that refuses, or ignores, another one."""
+    try:
+        fake = FakeFilesystem(tree / "host/fat", quiet=request.param)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"mounting FUSE takes root: {error}")
+    with fake:
+        yield fake
+
+
+@pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
+@pytest.mark.parametrize(
+    "asked, status",
+    [
+        pytest.param({}, 201, id="no mode asked for"),
+        pytest.param({"permission": "0755", "uid": 0, "gid": 0}, 201, id="the one there is"),
+        pytest.param({"permission": "0644"}, 403, id="mode that does not take"),
+        pytest.param({"uid": 7}, 403, id="user that does not take"),
+        pytest.param({"gid": 7}, 403, id="group that does not take"),
+    ],
+)
+def test_filesystem_of_one_mode(tree_agent, one_mode, asked, status, atomic):
+    for old in ({}, {b"f": b"old"}):
+        assert one_mode.files() == old
+        for content in ("new", "newer"):
+            reply = write(tree_agent, "/fat/f", content, atomic=atomic, **asked)
+            assert reply.status == status, reply.body
+            assert one_mode.files() == ({b"f": content.encode()} if status == 201 else old)
+        assert write(tree_agent, "/fat/f", "old").status == 201
+    assert tree_agent[0].get(file_url("/fat/f")).body == b"old"
+    assert tree_agent[0].delete(file_url("/fat/f")).status == 200
+    assert one_mode.files() == {}
+
+
+@pytest.mark.parametrize("one_mode", [False], ids=["frozen"], indirect=True)
+def test_frozen_filesystem_holds_up_requests_to_itself_alone(tree_agent, tree, one_mode):
+    """The one test that takes the agent's 30 s: the first write hangs, the others are refused."""
+    assert write(tree_agent, "/fat/f", "old").status == 201
+    statuses: dict[str, int] = {}
+
+    def send(method: str, path: str, **body: Any) -> None:
+        target = "/api/v1/files" if body else file_url(path)
+        reply = tree_agent[0].request(method, target, {"path": path, **body} if body else None)
+        statuses[f"{method} {path} {body}"] = reply.status
+
+    def start(method: str, path: str, **body: Any) -> threading.Thread:
+        thread = threading.Thread(target=send, args=(method, path), kwargs=body)
+        thread.start()
+        return thread
+
+    one_mode.frozen = True
+    first = start("POST", "/fat/first", content="x")
+    until(lambda: one_mode.waiting, "the first write to hang")
+    others = [start("POST", "/fat/second", content="x"), start("POST", "/fat/f", content="x")]
+    others += [start("POST", "/fat/f", content="x", atomic=False), start("DELETE", "/fat/f")]
+    others += [start("POST", "/fat/d/e/f", content="x")]
+    try:
+        for turn in range(50):
+            assert write(tree_agent, f"/app/{turn % 5}", str(turn)).status == 201
+            assert write(tree_agent, "/app/old", str(turn), atomic=False).status == 201
+        assert tree_agent[0].get(file_url("/fat/f")).body == b"old"
+        assert not statuses
+        for thread in others:
+            thread.join()
+        assert sorted(statuses.values()) == [503] * 5
+    finally:
+        one_mode.thaw()
+    first.join()
+    assert sorted(statuses.values()) == [201] + [503] * 5
+    assert one_mode.files() == {b"f": b"old", b"first": b"x"}
+    assert write(tree_agent, "/fat/f", "new").status == 201
+
+
+@pytest.mark.parametrize("turns", [3])
+def test_append_only_folder_keeps_the_old_file_and_gets_no_litter(tree_agent, tree, turns):
+    folder = tree / "host/app/full"
+    if subprocess.run(["chattr", "+a", str(folder)], capture_output=True).returncode:
+        pytest.skip("append-only folders take root, and a filesystem that has them")
+    try:
+        before = snapshot(folder)
+        for _ in range(turns):
+            assert_envelope(write(tree_agent, "/app/full/kept"), 403)
+            assert_envelope(tree_agent[0].delete(file_url("/app/full/kept")), 403)
+            assert snapshot(folder) == before
+        for turn in range(turns):
+            assert write(tree_agent, f"/app/full/new{turn}").status == 201
+        assert write(tree_agent, "/app/full/kept", atomic=False).status == 201
+        assert set(snapshot(folder)) == {"kept", *(f"new{turn}" for turn in range(turns))}
+        assert (folder / "kept").read_text() == "new"
+    finally:
+        subprocess.run(["chattr", "-a", str(folder)], check=True)
 
 
 def test_no_host_root_says_how_to_mount_it(tmp_path):
@@ -4141,6 +4449,114 @@ def test_folder_swapped_for_a_link_leads_nothing_outside(tree_agent, tree):
             child.kill()
     assert {201, 400} <= statuses <= {201, 400, 409}
     assert snapshot(tree / "outside") == outside
+
+
+SWAP = """
+import ctypes, itertools, os, select, sys
+os.chdir(sys.argv[1])
+libc = ctypes.CDLL(None, use_errno=True)
+os.mkfifo("fifo")
+reader = os.open("fifo", os.O_RDONLY | os.O_NONBLOCK)
+hung_up = select.poll()
+hung_up.register(reader, select.POLLHUP)
+print("go", flush=True)
+while not select.select([sys.stdin], [], [], 0)[0]:
+    if libc.renameat2(-100, b"fifo", -100, b"file", 2):  # RENAME_EXCHANGE
+        sys.exit(os.strerror(ctypes.get_errno()))
+print("opened" if hung_up.poll(0) else "never opened")
+"""
+
+
+def test_fifo_that_is_swapped_in_is_never_opened(tree):
+    """A reader of the FIFO is told of the first writer that opens and closes it."""
+    folder = tree / "host/race"
+    folder.mkdir()
+    (folder / "file").write_text("old")
+    place, statuses = da.Tree(str(tree / "host"), {}), {}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", SWAP, str(folder)], **pipes) as child:
+        assert child.stdout.readline() == "go\n"
+        for turn in range(100_000):
+            try:
+                write = da.FileWrite(b"%d" % turn, atomic=False)
+                status = 201 if da.write_beneath(place, "/race/file", write) else 200
+                da.read_beneath(place, "/race/file")
+            except da.ApiError as error:
+                status = error.status
+            statuses[status] = statuses.get(status, 0) + 1
+            if turn > 5000 and {201, 409} <= statuses.keys():
+                break
+        print("stop", file=child.stdin, flush=True)
+        assert child.stdout.readline() == "never opened\n"
+    assert set(statuses) == {201, 409}, statuses
+
+
+LIMITED = [
+    pytest.param("app/full/new", None, id="a new file"),
+    pytest.param("app/full/kept", None, id="an old file"),
+    pytest.param("app/full/a/b/new", None, id="a new file in new folders"),
+    pytest.param("app/full/in/new", 403, id="link that stays within the folder"),
+    pytest.param("app/full/out/secret", 403, id="link that leads out of the folder"),
+    pytest.param("app/full/up", 403, id="link as the last component"),
+    pytest.param("app/full/to-nowhere/x", 403, id="dangling link"),
+    pytest.param("app/full/set-id", 403, id="set-user-id file"),
+    pytest.param("app/full/sticky", 403, id="file with a mode above 0777"),
+    pytest.param("app/full/second", 403, id="second name of a file outside the folder"),
+    pytest.param("app/full/fifo", 409, id="FIFO"),
+    pytest.param("app/old", 403, id="file beside the folder"),
+    pytest.param("app/fuller/new", 403, id="folder whose name only begins alike"),
+    pytest.param("app/full", 403, id="the folder itself"),
+    pytest.param("app/full/../old", 400, id="climbing out"),
+]
+
+
+@pytest.mark.parametrize("folder", ["/app/full", "/listed", "/app/./full/"])
+@pytest.mark.parametrize("operation", ["atomic", "in place", "read", "remove"])
+@pytest.mark.parametrize("path, refusal", LIMITED)
+def test_limited_key_stays_beneath_its_folder(tree, folder, operation, path, refusal):
+    lines = ["dir sub", "link in sub", "link out ../../../outside", "link up ../old", "fifo fifo"]
+    build(tree / "host/app/full", [*lines, "link to-nowhere none", "file set-id", "file sticky"])
+    (tree / "host/app/full/set-id").chmod(0o4755)
+    (tree / "host/app/full/sticky").chmod(0o1755)
+    (tree / "host/app/fuller").mkdir()
+    os.link(tree / "outside/secret", tree / "host/app/full/second")
+    (tree / "host/listed").symlink_to("app/full")  # what is above the listed folder is root's
+    path = "/" + (path.replace("app/full", "listed", 1) if folder == "/listed" else path)
+    place, before = da.Tree(str(tree / "host"), {}, folder), snapshot(tree)
+    try:
+        if operation == "read":
+            status = 200 if da.read_beneath(place, path)[0] == b"old" else 0
+        elif operation == "remove":
+            status = 200 if da.remove_beneath(place, path) is None else 0
+        else:
+            write = da.FileWrite(b"new", atomic=operation == "atomic")
+            status = 200 if da.write_beneath(place, path, write) else 0
+    except da.ApiError as error:
+        status = error.status
+    is_new = not refusal and "new" in path
+    expected = 404 if is_new and operation in ("read", "remove") else refusal or 200
+    assert status == expected
+    if status != 200 or operation == "read":
+        assert snapshot(tree) == before
+
+
+def test_limited_key_can_neither_set_nor_replace_what_runs_with_other_rights(tree):
+    place, before = da.Tree(str(tree / "host"), {}, "/app/full"), snapshot(tree)
+    for mode in (0o1000, 0o2755, 0o4755):
+        with pytest.raises(da.ApiError) as refusal:
+            da.write_beneath(place, "/app/full/d/new", da.FileWrite(b"", mode))
+        assert refusal.value.status == 403
+    assert snapshot(tree) == before
+    try:  # cap_net_raw=ep
+        value = struct.pack("<5L", 0x02000001, 1 << 13, 0, 0, 0)
+        os.setxattr(tree / "host/app/full/kept", "security.capability", value)
+    except OSError as error:
+        pytest.skip(f"no file capabilities here: {error}")
+    for atomic in (True, False):
+        with pytest.raises(da.ApiError) as refusal:
+            da.write_beneath(place, "/app/full/kept", da.FileWrite(b"", atomic=atomic))
+        assert refusal.value.status == 403
+    assert snapshot(tree) == before
 
 
 # --------------------------------------------------------------------------------------------------
