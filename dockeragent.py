@@ -2526,11 +2526,12 @@ def replace(parent: int, name: bytes, found: int | None, write: FileWrite) -> No
             set_attributes(descriptor, wanted)
         with if_supported():
             os.fsync(descriptor)
-        source = f"/proc/self/fd/{descriptor}"
-        if not temporary and found is None:
-            os.link(source, name, dst_dir_fd=parent)
-            return
-        if not temporary:  # a file can only be renamed over another from a name
+        if not temporary:
+            source = f"/proc/self/fd/{descriptor}"
+            if found is None:
+                os.link(source, name, dst_dir_fd=parent)
+                return
+            # A file can only be renamed over another from a name.
             temporary = stack.enter_context(temporary_name(parent, name))
             os.link(source, temporary, dst_dir_fd=parent)
         os.replace(temporary, name, src_dir_fd=parent, dst_dir_fd=parent)
