@@ -506,10 +506,6 @@ class Key(NamedTuple):
                 return folder
         return forbid(self, "files", path)
 
-    def file_folder(self, path: str) -> str | None:
-        """Return the listed folder that path is beneath; None: the key may use any file."""
-        return None
-
 
 STRANGER = Key("")  # whoever has not shown a valid key
 
@@ -2398,8 +2394,6 @@ def write_beneath(tree: Tree, path: str, write: FileWrite) -> bool:
     Missing parents are made, 0755. Two writers of one path: the last rename wins. On failure
     nothing has changed. Raises ApiError: 400, 403, 409, 503, 507, and 500 for an I/O error.
     """
-    if tree.folder is not None and (write.mode or 0) > 0o777:
-        raise ApiError(403, "permission: a limited key may not set a mode above 0777")
     with file_errors():
         for _ in range(MAX_PATH_RETRIES):
             # Another request, or another agent, has made or removed the same name meanwhile.
@@ -3043,7 +3037,7 @@ FILE = object_schema(
     path=FILE_PATH,
     content={**STRING, "raw": True},
     encoding=one_of("utf-8", "base64"),
-    permission=string_schema("0?[0-7]{1,4}", "an octal mode up to 7777", example="0644"),
+    permission=string_schema("0?[0-7]{1,4}", 'a string, such as "0644" (octal, up to 7777)'),
     uid=USER_ID,
     gid=USER_ID,
     atomic=BOOLEAN,
@@ -4488,7 +4482,7 @@ def write_file(request: Request, agent: Agent) -> Response:
     return Response({**answer, "message": "file written successfully"}, 201)
 
 
-def read_file(request: Request, agent: Agent) -> Response:
+def get_file(request: Request, agent: Agent) -> Response:
     path = request.query["path"]
     content, status = read_beneath(file_tree(request, agent, path), path)
     headers = {
@@ -4526,7 +4520,7 @@ ROUTES = check_routes(
     Route("POST", f"{API}/containers/{{id}}/unpause", unpause, "operate", body=NOTHING),
     Route("POST", f"{API}/images/pull", pull, "images", body=PULL),
     Route("POST", f"{API}/files", write_file, "files", body=FILE),
-    Route("GET", f"{API}/files", read_file, "files", query=FILE_QUERY),
+    Route("GET", f"{API}/files", get_file, "files", query=FILE_QUERY),
     Route("DELETE", f"{API}/files", remove_file, "files", query=FILE_QUERY),
 )
 
