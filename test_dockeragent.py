@@ -883,13 +883,11 @@ def test_every_request_is_one_json_line(fake_agent):
 def test_nothing_that_a_stranger_sent_is_repeated(data, status, pair):
     secret = secrets.token_hex(20)
     for shown in (secret, "%" + secret.encode().hex("%")):
-        before = len(pair.agent.lines("request"))
-        answer = pair.agent.raw(data.replace(b"%b", shown.encode()), half_close=True)
-        assert answer.startswith(
-            b"HTTP/1.1 %d " % (status if "%" not in shown else int(answer[9:12]))
-        )
-        until(lambda: len(pair.agent.lines("request")) > before, "the log line")
-        for text in (answer.decode(), json.dumps(pair.agent.log)):
+        reply = pair.agent.raw(data.replace(b"%b", shown.encode()), half_close=True)
+        assert shown != secret or reply.startswith(b"HTTP/1.1 %d " % status)
+        request_id = split_head(reply).headers["x-request-id"]
+        until(lambda wanted=request_id: wanted in json.dumps(pair.agent.log), "the log line")
+        for text in (reply.decode(), json.dumps(pair.agent.log)):
             assert secret not in text and shown not in text
     assert pair.engine.requests() == []
 
@@ -2037,12 +2035,8 @@ def test_stranger_who_went_longest_without_a_request_makes_room_first(fake_engin
 def test_stranger_who_reads_nothing_is_dropped(fake_engine):
     with Agent(DOCKER_HOST=fake_engine.url) as agent, agent.connect() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        with pytest.raises((ConnectionError, socket.timeout)):
-            for _ in range(100_000):
-                sock.sendall(message("GET /health", key="") * 100)
-        until(lambda: agent.lines("request"), "a line")
-        with contextlib.suppress(ConnectionError):
-            read_to_end(sock)  # ends: the agent has closed
+        with pytest.raises(ConnectionError):
+            sock.sendall(message("GET /health", key="") * 1_000_000)
 
 
 def test_deadline_holds_while_there_is_something_to_read():
