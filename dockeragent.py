@@ -115,6 +115,7 @@ IDLE_CONNECTION = 2.0  # seconds that each is kept
 VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded between two requests
 HEALTH_CACHE = 1.0  # seconds during which the Engine is not asked again
 HEALTH_KEPT = 4.0  # seconds during which a result is good enough while the Engine is asked
+METRICS_TIMEOUT = 5.0  # for the list of containers; less than a scrape may take
 
 MAX_LINE = 1024 * 1024  # bytes of one log line; the rest goes on as the next
 MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own hold up to 16 KiB and a timestamp
@@ -172,6 +173,7 @@ DURATION = r"(?=\.?[0-9])([0-9]{0,15})(?:\.([0-9]{0,15}))?(ns|us|µs|μs|ms|s|m|
 UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9}  # nanoseconds
 UNITS.update(m=60 * UNITS["s"], h=3600 * UNITS["s"])
 EVENT_ID = r"([0-9]{1,11})\.([0-9]{9})-([1-9][0-9]{0,14})"
+ENGINE_EVENT_ID = r"([0-9]{1,19})-[1-9][0-9]{0,14}"
 
 # Python's phrases changed between 3.9 and 3.13 (413, 414, 416, 422); these are RFC 9110's.
 PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
@@ -3062,6 +3064,20 @@ LOGS_QUERY = object_schema(
     last_event_id=string_schema(EVENT_ID, "an id that a log stream sent: 1700000000.000000000-1"),
 )
 
+STATS_QUERY = object_schema("", follow=BOOLEAN)
+EVENTS_QUERY = object_schema(
+    "",
+    since=string_schema(longest=64),
+    until=string_schema(longest=64),
+    type=one_of(
+        *("container", "image", "network", "volume", "daemon", "builder", "plugin"),
+        *("service", "node", "secret", "config"),
+    ),
+    action=string_schema("(?s:.+)", "an action such as die", 512),
+    container=string_schema(CONTAINER, f"a container's id or name: {NAME_RULE}", 255),
+    last_event_id=string_schema(ENGINE_EVENT_ID, "an id such as 1700000000000000000-1"),
+)
+
 # --------------------------------------------------------------------------------------------------
 # Engine client: http.client over a Unix socket, TCP or TLS
 # --------------------------------------------------------------------------------------------------
@@ -4237,6 +4253,239 @@ def log_ending(source: LogSource) -> Json:
 
 
 # --------------------------------------------------------------------------------------------------
+# Sight: stats, events, metrics
+# --------------------------------------------------------------------------------------------------
+
+NO_TIME = "0001-01-02"  # sorts after the year 1, which the Engine puts where it has no time
+INACTIVE_FILES = ("total_inactive_file", "inactive_file")  # in cgroups v1, in cgroups v2
+NAMED_TYPES = ("container", "image", "network", "volume")  # of events; a key covers them by name
+COUNTED_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
+BUCKETS = ("0.005", "0.025", "0.1", "0.25", "1", "2.5", "10", "60", "+Inf")  # seconds
+REQUESTS_TOTAL = "dockeragent_http_requests_total"
+REQUEST_SECONDS = "dockeragent_http_request_duration_seconds"
+METRICS = {
+    "dockeragent_build_info": ("gauge", "1 for the version that runs."),
+    "dockeragent_connections": ("gauge", "Open connections of clients."),
+    "dockeragent_streams": ("gauge", "Responses that are being streamed."),
+    "dockeragent_rate_limited_total": ("counter", "Requests refused by the rate limit."),
+    "process_resident_memory_bytes": ("gauge", "Resident memory in bytes."),
+    "process_cpu_seconds_total": ("counter", "User and system CPU time in seconds."),
+    "process_open_fds": ("gauge", "Open file descriptors."),
+    "process_start_time_seconds": ("gauge", "Start of the process in Unix seconds."),
+    REQUESTS_TOTAL: ("counter", "Requests by the status of their response."),
+    REQUEST_SECONDS: ("histogram", "Seconds from a request to the end of its response."),
+    "dockeragent_engine_up": ("gauge", "Whether the Engine listed its containers in time."),
+    "dockeragent_container_state": ("gauge", "1 for the state that the container is in."),
+    "dockeragent_container_health": ("gauge", "Whether the container's health check passes."),
+}
+
+
+def json_lines(response: EngineResponse) -> Iterator[Json | None]:
+    """Yield the objects of a body that has one on each line, and None each PING_INTERVAL.
+
+    Raises EngineError (502) for another body, and what `EngineResponse.read` raises.
+    """
+    rest, due = b"", time.monotonic() + PING_INTERVAL
+    while (data := response.read(due)) != b"":
+        *lines, rest = (rest + (data or b"")).split(b"\n")
+        # Invariant: no line of the Engine's is held past MAX_LINE.
+        if len(rest) > MAX_LINE:
+            raise EngineError(502, "the Engine's response has too long a line")
+        yield from map(decode_response, filter(bytes.strip, lines))
+        if time.monotonic() >= due:
+            yield None
+            due = time.monotonic() + PING_INTERVAL
+    if rest.strip():
+        yield decode_response(rest)
+
+
+def stats_sample(raw: Json) -> Json:
+    """Return a sample of the Engine's statistics as `docker stats` computes it.
+
+    Engine API, "Get container stats based on resource usage". Raises EngineError (502).
+    """
+    try:
+        cpu, before, memory = raw["cpu_stats"], raw["precpu_stats"], raw["memory_stats"]
+        busy = cpu["cpu_usage"]["total_usage"] - before["cpu_usage"]["total_usage"]
+        elapsed = cpu.get("system_cpu_usage", 0) - before.get("system_cpu_usage", 0)
+        cpus = cpu.get("online_cpus") or len(cpu["cpu_usage"].get("percpu_usage") or ())
+        usage, limit = memory.get("usage", 0), memory.get("limit", 0)
+        # The kernel takes these pages back when it needs memory: they do not count as used.
+        inactive = [(memory.get("stats") or {}).get(name, usage) for name in INACTIVE_FILES]
+        used = usage - next((size for size in inactive if size < usage), 0)
+        networks = (raw.get("networks") or {}).values()
+        blocks = raw["blkio_stats"].get("io_service_bytes_recursive") or ()
+        return {
+            "time": stamp_from(stamp_time(raw["read"].encode())).decode(),
+            "cpu_percent": busy / elapsed * cpus * 100 if busy > 0 and elapsed > 0 else 0.0,
+            "memory_bytes": used,
+            "memory_limit_bytes": limit,
+            "memory_percent": used / limit * 100 if limit else 0.0,
+            "network_rx_bytes": sum(network["rx_bytes"] for network in networks),
+            "network_tx_bytes": sum(network["tx_bytes"] for network in networks),
+            "block_read_bytes": sum(b["value"] for b in blocks if b["op"].lower() == "read"),
+            "block_write_bytes": sum(b["value"] for b in blocks if b["op"].lower() == "write"),
+            "pids": raw["pids_stats"].get("current", 0),
+        }
+    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+        raise EngineError(502, "the Engine's response is not statistics") from error
+
+
+def is_running(found: Json | None) -> bool:
+    """Return whether a container has a process, by its inspect JSON; None: it was removed."""
+    state = require(found, "State", dict) if found else {}
+    return bool(state.get("Running")) and not state.get("Restarting")
+
+
+def stats_events(engine: Engine, container: str, interrupts: Interrupts, ask: Ask) -> Stream:
+    """Yield a container's statistics as server-sent events until it stops. Raises EngineError.
+
+    The Engine sends empty samples of a container that has stopped, but also when it could not
+    measure one. So after each, and at the end, it is asked whether the container runs.
+    """
+    yield STREAM_START
+    path, query = container_path(container, "stats"), {"stream": "true"}
+    opened = engine.open("GET", path, query, interrupts=interrupts)
+    with contextlib.closing(opened) as response:
+        for raw in itertools.chain(json_lines(response), [{}]):
+            if raw is None:
+                yield PING
+            elif str(raw.get("read", "")) < NO_TIME:
+                if not is_running(ask(container_path(container, "json"))):
+                    yield event("end", {"reason": "exited"})
+                    return
+            # The first sample is left out: its CPU time cannot be compared with one before it.
+            elif str(raw.get("preread", "")) > NO_TIME:
+                yield b"data: %b\n\n" % encode_json(stats_sample(raw))
+    raise EngineError(502, "the Engine ended the statistics of a running container; reconnect")
+
+
+def engine_events(engine: Engine, query: Json, until: float, request: Request) -> Stream:
+    """Yield events as server-sent events until a time in nanoseconds. Raises EngineError."""
+    yield STREAM_START
+    last = number = 0
+    opened = engine.open("GET", "/events", query, interrupts=request.interrupts)
+    with contextlib.closing(opened) as response:
+        for message in json_lines(response):
+            if message is None:
+                yield PING
+            elif data := event_data(message, request.key):
+                number = number + 1 if message["timeNano"] == last else 1
+                last = message["timeNano"]
+                # Invariant: JSON has no line ends in it, so no label or name can forge a field.
+                yield b"id: %d-%d\ndata: %b\n\n" % (last, number, encode_json(data))
+    if time.time_ns() < until - 10**9:  # the Engine's clock may be a little ahead
+        raise EngineError(502, "the Engine ended its stream of events; reconnect")
+    yield event("end", {"reason": "until"})
+
+
+def event_data(message: Json, key: Key) -> Json | None:
+    """Return what a key is shown of an Engine's event, or None. Raises EngineError (502)."""
+    actor, kind = require(message, "Actor", dict), require(message, "Type", str)
+    attributes = require({"Attributes": {}, **actor}, "Attributes", dict)
+    # The Engine puts a container's name over a label "name". A volume has its name as its id.
+    name = str(attributes.get("name", actor.get("ID") if kind == "volume" else ""))
+    if not key.master:
+        # Invariant: a limited key is sent only events of what it covers by name. An event of a
+        # network or volume names the container that uses it by its id alone.
+        is_known = kind == "container" or "container" not in attributes
+        if kind not in NAMED_TYPES or not (is_known and key.covers(f"{kind}s", name)):
+            return None
+        attributes = {k: v for k, v in attributes.items() if not k.startswith(OWN_LABELS)}
+    moment = stamp_from(require(message, "timeNano", int) % 2**63).decode()
+    shown = {"time": moment, "type": kind, "action": message.get("Action")}
+    return {**shown, "id": actor.get("ID"), "name": name, "attributes": attributes}
+
+
+@functools.lru_cache(maxsize=4096)
+def series(metric: str, **labels: Any) -> str:
+    """Return a metric with its labels in Prometheus's text format 0.0.4."""
+    # Invariant: a label's value ends neither its quotes nor its line.
+    pairs = []
+    for name, value in labels.items():
+        text = re.sub(r'(["\\])', r"\\\1", str(value)).replace("\n", r"\n")
+        pairs.append(f'{name}="{text}"')
+    return f"{metric}{{{','.join(pairs)}}}"
+
+
+class Metrics:
+    """Counts the requests, by method, route and status, and their seconds."""
+
+    def __init__(self) -> None:
+        self._started = time.time()
+        self._lock = threading.Lock()
+        self._requests: dict[str, float] = collections.defaultdict(float)
+        self._durations: dict[str, float] = collections.defaultdict(float)
+        self._limited = 0
+
+    def observe(self, request: Request, seconds: float) -> None:
+        """Count one request that has ended."""
+        # Invariant: no label holds what a client sent, or a stranger could make endless series.
+        labels = {"method": request.method if request.method in COUNTED_METHODS else "other"}
+        labels["route"] = request.route.path if request.route else "other"
+        with self._lock:
+            self._limited += request.status == 429
+            self._requests[series(REQUESTS_TOTAL, **labels, code=request.status)] += 1
+            for bound in BUCKETS:
+                bucket = series(f"{REQUEST_SECONDS}_bucket", **labels, le=bound)
+                self._durations[bucket] += seconds <= float(bound)
+            self._durations[series(f"{REQUEST_SECONDS}_sum", **labels)] += seconds
+            self._durations[series(f"{REQUEST_SECONDS}_count", **labels)] += 1
+
+    def samples(self) -> dict[str, float]:
+        """Return the values by series, those of one metric together."""
+        result = {
+            series("dockeragent_build_info", version=VERSION): 1,
+            "process_cpu_seconds_total": time.process_time(),
+            "process_start_time_seconds": self._started,
+        }
+        # proc(5), /proc/pid/statm. Suppressed: that no descriptor is free.
+        with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
+            pages = int(file.read().split()[1])
+            result["process_resident_memory_bytes"] = pages * resource.getpagesize()
+            result["process_open_fds"] = len(os.listdir("/proc/self/fd"))
+        with self._lock:
+            result["dockeragent_rate_limited_total"] = self._limited
+            return {**result, **self._requests, **self._durations}
+
+
+def container_samples(found: bytes, key: Key) -> dict[str, float]:
+    """Return the values by series of the containers that a key covers, from the Engine's list.
+
+    Engine API, "List containers". Raises EngineError (502).
+    """
+    states, healths = {}, {}
+    try:
+        for container in decode_response(found, list):
+            # One that is linked to has names such as /other/alias, too.
+            name = next((n[1:] for n in container["Names"] or () if n.rfind("/") == 0), "")
+            if name and key.covers("containers", name):
+                labels = {"name": name, "image": container["Image"]}
+                state = series("dockeragent_container_state", **labels, state=container["State"])
+                states[state] = 1
+                # "Up 5 minutes (healthy)", "(unhealthy)" or "(health: starting)"
+                if match := re.search(r"\((healthy|unhealthy|health: \w+)\)$", container["Status"]):
+                    health = series("dockeragent_container_health", **labels)
+                    healths[health] = int(match[1] == "healthy")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise EngineError(502, "the Engine's response is no list of containers") from error
+    return {**states, **healths}
+
+
+def exposition(samples: Mapping[str, float]) -> bytes:
+    """Return values by series, those of one metric together, in the text format 0.0.4."""
+    lines, last = [], ""
+    for name, value in samples.items():
+        metric = re.sub(r"(?s)(_bucket|_sum|_count)?({.*)?$", "", name, count=1)
+        if metric != last:
+            kind, meaning = METRICS[metric]
+            lines += [f"# HELP {metric} {meaning}", f"# TYPE {metric} {kind}"]
+        last = metric
+        lines.append(f"{name} {value}")
+    return "\n".join([*lines, ""]).encode("utf-8", "replace")
+
+
+# --------------------------------------------------------------------------------------------------
 # Endpoints: one function an operation
 # --------------------------------------------------------------------------------------------------
 
@@ -4247,6 +4496,7 @@ class Agent(NamedTuple):
     engine: Engine
     host_root: str
     file_locks: dict[int, threading.RLock]  # held by Walk
+    metrics: Metrics
 
     def ask(self, path: str) -> Json | None:
         """Return the Engine's JSON for a path, None if there is no such thing."""
@@ -4460,6 +4710,57 @@ def pull_events(request: Request, agent: Agent, auth: str) -> Stream:
     yield event("done", pull_result(agent.engine, request.body["image"], digest))
 
 
+def stats(request: Request, agent: Agent) -> Response:
+    found = find_container(request, agent)
+    stopped = ApiError(409, f"container {request.target['name']} is not running")
+    if not is_running(found):
+        raise stopped
+    engine, container = agent.engine, container_id(found)
+    if request.query.get("follow"):
+        return event_stream(stats_events(engine, container, request.interrupts, agent.ask))
+    raw = engine.json("GET", container_path(container, "stats"), {"stream": "false"})
+    if str(raw.get("read", "")) < NO_TIME:  # it has stopped meanwhile
+        raise stopped
+    return Response(stats_sample(raw))
+
+
+def events(request: Request, agent: Agent) -> Response:
+    asked = request.query
+    moments = {
+        name: parse_moment(name, asked[name]) for name in ("since", "until") if name in asked
+    }
+    # The header first: a browser that reconnects sends it beside the URL it began with.
+    event_id = request.header("Last-Event-ID") or asked.get("last_event_id", "")
+    if match := re.fullmatch(ENGINE_EVENT_ID, event_id):
+        moments["since"] = int(match[1])
+    elif event_id:
+        refuse("Last-Event-ID", "must be an id that a stream of events sent")
+    until = moments.get("until", math.inf)
+    if moments.get("since", 0) > until:
+        refuse("until", "must not be before since")
+    query: Json = {}
+    for name, moment in moments.items():  # the Engine counts nanoseconds in 63 bits
+        query[name] = "{}.{:09d}".format(*divmod(min(max(0, moment), 2**63 - 1), 10**9))
+    names = {"type": "type", "action": "event", "container": "container"}
+    if filters := {theirs: [asked[ours]] for ours, theirs in names.items() if ours in asked}:
+        query["filters"] = json.dumps(filters)
+    agent.engine.version(time.monotonic() + CALL_TIMEOUT)  # if the Engine is away: a status, 503
+    return event_stream(engine_events(agent.engine, query, until, request))
+
+
+def metrics(request: Request, agent: Agent) -> Response:
+    slots = list(request.slots)
+    samples = {**agent.metrics.samples(), "dockeragent_connections": len(slots)}
+    samples["dockeragent_streams"] = sum(slot.is_streaming for slot in slots)
+    samples["dockeragent_engine_up"] = 0
+    with contextlib.suppress(EngineError):
+        query = {"all": 1}
+        found = agent.engine.call("GET", "/containers/json", query, seconds=METRICS_TIMEOUT)
+        samples.update(dockeragent_engine_up=1, **container_samples(found, request.key))
+    headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+    return Response(exposition(samples), headers=headers)
+
+
 def file_tree(request: Request, agent: Agent, path: str) -> Tree:
     """Return where the request may use the file at path, and note the path for the log."""
     request.target["path"] = path
@@ -4518,10 +4819,13 @@ ROUTES = check_routes(
     Route("POST", f"{API}/containers/{{id}}/kill", kill, "operate", body=KILL),
     Route("POST", f"{API}/containers/{{id}}/pause", pause, "operate", body=NOTHING),
     Route("POST", f"{API}/containers/{{id}}/unpause", unpause, "operate", body=NOTHING),
+    Route("GET", f"{API}/containers/{{id}}/stats", stats, "read", query=STATS_QUERY),
     Route("POST", f"{API}/images/pull", pull, "images", body=PULL),
     Route("POST", f"{API}/files", write_file, "files", body=FILE),
     Route("GET", f"{API}/files", get_file, "files", query=FILE_QUERY),
     Route("DELETE", f"{API}/files", remove_file, "files", query=FILE_QUERY),
+    Route("GET", f"{API}/events", events, "read", query=EVENTS_QUERY),
+    Route("GET", "/metrics", metrics, "metrics"),
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -4652,8 +4956,8 @@ def run(config: Config) -> int:
         log("warning", f"MAX_CONNECTIONS: lowered to {allowed} by the limit on open files")
     config = config._replace(max_connections=allowed)
     engine = Engine(config.docker_host, config.engine_tls, config.docker_api_version)
-    agent = Agent(engine, config.host_root, {})
-    with Server(config, log, listener, ROUTES, agent, observe) as server:
+    agent = Agent(engine, config.host_root, {}, Metrics())
+    with Server(config, log, listener, ROUTES, agent, agent.metrics.observe) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         notify("READY=1")
         # In a thread: an Engine that does not answer must not delay a stop.
@@ -4670,10 +4974,6 @@ def run(config: Config) -> int:
     engine.close_idle()
     log("info", "stopped")
     return 0
-
-
-def observe(request: Request, seconds: float) -> None:
-    pass
 
 
 def usage() -> str:

@@ -36,7 +36,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote
 
 import pytest
 
@@ -5347,6 +5347,902 @@ def test_newline_inside_an_entry_forges_nothing(fake_agent, fake_engine):
 
 
 # --------------------------------------------------------------------------------------------------
+# Sight: stats, events, metrics
+# --------------------------------------------------------------------------------------------------
+
+STATS = f"{ONE}/stats"
+RAW_STATS = "GET /containers/c1/stats"
+EVENTS = "/api/v1/events"
+RUNS = {"Id": "c1", "Name": "/c1", "State": {"Running": True}}
+STOPPED = {"Id": "c1", "Name": "/c1", "State": {"Running": False, "ExitCode": 3}}
+WAITS = {"Id": "c1", "Name": "/c1", "State": {"Running": True, "Restarting": True}}
+GONE = None
+NO_STAMP = "0001-01-01T00:00:00Z"
+
+
+PER_CPU = {"total_usage": 1500, "percpu_usage": [1000, 500]}
+
+
+def cpu_stats(used: int, system: int, **more: Any) -> dict[str, Any]:
+    return {"cpu_usage": {"total_usage": used}, "system_cpu_usage": system, **more}
+
+
+def raw_stats(**changes: Any) -> dict[str, Any]:
+    """A sample of the Engine's: half of one of four CPUs, on cgroups v2."""
+    return {
+        "read": "2026-02-21T10:00:01.000000002Z",
+        "preread": "2026-02-21T10:00:00.000000001Z",
+        "cpu_stats": cpu_stats(1500, 8000, online_cpus=4),
+        "precpu_stats": cpu_stats(1000, 4000, online_cpus=4),
+        "memory_stats": {"usage": 1000, "limit": 4000, "stats": {"inactive_file": 200}},
+        "networks": {
+            "eth0": {"rx_bytes": 1, "tx_bytes": 2},
+            "eth1": {"rx_bytes": 10, "tx_bytes": 20},
+        },
+        "blkio_stats": {
+            "io_service_bytes_recursive": [
+                {"major": 8, "minor": 0, "op": "read", "value": 100},
+                {"major": 8, "minor": 0, "op": "write", "value": 200},
+                {"major": 9, "minor": 0, "op": "read", "value": 1000},
+            ]
+        },
+        "pids_stats": {"current": 7},
+        **changes,
+    }
+
+
+SHOWN_STATS = {
+    "time": "2026-02-21T10:00:01.000000002Z",
+    "cpu_percent": 50.0,
+    "memory_bytes": 800,
+    "memory_limit_bytes": 4000,
+    "memory_percent": 20.0,
+    "network_rx_bytes": 11,
+    "network_tx_bytes": 22,
+    "block_read_bytes": 1100,
+    "block_write_bytes": 200,
+    "pids": 7,
+}
+V1_BLOCKS = [
+    {"op": op, "value": value}
+    for op, value in (("Read", 1), ("Write", 2), ("Sync", 4), ("Async", 8), ("Total", 16))
+]
+
+
+def memory_of(usage: int, limit: int = 4000, **stats: int) -> dict[str, Any]:
+    return {"memory_stats": {"usage": usage, "limit": limit, "stats": stats}}
+
+
+def inspected(*answers: Any) -> Callable[[socket.socket], None]:
+    """A script that gives each inspect JSON once, the last one for good; GONE is a 404."""
+    left = list(answers)
+
+    def script(sock: socket.socket) -> None:
+        found = left.pop(0) if len(left) > 1 else left[0]
+        missing = http_answer({"message": "No such container: c1"}, 404)
+        sock.sendall(missing if found is GONE else http_answer(found))
+
+    return script
+
+
+class Follower:
+    """A client in the middle of a stream."""
+
+    def __init__(self, connection: http.client.HTTPConnection, path: str) -> None:
+        connection.request("GET", path, headers={"X-API-Key": KEY})
+        self.connection, self.response = connection, connection.getresponse()
+        assert self.response.status == 200
+        assert self.response.getheader("Content-Type") == "text/event-stream"
+        self.seen = b""
+
+    def leave(self) -> None:
+        self.response.close()
+        self.connection.close()
+
+    def wait_for(self, text: bytes, times: int = 1) -> None:
+        while self.seen.count(text) < times:
+            piece = self.response.read1(65536)
+            assert piece, self.seen
+            self.seen += piece
+
+    def rest(self) -> bytes:
+        """All of the stream, whose end must be its proper one."""
+        self.seen += self.response.read()
+        return self.seen
+
+
+@contextlib.contextmanager
+def follower(agent: Agent, path: str) -> Iterator[Follower]:
+    connection = http.client.HTTPConnection("127.0.0.1", agent.port, timeout=WAIT)
+    with contextlib.closing(connection):
+        yield Follower(connection, path)
+
+
+def json_line(value: Any) -> bytes:
+    return json.dumps(value).encode() + b"\n"
+
+
+@pytest.mark.parametrize(
+    "changes, shown",
+    cases(
+        ("cgroups v2", {}, {}),
+        (
+            "cgroups v1",
+            {
+                **memory_of(1000, total_inactive_file=300, inactive_file=1, cache=900),
+                "blkio_stats": {"io_service_bytes_recursive": V1_BLOCKS},
+            },
+            {
+                "memory_bytes": 700,
+                "memory_percent": 17.5,
+                "block_read_bytes": 1,
+                "block_write_bytes": 2,
+            },
+        ),
+        (
+            "CPUs counted by their times",
+            {"cpu_stats": {**cpu_stats(0, 8000), "cpu_usage": PER_CPU}},
+            {"cpu_percent": 25.0},
+        ),
+        ("started again", {"precpu_stats": cpu_stats(9000, 4000)}, {"cpu_percent": 0.0}),
+        ("clock stood still", {"precpu_stats": cpu_stats(0, 8000)}, {"cpu_percent": 0.0}),
+        (
+            "more cache than usage",
+            memory_of(100, inactive_file=200),
+            {"memory_bytes": 100, "memory_percent": 2.5},
+        ),
+        (
+            "no limit known",
+            {"memory_stats": {}},
+            {"memory_bytes": 0, "memory_limit_bytes": 0, "memory_percent": 0.0},
+        ),
+        ("network of the host", {"networks": None}, {"network_rx_bytes": 0, "network_tx_bytes": 0}),
+        (
+            "no disk was used",
+            {"blkio_stats": {"io_service_bytes_recursive": None}},
+            {"block_read_bytes": 0, "block_write_bytes": 0},
+        ),
+        ("no limit of processes", {"pids_stats": {}}, {"pids": 0}),
+        (
+            "time of another zone",
+            {"read": "2026-02-21T11:30:01.5+01:30"},
+            {"time": "2026-02-21T10:00:01.500000000Z"},
+        ),
+    ),
+)
+def test_stats_are_computed_as_docker_stats_does(fakes, changes, shown):
+    fake, agent = fakes
+    fake.script[INSPECT], fake.script[RAW_STATS] = (
+        http_answer(RUNS),
+        http_answer(raw_stats(**changes)),
+    )
+    fake.requests()
+    reply = agent.get(STATS)
+    assert (reply.status, reply.json()) == (200, {**SHOWN_STATS, **shown})
+    assert fake.requests()[-1].target == "/containers/c1/stats?stream=false"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    cases(
+        ("no CPU", {"cpu_stats": None}),
+        ("CPU of words", {"cpu_stats": {"cpu_usage": {"total_usage": "much"}}}),
+        ("memory of words", {"memory_stats": {"usage": "much"}}),
+        ("memory is a list", {"memory_stats": []}),
+        ("networks are a list", {"networks": [1]}),
+        ("a network of nothing", {"networks": {"eth0": {}}}),
+        ("blocks of nothing", {"blkio_stats": {"io_service_bytes_recursive": [{}]}}),
+        ("no processes", {"pids_stats": None}),
+        ("a time that is none", {"read": "yesterday"}),
+        ("numbers past a float", memory_of(10**999, 3)),
+    ),
+)
+def test_nonsense_for_stats_is_502_and_no_bug(fakes, changes):
+    fake, agent = fakes
+    fake.script[INSPECT], fake.script[RAW_STATS] = (
+        http_answer(RUNS),
+        http_answer(raw_stats(**changes)),
+    )
+    assert_envelope(agent.get(STATS), 502)
+
+
+def own_figures(raw: dict[str, Any]) -> dict[str, Any]:
+    """What `docker stats` shows for a sample of the Engine's, by its own source."""
+    cpu, before, memory = raw["cpu_stats"], raw["precpu_stats"], raw["memory_stats"]
+    used = cpu["cpu_usage"]["total_usage"] - before["cpu_usage"]["total_usage"]
+    passed = cpu["system_cpu_usage"] - before["system_cpu_usage"]
+    inactive = (
+        "total_inactive_file" if "total_inactive_file" in memory["stats"] else "inactive_file"
+    )
+    blocks = raw["blkio_stats"]["io_service_bytes_recursive"] or []
+    return {
+        "cpu_percent": pytest.approx(100 * cpu["online_cpus"] * used / passed),
+        "memory_bytes": memory["usage"] - memory["stats"][inactive],
+        "memory_limit_bytes": memory["limit"],
+        "memory_percent": pytest.approx(
+            100 * (memory["usage"] - memory["stats"][inactive]) / memory["limit"]
+        ),
+        "network_rx_bytes": sum(each["rx_bytes"] for each in raw["networks"].values()),
+        "network_tx_bytes": sum(each["tx_bytes"] for each in raw["networks"].values()),
+        "block_read_bytes": sum(each["value"] for each in blocks if each["op"] in ("Read", "read")),
+        "block_write_bytes": sum(
+            each["value"] for each in blocks if each["op"] in ("Write", "write")
+        ),
+        "pids": raw["pids_stats"]["current"],
+    }
+
+
+def test_stats_are_the_engines_own_figures(agent, engine):
+    """Both ask at once; samples of the same moment are the same sample."""
+    work = (
+        "while :; do dd if=/dev/zero of=/x bs=1M count=4 conv=fsync 2>/dev/null; done & sleep 600"
+    )
+    container = engine.run("sh", "-c", work, wait=False, HostConfig={"NetworkMode": "bridge"})
+
+    def same_sample() -> Any:
+        found: list[Any] = []
+        path = f"/containers/{container}/stats?stream=false"
+        thread = threading.Thread(target=lambda: found.append(engine.call("GET", path)[1]))
+        thread.start()
+        shown = agent.get(f"/api/v1/containers/{container}/stats").json()
+        thread.join()
+        return (found[0], shown) if found[0]["read"] == shown["time"] else None
+
+    raw, shown = until(same_sample, "two samples of one moment")
+    assert shown == {"time": raw["read"], **own_figures(raw)}
+    assert shown["cpu_percent"] > 0 and shown["memory_bytes"] > 0 and shown["pids"] >= 2
+    engine.remove(container)
+
+
+@pytest.mark.parametrize("query", ["", "?follow=1"], ids=["once", "followed"])
+@pytest.mark.parametrize(
+    "state, status", [("created", 409), ("exited", 409), ("restarting", 409), ("absent", 404)]
+)
+def test_stats_of_a_container_that_does_not_run(agent, engine, state, status, query):
+    if state == "restarting":
+        again = {"NetworkMode": "none", "RestartPolicy": {"Name": "always"}}
+        container = engine.run("sh", "-c", "exit 1", wait=False, HostConfig=again)
+        # Each pause is twice as long as the one before; in a long one there is time to ask.
+        until(lambda: engine.inspect(container)["RestartCount"] >= 4, "some restarts")
+        until(lambda: engine.inspect(container)["State"]["Restarting"], "a pause between them")
+    elif state == "created":
+        created = engine.call(
+            "POST", "/containers/create", {"Image": IMAGE, "Cmd": ["x"], "Labels": {LABEL: "1"}}
+        )
+        container = created[1]["Id"]
+    else:
+        container = in_state(engine, state)
+    words = "is not running" if status == 409 else "No such container"
+    assert_envelope(agent.get(f"/api/v1/containers/{container}/stats{query}"), status, words)
+    engine.remove(container)
+
+
+def test_stats_of_a_paused_container(agent, engine):
+    container = in_state(engine, "paused")
+    reply = agent.get(f"/api/v1/containers/{container}/stats")
+    assert reply.status == 200 and reply.json()["cpu_percent"] == 0.0
+    engine.remove(container)
+
+
+def test_stats_of_a_container_that_stops_meanwhile_are_409(fakes):
+    fake, agent = fakes
+    fake.script[INSPECT] = http_answer(RUNS)
+    fake.script[RAW_STATS] = http_answer({"read": NO_STAMP, "preread": NO_STAMP})
+    assert_envelope(agent.get(STATS), 409, "c1 is not running")
+
+
+@pytest.mark.parametrize("way", ["kill", "remove"])
+def test_followed_stats_end_when_the_container_stops(agent, engine, way):
+    container = engine.run("sleep", "600", wait=False)
+    with follower(agent, f"/api/v1/containers/{container}/stats?follow=1") as stream:
+        stream.wait_for(b"cpu_percent", 2)
+        if way == "kill":
+            engine.call("POST", f"/containers/{container}/kill")
+        else:
+            engine.remove(container)
+        *samples, end = parse_events(stream.rest())
+    assert (end.type, json.loads(end.data), end.id) == ("end", {"reason": "exited"}, "")
+    times = [json.loads(sample.data)["time"] for sample in samples]
+    assert times == sorted(set(times)) and len(times) >= 2
+    assert {(sample.type, sample.id) for sample in samples} == {("message", "")}
+    engine.remove(container)
+
+
+FIRST_SAMPLE = json_line(raw_stats(preread=NO_STAMP))
+SAMPLE, EMPTY = json_line(raw_stats()), json_line({"read": NO_STAMP, "preread": NO_STAMP})
+
+
+@pytest.mark.parametrize(
+    "stream, states, shown, kind",
+    cases(
+        ("first sample has none before it", [FIRST_SAMPLE, EMPTY], [RUNS, STOPPED], 0, "end"),
+        ("engine goes on with nothing", [SAMPLE, EMPTY, SAMPLE], [RUNS, STOPPED], 1, "end"),
+        (
+            "engine could not measure",
+            [SAMPLE, EMPTY, SAMPLE, EMPTY],
+            [RUNS, RUNS, STOPPED],
+            2,
+            "end",
+        ),
+        ("container is removed", [SAMPLE], [RUNS, GONE], 1, "end"),
+        ("container waits for its restart", [SAMPLE], [RUNS, WAITS], 1, "end"),
+        ("engine ends it", [SAMPLE], [RUNS, RUNS], 1, "error"),
+        ("engine is cut off", [SAMPLE, None], [RUNS, STOPPED], 1, "error"),
+        ("not JSON", [SAMPLE, b"<html>\n", SAMPLE], [RUNS], 1, "error"),
+        ("not an object", [SAMPLE, b"[]\n", SAMPLE], [RUNS], 1, "error"),
+        (
+            "no statistics",
+            [SAMPLE, b'{"read":"2026-02-21T10:00:01Z","preread":"1"}\n'],
+            [RUNS],
+            1,
+            "error",
+        ),
+        ("line without an end", [SAMPLE, b" " * (2**20 + 1)], [RUNS], 1, "error"),
+        ("last line without its end", [SAMPLE, SAMPLE[:-1]], [RUNS, STOPPED], 2, "end"),
+    ),
+)
+def test_followed_stats_tell_their_end(fakes, stream, states, shown, kind):
+    fake, agent = fakes
+    fake.script[INSPECT] = inspected(*states)
+    pieces = [piece for piece in stream if piece]
+    fake.script[RAW_STATS] = chunked_answer(*pieces, end=pieces == stream)
+    *samples, last = parse_events(agent.get(f"{STATS}?follow=1").body)
+    assert [json.loads(sample.data) for sample in samples] == [SHOWN_STATS] * shown
+    assert last.type == kind
+    if kind == "error":
+        assert json.loads(last.data)["status"] == 502
+
+
+@pytest.mark.parametrize("path", [f"{STATS}?follow=1", EVENTS], ids=["stats", "events"])
+@pytest.mark.parametrize("leaver", ["client", "agent"])
+def test_followed_sight_ends_with_its_client_and_with_the_agent(fake_engine, path, leaver):
+    begun, ended = threading.Event(), threading.Event()
+
+    def silent(sock: socket.socket) -> None:
+        sock.sendall(chunked_answer(end=False))
+        begun.set()
+        sock.settimeout(WAIT)
+        if not sock.recv(1):
+            ended.set()
+
+    fake_engine.script = {INSPECT: http_answer(RUNS), RAW_STATS: silent, "GET /events": silent}
+    with Agent(DOCKER_HOST=fake_engine.url) as agent, follower(agent, path) as stream:
+        assert begun.wait(WAIT)
+        if leaver == "client":
+            stream.leave()
+        else:
+            agent.process.terminate()
+            assert [event.type for event in parse_events(stream.rest())] == ["shutdown"]
+        assert ended.wait(WAIT)
+
+
+def raw_event(moment: int = 1_700_000_000_123_456_789, **changes: Any) -> dict[str, Any]:
+    """An event of the Engine's: the death of web."""
+    actor = {"ID": "w1", "Attributes": {"name": "web", "image": "nginx", "exitCode": "1"}}
+    return {"Type": "container", "Action": "die", "Actor": actor, "timeNano": moment, **changes}
+
+
+def actor_of(identity: str = "w1", **attributes: str) -> dict[str, Any]:
+    return {"Actor": {"ID": identity, "Attributes": attributes}}
+
+
+def test_event_has_its_documented_shape_and_number(fakes):
+    fake, agent = fakes
+    moments = [1_700_000_000_000_000_001, 1_700_000_000_000_000_001, 1_700_000_000_000_000_002]
+    bare = {"Type": "daemon", "Action": "reload", "Actor": {"ID": "d1"}, "timeNano": 5}
+    lines = [json_line(raw_event(moment)) for moment in moments]
+    fake.script["GET /events"] = chunked_answer(*lines, json_line(bare))
+    reply = agent.get(f"{EVENTS}?until=1700000001")
+    *events, end = parse_events(reply.body)
+    assert (end.type, json.loads(end.data)) == ("end", {"reason": "until"})
+    ids = [f"{moments[0]}-1", f"{moments[0]}-2", f"{moments[2]}-1", "5-1"]
+    assert [event.id for event in events] == ids
+    assert {event.type for event in events} == {"message"}
+    attributes = {"name": "web", "image": "nginx", "exitCode": "1"}
+    shown = {"type": "container", "action": "die", "id": "w1", "name": "web"}
+    first = {"time": "2023-11-14T22:13:20.000000001Z", **shown, "attributes": attributes}
+    assert json.loads(events[0].data) == first
+    last = {"time": "1970-01-01T00:00:00.000000005Z", "type": "daemon", "action": "reload"}
+    assert json.loads(events[3].data) == {**last, "id": "d1", "name": "", "attributes": {}}
+
+
+ASKED = "1700000000.5"
+
+
+@pytest.mark.parametrize(
+    "query, headers, asked",
+    cases(
+        ("nothing", "", {}, {}),
+        (
+            "times",
+            f"since={ASKED}&until=1700000001",
+            {},
+            {"since": f"{ASKED}00000000", "until": "1700000001.000000000"},
+        ),
+        ("RFC 3339", "since=2023-11-14T22:13:20.5Z", {}, {"since": f"{ASKED}00000000"}),
+        ("all that there is", "since=0", {}, {"since": "0.000000000"}),
+        ("past the Engine's numbers", "since=99999999999", {}, {"since": "9223372036.854775807"}),
+        ("before all time", "since=1000000h", {}, {"since": "0.000000000"}),
+        (
+            "filters",
+            "type=container&action=die&container=web",
+            {},
+            {"filters": {"type": ["container"], "event": ["die"], "container": ["web"]}},
+        ),
+        (
+            "action that would end its JSON",
+            "action=%22%5D%7D%26%0Adie",
+            {},
+            {"filters": {"event": ['"]}&\ndie']}},
+        ),
+        ("resumed", "", {"Last-Event-ID": "1700000000500000000-3"}, {"since": f"{ASKED}00000000"}),
+        (
+            "resumed by curl",
+            "last_event_id=1700000000500000000-3",
+            {},
+            {"since": f"{ASKED}00000000"},
+        ),
+        (
+            "resumed by a browser",
+            "since=1&last_event_id=2-1",
+            {"Last-Event-ID": "1700000000500000000-3"},
+            {"since": f"{ASKED}00000000"},
+        ),
+    ),
+)
+def test_events_query_is_the_engines(fakes, query, headers, asked):
+    fake, agent = fakes
+    fake.script["GET /events"] = chunked_answer()
+    fake.requests()
+    assert agent.get(f"{EVENTS}?{query}", headers=headers).status == 200
+    path, _, sent = fake.requests()[-1].target.partition("?")
+    found = {name: value for name, (value,) in parse_qs(sent).items()}
+    if "filters" in found:
+        found["filters"] = json.loads(found["filters"])
+    assert (path, found) == ("/events", asked)
+
+
+@pytest.mark.parametrize(
+    "query, headers, word",
+    cases(
+        ("no time", "since=yesterday", {}, "since"),
+        ("ends before it begins", "since=2&until=1", {}, "until"),
+        ("type that is none", "type=conteiner", {}, "container"),
+        ("empty action", "action=", {}, "action"),
+        ("name that is none", "container=../x", {}, "container"),
+        ("unknown parameter", "label=x", {}, "label"),
+        ("repeated parameter", "type=image&type=volume", {}, "type"),
+        ("id of a log", "", {"Last-Event-ID": "1700000000.000000000-1"}, "Last-Event-ID"),
+        ("id of a log in the query", "last_event_id=1700000000.000000000-1", {}, "last_event_id"),
+        ("id of number 0", "", {"Last-Event-ID": "1700000000000000000-0"}, "Last-Event-ID"),
+    ),
+)
+def test_bad_question_for_events_is_400_and_reaches_nothing(fakes, query, headers, word):
+    fake, agent = fakes
+    fake.requests()
+    assert_envelope(agent.get(f"{EVENTS}?{query}", headers=headers), 400, word)
+    assert fake.requests() == []
+
+
+@pytest.mark.parametrize(
+    "pieces, end, words",
+    cases(
+        ("stream ends", [], True, "ended its stream"),
+        ("stream is cut off", [], False, ""),
+        ("not JSON", [b"<html>\n"], True, "JSON"),
+        ("not an object", [b"[]\n"], True, "JSON"),
+        ("no actor", [b'{"Type":"container","timeNano":1}\n'], True, "Actor"),
+        ("no type", [json_line(raw_event(Type=None))], True, "Type"),
+        ("no time", [json_line(raw_event(timeNano="1"))], True, "timeNano"),
+        (
+            "attributes are a list",
+            [json_line(raw_event(Actor={"Attributes": [1]}))],
+            True,
+            "Attributes",
+        ),
+        ("line without an end", [b" " * (2**20 + 1)], True, "too long"),
+    ),
+)
+def test_broken_stream_of_events_says_so(fakes, pieces, end, words):
+    fake, agent = fakes
+    fake.script["GET /events"] = chunked_answer(json_line(raw_event()), *pieces, end=end)
+    first, last = parse_events(agent.get(EVENTS).body)
+    assert (first.type, last.type) == ("message", "error")
+    error = json.loads(last.data)
+    assert error["status"] == 502 and words in error["message"]
+
+
+def test_time_past_all_clocks_is_no_bug(fakes):
+    fake, agent = fakes
+    lines = [json_line(raw_event(moment)) for moment in (-1, 10**30)]
+    fake.script["GET /events"] = chunked_answer(*lines)
+    assert [event.type for event in parse_events(agent.get(f"{EVENTS}?until=1").body)][-1] == "end"
+
+
+def test_events_of_an_engine_that_refuses_or_is_away(fakes, tmp_path):
+    fake, agent = fakes
+    fake.script["GET /events"] = http_answer({"message": "no"}, 400)
+    (event,) = parse_events(agent.get(EVENTS).body)
+    assert (event.type, json.loads(event.data)["status"]) == ("error", 400)
+    with Agent(DOCKER_HOST=f"unix://{tmp_path}/none.sock") as alone:
+        assert_envelope(alone.get(EVENTS), 503)
+
+
+FORGED = "x\r\n\nid: 9-9\nevent: end\rdata: {}\u2028\r\r"
+
+
+def test_follower_learns_of_a_death_and_labels_forge_nothing(agent, engine):
+    labels = {LABEL: "1", "forged": FORGED, f"event: end\ndata: {FORGED}": "1"}
+    container = engine.run("sh", "-c", "read x", wait=False, OpenStdin=True, Labels=labels)
+    path = f"{EVENTS}?type=container&action=die&container={container}"
+    with follower(agent, path) as stream:
+        stream.wait_for(b"retry: 3000\n")
+        engine.call("POST", f"/containers/{container}/kill")
+        stream.wait_for(b"\n\n")
+        (event,) = parse_events(stream.seen)
+    data = json.loads(event.data)
+    name = engine.inspect(container)["Name"][1:]
+    assert (event.type, data["action"], data["id"], data["name"]) == (
+        "message",
+        "die",
+        container,
+        name,
+    )
+    assert data["attributes"]["exitCode"] == "137"
+    assert labels.items() <= data["attributes"].items()
+    assert re.fullmatch(r"[0-9]{19}-[1-9]", event.id)
+
+
+def test_events_go_on_from_each_id(agent, engine):
+    begun = time.time_ns() - 10**6
+    container = engine.run("true")
+    ended = "{}.{:09d}".format(*divmod(time.time_ns(), 10**9))
+    bounds = f"container={container}&until={ended}"
+    since = "{}.{:09d}".format(*divmod(begun, 10**9))
+    *events, end = parse_events(agent.get(f"{EVENTS}?{bounds}&since={since}").body)
+    assert end.type == "end"
+    assert [json.loads(event.data)["action"] for event in events] == ["create", "start", "die"]
+    for index, event in enumerate(events):
+        resumed = agent.get(f"{EVENTS}?{bounds}", headers={"Last-Event-ID": event.id})
+        assert parse_events(resumed.body) == [*events[index:], end]
+
+
+WEB = ("web",)
+LIMITED = da.Key(
+    "ci", containers=WEB, images=("docker.io/library/web:*",), networks=WEB, volumes=WEB
+)
+
+
+@pytest.mark.parametrize(
+    "changes, shown",
+    cases(
+        ("its own container", {}, True),
+        ("another's", actor_of(name="db"), False),
+        ("another's that says so in a label", actor_of(name="db", container="web"), False),
+        ("one without a name", actor_of("web"), False),
+        ("attributes are null", {"Actor": {"ID": "web"}}, False),
+        ("its own volume", {"Type": "volume", **actor_of("web", driver="local")}, True),
+        ("another's volume", {"Type": "volume", **actor_of("db", driver="local")}, False),
+        ("volume of some container", {"Type": "volume", **actor_of("web", container="d1")}, False),
+        ("its own network", {"Type": "network", **actor_of("n1", name="web")}, True),
+        (
+            "network of some container",
+            {"Type": "network", **actor_of("n1", name="web", container="d1")},
+            False,
+        ),
+        ("its own image", {"Type": "image", **actor_of("web", name="web")}, True),
+        ("another's image", {"Type": "image", **actor_of("web", name="db")}, False),
+        ("the Engine itself", {"Type": "daemon", **actor_of("web", name="web")}, False),
+        ("a kind of its own", {"Type": "pod", **actor_of("web", name="web")}, False),
+    ),
+)
+def test_limited_key_hears_of_its_own_alone(changes, shown):
+    event = raw_event(**changes)
+    assert (da.event_data(event, LIMITED) is not None) == shown
+    assert da.event_data(event, da.Key("master", master=True)) is not None
+
+
+def test_limited_key_is_not_shown_the_agents_labels():
+    event = raw_event(**actor_of(name="web", **{"dockeragent.spec": "1", "dockeragents": "2"}))
+    limited, master = (
+        da.event_data(event, key) for key in (LIMITED, da.Key("master", master=True))
+    )
+    assert limited["attributes"] == {"name": "web", "dockeragents": "2"}
+    assert master["attributes"] == {"name": "web", "dockeragents": "2", "dockeragent.spec": "1"}
+
+
+# Metrics
+
+NUMBER = r"[+-]?(?:[0-9]+(?:\.[0-9]*)?(?:e[+-]?[0-9]+)?|Inf)"
+METRIC_NAME, LABEL_NAME = "[a-zA-Z_:][a-zA-Z0-9_:]*", "[a-zA-Z_][a-zA-Z0-9_]*"
+LABEL_VALUE = r'"((?:[^"\\\n]|\\[\\"n])*)"'
+UNESCAPED = {"\\": "\\", '"': '"', "n": "\n"}
+Series = tuple[str, frozenset[tuple[str, str]]]
+
+
+def parse_metrics(body: bytes) -> dict[Series, float]:
+    """The samples of text in the format 0.0.4, and nothing that a strict reader could stumble over.
+
+    Each metric has one HELP, one TYPE and then its samples, all together and none of them twice.
+    """
+    text, found, kinds, current = body.decode(), {}, {}, ""
+    assert text.endswith("\n")
+    lines = iter(text[:-1].split("\n"))
+    for line in lines:
+        if line.startswith("#"):
+            help_line = re.fullmatch(f"# HELP ({METRIC_NAME}) [^\\\\]+", line)
+            current = help_line[1]
+            assert current not in kinds, f"{current} comes twice"
+            type_line = re.fullmatch(
+                f"# TYPE ({METRIC_NAME}) (counter|gauge|histogram)", next(lines)
+            )
+            assert type_line[1] == current
+            kinds[current] = type_line[2]
+            assert (kinds[current] == "counter") == current.endswith("_total")
+            continue
+        pairs = f"{LABEL_NAME}={LABEL_VALUE}(?:,{LABEL_NAME}={LABEL_VALUE})*"
+        sample = re.fullmatch(f"({METRIC_NAME})(?:{{({pairs})}})? ({NUMBER})", line)
+        assert sample, line
+        name, texts = sample[1], re.findall(f"({LABEL_NAME})={LABEL_VALUE}", sample[2] or "")
+        suffix = "(_bucket|_sum|_count)" if kinds[current] == "histogram" else ""
+        assert re.fullmatch(current + suffix, name), f"{name} is not of {current}"
+        labels = [(k, re.sub(r"\\(.)", lambda match: UNESCAPED[match[1]], v)) for k, v in texts]
+        assert len(dict(labels)) == len(labels) and (
+            ("le" in dict(labels)) == name.endswith("_bucket")
+        )
+        key = (name, frozenset(labels))
+        assert key not in found, f"{line} comes twice"
+        found[key] = float(sample[sample.lastindex])
+    check_histograms(found)
+    return found
+
+
+def check_histograms(found: dict[Series, float]) -> None:
+    """Each has buckets that grow, the last of them without a bound and equal to its count."""
+    buckets: dict[Series, list[tuple[float, float]]] = {}
+    for (name, labels), value in found.items():
+        if name.endswith("_bucket"):
+            bound = float(dict(labels)["le"])
+            others = frozenset(pair for pair in labels if pair[0] != "le")
+            buckets.setdefault((name[: -len("_bucket")], others), []).append((bound, value))
+    for (name, labels), pairs in buckets.items():
+        assert pairs == sorted(pairs) and [v for _, v in pairs] == sorted(v for _, v in pairs)
+        assert pairs[-1] == (float("inf"), found[f"{name}_count", labels])
+        assert (f"{name}_sum", labels) in found
+
+
+def scrape(agent: Agent) -> dict[Series, float]:
+    reply = agent.get("/metrics")
+    assert reply.status == 200, reply.body
+    assert reply.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return parse_metrics(reply.body)
+
+
+def value_of(found: dict[Series, float], metric: str, /, **labels: str) -> float | None:
+    return found.get((metric, frozenset(labels.items())))
+
+
+def with_name(found: dict[Series, float], name: str) -> list[dict[str, str]]:
+    return [dict(labels) for other, labels in found if other == name]
+
+
+@pytest.fixture
+def listed(fake_engine: FakeEngine, fake_agent: Agent) -> Callable[..., dict[Series, float]]:
+    """Scrapes the agent of an Engine that lists these containers."""
+
+    def scrape_list(*containers: Any) -> dict[Series, float]:
+        fake_engine.script[LIST] = http_answer(list(containers))
+        return scrape(fake_agent)
+
+    return scrape_list
+
+
+def row(name: str = "/web", status: str = "Up 2 hours", **more: Any) -> dict[str, Any]:
+    listed = {"Names": [name], "Image": "nginx", "State": "running", "Status": status}
+    return {"Id": "w1", **listed, **more}
+
+
+CONTAINER_STATE, CONTAINER_HEALTH = "dockeragent_container_state", "dockeragent_container_health"
+
+
+def test_metrics_of_the_real_engine(agent, engine, name):
+    body = {"Image": IMAGE, "Cmd": ["sleep", "600"], "Healthcheck": {"Test": ["CMD", "false"]}}
+    body["Healthcheck"].update(Interval=10**9, Retries=1)
+    status, created = engine.call("POST", f"/containers/create?name={name}", body)
+    assert status == 201, created
+    labels = {"name": name, "image": IMAGE}
+    found = scrape(agent)
+    assert value_of(found, CONTAINER_STATE, state="created", **labels) == 1
+    assert value_of(found, CONTAINER_HEALTH, **labels) is None
+    engine.call("POST", f"/containers/{name}/start")
+    found = scrape(agent)
+    assert value_of(found, CONTAINER_STATE, state="running", **labels) == 1
+    assert value_of(found, CONTAINER_STATE, state="created", **labels) is None
+    assert value_of(found, CONTAINER_HEALTH, **labels) == 0
+    assert value_of(found, "dockeragent_engine_up") == 1
+    assert value_of(found, "dockeragent_build_info", version=da.VERSION) == 1
+    assert value_of(found, "process_resident_memory_bytes") == pytest.approx(
+        memory(agent, "VmRSS"), rel=0.2
+    )
+    open_now = len(os.listdir(f"/proc/{agent.process.pid}/fd"))
+    assert abs(value_of(found, "process_open_fds") - open_now) < 10
+    assert 0 < value_of(found, "process_cpu_seconds_total") < time.time()
+    assert time.time() - 7200 < value_of(found, "process_start_time_seconds") < time.time()
+
+
+def test_promtool_is_content(agent):
+    needs_program("promtool")
+    agent.get("/health")
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=agent.get("/metrics").body, capture_output=True
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize(
+    "status, value",
+    [
+        ("Up 2 hours (healthy)", 1),
+        ("Up 2 hours (unhealthy)", 0),
+        ("Up 1 second (health: starting)", 0),
+        ("Up 2 hours", None),
+        ("Up 2 hours (Paused)", None),
+        ("Exited (0) 2 hours ago", None),
+        ("Created", None),
+    ],
+)
+def test_health_is_told_by_the_status(listed, status, value):
+    found = listed(row(status=status))
+    assert value_of(found, CONTAINER_HEALTH, name="web", image="nginx") == value
+    assert value_of(found, CONTAINER_STATE, name="web", image="nginx", state="running") == 1
+
+
+def test_label_values_forge_no_sample(listed):
+    hostile = 'a"} 1\nforged{x="\\" \r\u2028\\n'
+    found = listed(row(Image=hostile, State=hostile))
+    assert value_of(found, CONTAINER_STATE, name="web", image=hostile, state=hostile) == 1
+    assert not [name for name, _ in found if "forged" in name]
+
+
+def test_each_container_has_one_series(listed):
+    linked = row(Names=["/other/alias", "/db"])
+    nameless = row(Names=None, State="removing")
+    found = listed(row(), row(), linked, nameless, nameless)
+    assert sorted(labels["name"] for labels in with_name(found, CONTAINER_STATE)) == ["db", "web"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    cases(
+        ("refuses", http_answer({"message": "no"}, 500)),
+        ("hangs up", b""),
+        ("lists no list", http_answer({})),
+        ("lists numbers", http_answer([1])),
+        ("lists what has no names", http_answer([{}])),
+        ("lists names that are numbers", http_answer([row(Names=[1])])),
+    ),
+)
+def test_engine_that_fails_is_not_up_and_the_rest_is_told(fakes, answer):
+    fake, agent = fakes
+    fake.script[LIST] = answer
+    found = scrape(agent)
+    assert value_of(found, "dockeragent_engine_up") == 0
+    assert value_of(found, "process_open_fds") > 0 and not with_name(found, CONTAINER_STATE)
+
+
+def test_engine_that_hangs_costs_five_seconds_and_is_not_up(fakes):
+    fake, agent = fakes
+    over = threading.Event()
+    fake.script[LIST] = lambda sock: over.wait(60)
+    found = scrape(agent)
+    over.set()
+    assert value_of(found, "dockeragent_engine_up") == 0
+
+
+def test_metrics_need_the_key_and_count_by_template_alone(fake_engine):
+    """What a stranger sends makes no series of its own."""
+    fake_engine.script[LIST] = http_answer([])
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        for key in ("", "wrong"):
+            assert_envelope(agent.get("/metrics", key=key), 401)
+        for index in range(20):
+            agent.get(f"/api/v1/containers/stranger{index}", key="")
+            agent.request(f"METHOD{index}", f"/stranger{index}")
+            agent.get(f"/api/v1/containers/owned{index}")
+        agent.raw(b"nonsense\r\n\r\n")
+        until(lambda: len(agent.lines("request")) == 63, "the last request's end")
+        found = scrape(agent)
+    labels = with_name(found, "dockeragent_http_requests_total")
+    paths = {route.path for route in da.ROUTES} | {"other"}
+    assert {each["route"] for each in labels} <= paths
+    assert {each["method"] for each in labels} == {"GET", "other"}
+    ours = {"method": "GET", "route": "/api/v1/containers/{id}"}
+    assert value_of(found, "dockeragent_http_requests_total", code="404", **ours) == 20
+    name = "dockeragent_http_request_duration_seconds"
+    assert value_of(found, f"{name}_count", **ours) == 20
+    assert 0 < value_of(found, f"{name}_sum", **ours) < 60 * 20
+    assert sum(v for (n, _), v in found.items() if n == "dockeragent_http_requests_total") == 63
+
+
+def test_refused_and_open_requests_are_counted(fake_engine):
+    fake_engine.script[LIST] = http_answer([])
+    fake_engine.script["GET /events"] = lambda sock: [
+        sock.sendall(chunked_answer(end=False)),
+        sock.recv(1),
+    ]
+    with Agent(DOCKER_HOST=fake_engine.url, RATE_LIMIT="3") as agent:
+        for _ in range(5):
+            agent.get("/api/v1/nothing", key="")
+        with follower(agent, EVENTS) as stream:
+            stream.wait_for(b"retry: 3000\n")
+            found = scrape(agent)
+        assert value_of(found, "dockeragent_rate_limited_total") == 2
+        assert value_of(found, "dockeragent_streams") == 1
+        assert value_of(found, "dockeragent_connections") >= 2
+        until(lambda: len(agent.lines("request")) == 7, "the stream's end")
+        found = scrape(agent)
+    assert value_of(found, "dockeragent_streams") == 0
+
+
+def test_limited_key_sees_its_own_alone(fake_engine, tmp_path):
+    names = ("web", "db", "web.next", "web2", "db.next")
+    events = [json_line(raw_event(n, **actor_of(name=name))) for n, name in enumerate(names)]
+    fake_engine.script = {
+        LIST: http_answer([row(f"/{name}", "Up 1 hour (healthy)") for name in names]),
+        "GET /events": chunked_answer(*events),
+        "GET /containers/db/json": http_answer({**RUNS, "Name": "/db"}),
+    }
+    mine = {"allow": ["read", "metrics"], "containers": ["web"]}
+    blind = {"allow": ["logs"], "containers": ["*"]}
+    path = keys_file(
+        tmp_path, {"name": "a", "key": "a", **mine}, {"name": "b", "key": "b", **blind}
+    )
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=path) as agent:
+        for url in (EVENTS, "/metrics", "/api/v1/containers/web/stats"):
+            assert_envelope(agent.get(url, key="b"), 403, "is not allowed")
+        assert fake_engine.requests() == []
+        assert_envelope(agent.get("/api/v1/containers/db/stats", key="a"), 404)
+        assert [seen.target for seen in fake_engine.requests()] == ["/containers/db/json"]
+        *heard, _ = parse_events(agent.get(f"{EVENTS}?until=1", key="a").body)
+        found = parse_metrics(agent.get("/metrics", key="a").body)
+    assert [json.loads(event.data)["name"] for event in heard] == ["web", "web.next"]
+    for metric in (CONTAINER_STATE, CONTAINER_HEALTH):
+        assert {labels["name"] for labels in with_name(found, metric)} == {"web", "web.next"}
+
+
+def test_prometheus_scrapes_it(engine, tmp_path):
+    needs_program("prometheus")
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with Agent() as agent:
+        job = {"job_name": "dockeragent", "scrape_interval": "1s"}
+        job["authorization"] = {"credentials_file": "key"}
+        job["static_configs"] = [{"targets": [f"127.0.0.1:{agent.port}"]}]
+        (tmp_path / "prometheus.yml").write_text(json.dumps({"scrape_configs": [job]}))
+        (tmp_path / "key").write_text(KEY)
+        options = ("--config.file=prometheus.yml", "--storage.tsdb.path=data")
+        process = subprocess.Popen(
+            ["prometheus", *options, f"--web.listen-address={address}"],
+            cwd=tmp_path,
+            stderr=subprocess.DEVNULL,
+        )
+
+        def ask() -> Any:
+            connection = http.client.HTTPConnection(address, timeout=WAIT)
+            with contextlib.suppress(OSError, ValueError), contextlib.closing(connection):
+                connection.request("GET", "/api/v1/query?query=dockeragent_engine_up")
+                return json.loads(connection.getresponse().read())["data"]["result"]
+
+        try:
+            until(lambda: ask() is not None, "Prometheus")
+            (result,) = until(ask, "a scrape")
+        finally:
+            process.kill()
+            process.wait()
+    assert result["value"][1] == "1"
+
+
+# --------------------------------------------------------------------------------------------------
 # What is around the file: README, image, unit, proxy
 # --------------------------------------------------------------------------------------------------
 
@@ -5469,6 +6365,18 @@ def test_file_imports_the_standard_library_alone() -> None:
             names.add(node.module)
     # -I and -S: neither this folder nor any package that was installed is on the path.
     subprocess.run([sys.executable, "-IS", "-c", f"import {', '.join(sorted(names))}"], check=True)
+
+
+def test_no_name_of_the_file_is_bound_twice() -> None:
+    """A section's constant must not take the place of another's; no linter sees that."""
+    names = []
+    for node in ast.parse(SOURCE.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.append(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            bound = [each for each in ast.walk(node) if isinstance(each, ast.Name)]
+            names += [each.id for each in bound if isinstance(each.ctx, ast.Store)]
+    assert [name for name in set(names) if names.count(name) > 1] == []
 
 
 def test_importing_the_file_does_nothing_but_define_names() -> None:
