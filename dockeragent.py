@@ -3304,7 +3304,7 @@ def engine_fields(
     for name, value in body.items():
         row = schema["properties"].get(name, {})
         if row.get("since", 0) > version:
-            refuse(path + name, f"needs API 1.{row['since']}; this Engine's is 1.{version}")
+            refuse(path + name, f"needs Engine API 1.{row['since']}; 1.{version} is in use")
         if row.get("properties"):
             yield from engine_fields(row, value, version, f"{row['place']}.", f"{path}{name}.")
         elif "place" in row:
