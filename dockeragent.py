@@ -3317,7 +3317,7 @@ def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
 
     Every value comes from a validated field. Raises ApiError (400) for what the Engine lacks.
     """
-    version = int(engine.version(time.monotonic() + CALL_TIMEOUT, True).partition(".")[2])
+    version = int(engine.version(time.monotonic() + CALL_TIMEOUT, refresh=True).partition(".")[2])
     for index, volume in enumerate(body.get("volumes", ())):
         # Invariant: podman writes a mount as one line of options, source=a,target=b: nothing in
         # a path may end it and begin another.
@@ -4127,7 +4127,9 @@ def stop_signal(engine: Engine, wanted: str, config: Json, action: str) -> Json:
 
     Before API 1.42 a stop takes none, and podman ignores it: only the container's own can be had.
     """
-    version = engine.version(time.monotonic() + CALL_TIMEOUT, True)  # it may be another by now
+    version = engine.version(
+        time.monotonic() + CALL_TIMEOUT, refresh=True
+    )  # it may be another by now
     if int(version.partition(".")[2]) >= 42 and not engine.is_podman:
         return {"signal": signal_name(wanted)}
     own = str(config.get("StopSignal") or "SIGTERM")
