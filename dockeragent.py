@@ -4134,8 +4134,8 @@ def stop_signal(engine: Engine, wanted: str, config: Json, action: str) -> Json:
         return {"signal": signal_name(wanted)}
     own = str(config.get("StopSignal") or "SIGTERM")
     if signal_number(own) != signal_number(wanted):
-        rule = f"{own} alone, the container's own, can be sent by {action} (Engine API {version})"
-        refuse("signal", f"{rule}; for another one use kill")
+        when = f"before Engine API 1.42 ({version} is in use), and with podman,"
+        refuse("signal", f"{when} a {action} can only send the container's own, {own}; use kill")
     return {}
 
 
