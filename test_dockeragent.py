@@ -3050,7 +3050,7 @@ TEST_LABEL = {LABEL: "1"}
 def dig(value: Any, path: str) -> Any:
     """What is at a path such as "HostConfig.Memory" in an inspect."""
     for name in path.split("."):
-        value = value[name]
+        value = value[int(name) if isinstance(value, list) else name]
     return value
 
 
@@ -3185,6 +3185,232 @@ def test_every_field_reaches_the_engine(agent, engine, network, name, tmp_path):
     )
 
 
+HOST, SERVE = "HostConfig.", {"cmd": ["sleep", "600"]}
+LOCAL = {"host_ip": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "fields, expected, said",
+    cases(
+        ("hostname with an underscore", {"hostname": "web_1"}, {"Config.Hostname": "web_1"}, ""),
+        (
+            "port that the Engine picks",
+            {"ports": [{"container_port": 80, "host_port": 0, **LOCAL}]},
+            {f"{HOST}PortBindings": {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]}},
+            "",
+        ),
+        (
+            "bind with a slash at its end",
+            {"volumes": [{"source": "/tmp/", "target": "/d", "read_only": True}]},
+            {"Mounts.0.Source": "/tmp", "Mounts.0.RW": False},
+            "",
+        ),
+        (
+            "anonymous volume",
+            {"volumes": [{"target": "/v"}]},
+            {"Mounts.0.Type": "volume", "Mounts.0.Destination": "/v", "Mounts.0.RW": True},
+            "",
+        ),
+        (
+            "size and mode of a tmpfs",
+            {"volumes": [{"type": "tmpfs", "target": "/t", "size_mb": 8, "mode": "1750"}]},
+            {f"{HOST}Mounts.0.TmpfsOptions": {"SizeBytes": 8 * 2**20, "Mode": 0o1750}},
+            "/t size=8192k,mode=1750",
+        ),
+        (
+            "no limits",
+            {"resources": {"cpus": 0, "memory_mb": 0, "cpu_shares": 0}},
+            {f"{HOST}NanoCpus": 0, f"{HOST}Memory": 0, f"{HOST}CpuShares": 0},
+            "",
+        ),
+        (
+            "limits",
+            {"resources": {"memory_mb": 64, "memory_swap_mb": 96, "pids": 99, "shm_size_mb": 32}},
+            {
+                f"{HOST}Memory": 64 * 2**20,
+                f"{HOST}MemorySwap": 96 * 2**20,
+                f"{HOST}PidsLimit": 99,
+                f"{HOST}ShmSize": 32 * 2**20,
+            },
+            "/dev/shm size=32768k",
+        ),
+        (
+            "swap without a limit",
+            {"resources": {"memory_mb": 64, "memory_swap_mb": -1}},
+            {f"{HOST}MemorySwap": -1},
+            "",
+        ),
+        (
+            "ulimits",
+            {"resources": {"ulimits": {"nofile": 1000, "core": [0, 0]}}},
+            {
+                f"{HOST}Ulimits": [
+                    {"Name": "nofile", "Soft": 1000, "Hard": 1000},
+                    {"Name": "core", "Soft": 0, "Hard": 0},
+                ]
+            },
+            "files 1000",
+        ),
+        (
+            "check",
+            {"healthcheck": {"cmd": ["true"], "interval": 10, "timeout": 0.25, "retries": 3}},
+            {
+                "Config.Healthcheck.Test": ["CMD", "true"],
+                "Config.Healthcheck.Interval": 10 * 10**9,
+                "Config.Healthcheck.Timeout": 25 * 10**7,
+                "Config.Healthcheck.Retries": 3,
+            },
+            "",
+        ),
+        (
+            "check of a shell",
+            {"healthcheck": {"shell": "exit 0", "start_period": 5}},
+            {
+                "Config.Healthcheck.Test": ["CMD-SHELL", "exit 0"],
+                "Config.Healthcheck.StartPeriod": 5 * 10**9,
+            },
+            "",
+        ),
+        ("no check", {"healthcheck": {"disable": True}}, {"Config.Healthcheck.Test": ["NONE"]}, ""),
+        (
+            "log with rotation",
+            {"log": {"driver": "json-file", "max_size_mb": 10, "max_files": 3}},
+            {
+                f"{HOST}LogConfig": {
+                    "Type": "json-file",
+                    "Config": {"max-size": "10m", "max-file": "3"},
+                }
+            },
+            "",
+        ),
+        ("init", {"init": True}, {f"{HOST}Init": True}, "docker-init"),
+        ("terminal", {"tty": True}, {"Config.Tty": True}, ""),
+        (
+            "read-only",
+            {"read_only": True},
+            {f"{HOST}ReadonlyRootfs": True},
+            "Read-only file system",
+        ),
+        (
+            "no capability",
+            {"cap_drop": ["ALL"]},
+            {f"{HOST}CapDrop": ["ALL"]},
+            "CapPrm: 0000000000000000",
+        ),
+        (
+            "no new privileges, beside another option",
+            {"no_new_privileges": True, "security_opt": ["seccomp=unconfined"]},
+            {f"{HOST}SecurityOpt": ["no-new-privileges", "seccomp=unconfined"]},
+            "NoNewPrivs: 1",
+        ),
+        (
+            "how it stops",
+            {"stop_signal": "quit", "stop_timeout": 0},
+            {"Config.StopSignal": "SIGQUIT", "Config.StopTimeout": 0},
+            "",
+        ),
+        (
+            "hosts",
+            {"extra_hosts": {"db": "10.0.0.5", "six": "fd00::1"}},
+            {f"{HOST}ExtraHosts": ["db:10.0.0.5", "six:fd00::1"]},
+            "10.0.0.5 db",
+        ),
+        ("name server", {"dns": ["10.0.0.2"]}, {f"{HOST}Dns": ["10.0.0.2"]}, "nameserver 10.0.0.2"),
+        ("platform", {"platform": "linux/amd64"}, {"Platform": "linux"}, ""),
+        ("removed at its end", {"auto_remove": True}, {f"{HOST}AutoRemove": True}, ""),
+        ("capability", {"cap_add": ["SYS_TIME"]}, {f"{HOST}CapAdd": ["SYS_TIME"]}, ""),
+        (
+            "devices",
+            {"devices": ["/dev/zero:/dev/xzero:r", "/dev/full"]},
+            {
+                f"{HOST}Devices": [
+                    {
+                        "PathOnHost": "/dev/zero",
+                        "PathInContainer": "/dev/xzero",
+                        "CgroupPermissions": "r",
+                    },
+                    {
+                        "PathOnHost": "/dev/full",
+                        "PathInContainer": "/dev/full",
+                        "CgroupPermissions": "rwm",
+                    },
+                ]
+            },
+            "/dev/xzero",
+        ),
+        (
+            "sysctl",
+            {"sysctls": {"net.ipv4.ip_forward": "1"}, "network_mode": "none"},
+            {f"{HOST}Sysctls": {"net.ipv4.ip_forward": "1"}},
+            "",
+        ),
+        (
+            "the host's processes and memory",
+            {"pid_mode": "host", "ipc_mode": "host"},
+            {f"{HOST}PidMode": "host", f"{HOST}IpcMode": "host"},
+            "",
+        ),
+    ),
+)
+def test_field_is_what_docker_run_would_make_of_it(agent, engine, name, fields, expected, said):
+    probe = """exec 2>&1; grep -E "NoNewPrivs|CapPrm" /proc/1/status | tr "\t" " "
+echo files $(ulimit -n); touch /x; cat /etc/hosts | tr "\t" " "; cat /etc/resolv.conf /proc/1/comm
+awk '{print $2, $4}' /proc/mounts | sed -E 's/(rw|nosuid|nodev|noexec|relatime),//g'; ls -d /dev/x*
+exec sleep 600"""
+    body = {
+        "image": IMAGE,
+        "name": name,
+        "cmd": ["sh", "-c", probe],
+        "labels": TEST_LABEL,
+        **fields,
+    }
+    reply = agent.post("/api/v1/containers", body)
+    assert (reply.status, reply.json().get("warnings")) == (201, []), reply.body
+    inspect = engine.inspect(name)
+    assert {path: dig(inspect, path) for path in expected} == expected
+    until(lambda: said.encode() in engine.logs(name), said) if said else None
+
+
+def test_several_networks_with_aliases(agent, engine, network, name):
+    front, back = network(), network()
+    networks = [{"name": front, "aliases": ["db"]}, {"name": back, "aliases": ["db_2", "x"]}]
+    body = {"image": IMAGE, "name": name, **SERVE, "networks": networks}
+    assert agent.post("/api/v1/containers", body).status == 201
+    found = engine.inspect(name)["NetworkSettings"]["Networks"]
+    assert set(found) == {front, back}
+    assert "db" in found[front]["Aliases"] and {"db_2", "x"} <= set(found[back]["Aliases"])
+    assert engine.call("DELETE", f"/networks/{back}")[0] == 403  # it is in use
+
+
+@pytest.mark.parametrize(
+    "version, fields, word",
+    cases(
+        ("platform", "1.40", {"platform": "linux/amd64"}, "platform: needs Engine API 1.41"),
+        ("graphics cards", "1.39", {"gpus": "all"}, "gpus: needs Engine API 1.40"),
+        ("init", "1.24", {"init": False}, "init: needs Engine API 1.25"),
+        ("nested", "1.28", health(start_period=1)["healthcheck"], "healthcheck.start_period: "),
+        ("volumes", "1.24", volume(target="/t"), "volumes: needs Engine API 1.25"),
+    ),
+)
+def test_field_that_the_engine_does_not_know_is_refused(fake_engine, version, fields, word):
+    fake_engine.script["GET /_ping"] = ping(version)
+    body = image(healthcheck=fields) if "start_period" in fields else image(**fields)
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        assert_envelope(agent.post("/api/v1/containers", body), 400, word)
+    assert fake_engine.requests() == []
+
+
+@pytest.mark.parametrize("path", ["/t,source=/etc", '/t"', "/t\nsource=/etc"])
+def test_path_becomes_no_option_of_a_mount_of_podmans(fake_engine, path):
+    libpod = "Api-Version: 1.41\r\nLibpod-Api-Version: 4.3.1\r\n"
+    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=libpod)
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        for mount in {"source": "/a", "target": path}, {"source": path, "target": "/a"}:
+            reply = agent.post("/api/v1/containers", volume(**mount))
+            assert_envelope(reply, 400, "volumes[0]: ", "podman")
+    assert fake_engine.requests() == []
+
+
 def test_inspect_is_byte_for_byte(agent, engine):
     container = engine.run("true")
     with contextlib.closing(UnixConnection(engine.path)) as connection:
@@ -3264,6 +3490,15 @@ def start_failures() -> list[Any]:
         ),
         pytest.param(
             {"network_mode": "container:no-such"}, None, "no-such", id="no such container"
+        ),
+        pytest.param(
+            {"cmd": ["/no/such"], "auto_remove": True}, 400, "", id="the Engine removes it, too"
+        ),
+        pytest.param(
+            {"network_mode": None, "networks": [{"name": "bridge", "aliases": ["a"]}]},
+            400,
+            "alias",
+            id="alias on the default bridge",
         ),
     ]
 
