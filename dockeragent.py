@@ -4140,9 +4140,10 @@ def stop_signal(engine: Engine, wanted: str, config: Json, action: str) -> Json:
 
 
 def signal_number(word: str) -> int:
-    """Return the number of a signal's name or number; SIGTERM's for neither, as the Engine does."""
-    number = int(word) if re.fullmatch("[0-9]{1,3}", word) else 0
-    return number or int(getattr(signal, signal_name(word), signal.SIGTERM))
+    """Return the number of a signal's name or number; 0 for a name without a number here."""
+    if re.fullmatch("[0-9]{1,3}", word):
+        return int(word)
+    return int(getattr(signal, signal_name(word), 0))
 
 
 start = functools.partial(post_action, action="start", done="started", seconds=START_TIMEOUT)

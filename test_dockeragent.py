@@ -12,6 +12,7 @@ import binascii
 import contextlib
 import hashlib
 import http.client
+import http.server
 import itertools
 import json
 import os
@@ -3318,7 +3319,7 @@ LOCAL = {"host_ip": "127.0.0.1"}
         ("name server", {"dns": ["10.0.0.2"]}, {f"{HOST}Dns": ["10.0.0.2"]}, "nameserver 10.0.0.2"),
         ("platform", {"platform": "linux/amd64"}, {"Platform": "linux"}, ""),
         ("removed at its end", {"auto_remove": True}, {f"{HOST}AutoRemove": True}, ""),
-        ("capability", {"cap_add": ["SYS_TIME"]}, {f"{HOST}CapAdd": ["SYS_TIME"]}, ""),
+        ("capability", {"cap_add": ["CAP_SYS_TIME"]}, {f"{HOST}CapAdd": ["CAP_SYS_TIME"]}, ""),
         (
             "devices",
             {"devices": ["/dev/zero:/dev/xzero:r", "/dev/full"]},
@@ -3469,6 +3470,68 @@ def test_list_has_its_documented_shape(agent, engine, network, name):
     assert row("?all=T")["state"] == "exited" and row("?all=true")["ports"] == []
 
 
+ROWS = [
+    {"Id": "1" * 64, "Names": ["/web-1"], "Labels": {"tier": "front", "dockeragent.key": "ci"}},
+    {"Id": "2" * 64, "Names": ["/db/web-x", "/web-2"], "Labels": {"tier": "back", "a": "b=c"}},
+    {"Id": "3" * 64, "Names": ["/webserver"], "Labels": None},
+    {"Id": "4" * 64, "Names": None},
+]
+
+
+@pytest.mark.parametrize(
+    "query, key, names",
+    cases(
+        ("all", "", KEY, "1234"),
+        ("label", "label=tier", KEY, "12"),
+        ("label with its value", "label=tier=back", KEY, "2"),
+        ("value with a =", "label=a=b%3Dc", KEY, "2"),
+        ("label with another value", "label=tier=ba", KEY, ""),
+        ("label with an empty value", "label=tier=", KEY, ""),
+        ("part of a name", "name=eb-", KEY, "12"),
+        ("no pattern", "name=w.b", KEY, ""),
+        ("name of a link", "name=web-x", KEY, ""),
+        ("both", "name=web&label=tier=front", KEY, "1"),
+        ("the agent's own label", "label=dockeragent.key", KEY, "1"),
+        ("what a limited key may see", "", "ci", "12"),
+        ("what it may not", "name=webserver", "ci", ""),
+        ("what is hidden from it", "label=dockeragent.key=ci", "ci", ""),
+    ),
+)
+def test_list_is_filtered_by_label_name_and_key(fake_engine, tmp_path, query, key, names):
+    fake_engine.script["GET /containers/json"] = http_answer(ROWS)
+    limited = {"name": "ci", "key": "ci", "allow": ["read"], "containers": ["web-*"]}
+    path = keys_file(tmp_path, limited)
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=path) as agent:
+        rows = agent.get(f"/api/v1/containers?{query}", key=key).json()["containers"]
+    assert "".join(row["id"][0] for row in rows) == names
+    labels = {name for row in rows for name in row["labels"]}
+    assert ("dockeragent.key" in labels) == (key == KEY and "1" in names)
+
+
+@pytest.mark.parametrize(
+    "method, path, sent",
+    [
+        *(("POST", f"/{action}", f"/{action}") for action in "start kill pause unpause".split()),
+        ("POST", "/stop", "/stop"),
+        ("POST", "/restart", "/restart"),
+        ("DELETE", "?force=1", "?force=1"),
+    ],
+)
+def test_action_goes_to_the_full_id_and_is_logged_with_the_name(fakes, method, path, sent):
+    fake, agent = fakes
+    full = secrets.token_hex(32)
+    fake.script["GET /containers/web/json"] = http_answer(
+        {"Id": full, "Name": "/web", "Config": {}}
+    )
+    target = f"/containers/{full}{sent}"
+    fake.script[f"{method} {target.partition('?')[0]}"] = http_answer(b"", 204)
+    fake.requests()
+    assert agent.request(method, f"/api/v1/containers/web{path}").status == 200
+    assert [seen.target for seen in fake.changes()] == [target]
+    line = until(lambda: [x for x in agent.lines("request") if full in json.dumps(x)], "a line")
+    assert line[0]["target"] == {"id": full, "name": "web"}
+
+
 def start_failures() -> list[Any]:
     """Rows of fields that the Engine refuses; BUSY is a port in use, FRONT a network."""
     ports = [{"container_port": 80, "host_port": "BUSY", "host_ip": "127.0.0.1"}]
@@ -3613,6 +3676,38 @@ def test_signal_on_stop(agent, engine):
     else:
         assert (reply.status, state["ExitCode"]) == (200, 3)
     engine.remove(container)
+
+
+@pytest.mark.parametrize(
+    "own, wanted, status",
+    cases(
+        ("none named", None, "term", 200),
+        ("the same", "SIGQUIT", "SIGQUIT", 200),
+        ("without SIG", "QUIT", "SIGQUIT", 200),
+        ("by number", "3", "quit", 200),
+        ("none with a number", "NOSUCH", "TERM", 400),
+        ("another", "SIGQUIT", "TERM", 400),
+        ("another number", "15", "QUIT", 400),
+        ("of a system container", "SIGRTMIN+3", "TERM", 400),
+    ),
+)
+@pytest.mark.parametrize("extra", ["", "Libpod-Api-Version: 5.0.0\r\n"], ids=["1.41", "podman"])
+@pytest.mark.parametrize("action", ["stop", "restart"])
+def test_signal_of_the_containers_own_needs_none_to_be_sent(
+    fakes, own, wanted, status, extra, action
+):
+    fake, agent = fakes
+    version = f"Api-Version: {'1.44' if extra else '1.41'}\r\n"
+    fake.script["GET /_ping"] = http_answer(b"OK", extra=version + extra)
+    fake.script[INSPECT] = http_answer({"Id": "c1", "Config": {"StopSignal": own}})
+    fake.script[f"POST /containers/c1/{action}"] = http_answer(b"", 204)
+    fake.requests()
+    reply = agent.post(f"{ONE}/{action}", {"timeout": 3, "signal": wanted})
+    assert reply.status == status, reply.body
+    sent = [f"/containers/c1/{action}?t=3"] if status == 200 else []
+    assert [seen.target for seen in fake.changes()] == sent
+    assert status == 200 or "use kill" in reply.json()["message"]
+    del fake.script["GET /_ping"]
 
 
 @pytest.mark.parametrize("word", ["\u212aILL", "\u017fIGTERM", "9", "SIGSIGTERM", " TERM", "", 9])
@@ -3924,6 +4019,68 @@ def test_create_pulls(agent, engine, registries, name, pull, here, status):
     assert not headers or headers["X-Registry-Auth"] not in json.dumps(agent.log)
 
 
+REGISTRY_BODIES = {
+    "html": b"<html><title>Access denied: not found, unauthorized</title></html>",
+    "json": b'{"errors": [{"code": "CODE", "message": "not found, denied"}]}',
+    "none": b"",
+}
+REGISTRY_CODES = {401: b"UNAUTHORIZED", 404: b"MANIFEST_UNKNOWN", 429: b"TOOMANYREQUESTS"}
+
+
+class BrokenRegistry(http.server.BaseHTTPRequestHandler):
+    """A registry that answers as the repository that is asked for says: 503-html."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        status, _, kind = self.path.split("/")[2].partition("-")
+        code = REGISTRY_CODES.get(int(status or 200), b"UNKNOWN")
+        body = REGISTRY_BODIES.get(kind, b"{}").replace(b"CODE", code)
+        self.send_response(int(status or 200))
+        self.send_header("Content-Type", "text/html" if kind == "html" else "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the tests look at what the agent says."""
+
+
+@pytest.fixture(scope="module")
+def broken_registry() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BrokenRegistry) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "repository, status",
+    [
+        *((f"{status}-{kind}", 502) for status in (500, 503, 429) for kind in ("html", "json")),
+        *((f"{status}-none", 502) for status in (500, 502, 504)),
+        ("200-html", 502),
+        ("200-json", 502),
+        ("200-none", 502),
+        ("418-html", 502),
+        ("401-json", 401),
+        ("404-json", 404),
+        ("404-html", 502),
+    ],
+)
+def test_registrys_failure_is_502_whatever_it_answers(
+    agent, engine, broken_registry, repository, status
+):
+    image = f"{broken_registry}/{repository}:1"
+    assert_envelope(agent.post("/api/v1/images/pull", {"image": image}), status)
+    assert_envelope(agent.post("/api/v1/containers", {"image": image}), status)
+    reply = agent.post("/api/v1/images/pull", {"image": image}, headers=SSE)
+    assert events(reply.body)[-1][1]["status"] == status
+
+
 def test_digest_is_the_one_of_the_repository_that_was_asked_for(fakes):
     fake, agent = fakes
     fake.script["POST /images/create"] = chunked_answer(b'{"status":"Status: ok"}')
@@ -3947,6 +4104,18 @@ def test_digest_is_the_one_of_the_repository_that_was_asked_for(fakes):
     fake.script["GET /images/latest%3Alatest/json"] = http_answer({"RepoDigests": None})
     fake.script["GET /images/latest/json"] = http_answer({"RepoDigests": None})
     assert agent.post("/api/v1/images/pull", {"image": "latest"}).json()["image"] == "latest:latest"
+
+
+@pytest.mark.parametrize("auth", ["null", "bnVsbA", "bnVsbA=="])
+def test_auth_of_null_is_none(fakes, auth):
+    fake, agent = fakes
+    fake.script["POST /images/create"] = chunked_answer(
+        b'{"status":"Digest: sha256:%b"}' % (b"a" * 64)
+    )
+    fake.requests()
+    reply = agent.post("/api/v1/images/pull", {"image": "x"}, headers={"X-Registry-Auth": auth})
+    assert reply.status == 200
+    assert ["x-registry-auth" in seen.headers for seen in fake.changes()] == [False]
 
 
 DEEP = base64.urlsafe_b64encode(b"[" * 20_000).decode()  # no decoder may recurse on that
