@@ -3524,17 +3524,22 @@ def shape_row(container: Json, key: Key) -> Json:
         {ours: port.get(theirs) for ours, theirs in PORT_FIELDS.items()} for port in ports
     ]
     if not key.master:
-        labels = row["labels"].items()
-        row["labels"] = {name: text for name, text in labels if not name.startswith(OWN_LABELS)}
+        row["names"] = own_names(row)
+        labels = dict(row["labels"])
+        row["labels"] = {name: labels[name] for name in labels if not name.startswith(OWN_LABELS)}
     return row
+
+
+def own_names(row: Json) -> list[str]:
+    """Return a row's names without those of links to it, /other/alias."""
+    return [name for name in row["names"] if "/" not in name[1:]]
 
 
 def is_listed(row: Json, key: Key, query: Json) -> bool:
     label, has_value, value = query.get("label", "").partition("=")
     if label and (label not in row["labels"] or (has_value and row["labels"][label] != value)):
         return False
-    # A name with another slash in it is a link's.
-    name = next((one[1:] for one in row["names"] if "/" not in one[1:]), "")
+    name = "".join(own_names(row))[1:]
     return query.get("name", "") in name and key.covers("containers", name)
 
 
@@ -4056,17 +4061,15 @@ def create(request: Request, agent: Agent) -> Response:
     engine, body = agent.engine, request.body
     interrupts = request.interrupts._replace(stop=None)
     pull = functools.partial(pull_image, engine, body, registry_auth(request), interrupts)
+    request.target.update(name=body.get("name", ""), image=body["image"])
     created = create_container(engine, body, pull)
     identity: str = created["Id"]
-    request.target.update(id=identity, name=body.get("name", ""), image=body["image"])
+    request.target.update(id=identity)
     with removed_on_failure(engine, identity):
         connect_networks(engine, identity, body)
         start_container(engine, identity)
     answer = {"id": identity, "warnings": created.get("Warnings") or []}
     return Response(answer, 201, {"Location": f"{API}/containers/{identity}"})
-
-
-AUTH_EXAMPLE = '{"username": "u", "password": "p"}'
 
 
 def registry_auth(request: Request) -> str:
@@ -4083,7 +4086,8 @@ def registry_auth(request: Request) -> str:
             return ""
         if isinstance(credentials, dict):
             return base64.urlsafe_b64encode(decoded).decode()
-    raise ApiError(400, "X-Registry-Auth: must be base64url of JSON such as " + AUTH_EXAMPLE)
+    message = 'must be the base64url of JSON, such as {"username": "u", "password": "p"}'
+    raise ApiError(400, f"X-Registry-Auth: {message}")
 
 
 def list_containers(request: Request, agent: Agent) -> Response:
