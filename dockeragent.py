@@ -236,23 +236,13 @@ KINDS |= {list: "array", dict: "object"}
 BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 KEYWORDS = {"type", "description", "example", "properties", "required", "names", "values", "items"}
 KEYWORDS |= {"pattern", "maxLength", "raw", "minimum", "maximum", "zero", "check"}
-# Not enforced here: the policy reads `master` off a row, `engine_container` the other two.
-KEYWORDS |= {"master", "engine", "since"}
+KEYWORDS |= {"place", "convert", "since"}  # not for `validate`: `engine_fields` reads them
 # Names of docker run, compose and the Engine that difflib cannot bring to ours.
-OTHER_NAMES = {
-    "environment": "env",
-    "containername": "name",
-    "mounts": "volumes",
-    "binds": "volumes",
-    "publish": "ports",
-    "portbindings": "ports",
-    "exposedports": "ports",
-    "memlimit": "resources.memory_mb",
-    "logconfig": "log",
-    "rm": "auto_remove",
-    "destination": "target",
-    "hostconfig": "volumes, ports, resources and so on, beside image",
-}
+OTHER_NAMES = {"environment": "env", "container_name": "name", "mounts": "volumes"}
+OTHER_NAMES.update(publish="ports", exposedports="ports", net="networks", rm="auto_remove")
+OTHER_NAMES.update(mem_limit="resources.memory_mb", pids_limit="resources.pids")
+OTHER_NAMES.update(add_host="extra_hosts", stop_grace_period="stop_timeout")
+OTHER_NAMES.update(hostconfig="volumes, ports, resources and so on, beside image")
 
 
 def check_schema(schema: Schema) -> Schema:
@@ -274,44 +264,31 @@ class NotJson(str):
 
 
 def validate(schema: Schema, value: Any, path: str = "") -> Any:
-    """Return value in the one form that the code after this sees. Raises ApiError (400).
+    """Return value in the one form that all code after this sees. Raises ApiError (400).
 
-    Members that are null are left out; a schema's `check` may change the value, or refuse it.
+    Members that are null are left out; a schema's `check` may change a value, or refuse it.
     """
-    rule = f"must be {schema['description']}"
-    if "example" in schema:
-        rule += f", such as {json.dumps(schema['example'], ensure_ascii=False)}"
+    example = f", such as {json.dumps(schema['example'])}" if "example" in schema else ""
+    rule = f"must be {schema['description']}{example}"
     if isinstance(value, NotJson):
         refuse(path, f"{value}; it {rule}")
     if KINDS.get(type(value)) not in schema["type"].split("|"):
-        refuse(path, rule)
+        refuse(
+            path, f"must be a string{example}" if schema["type"] == "string" and example else rule
+        )
     if isinstance(value, str):
         validate_string(schema, value, path, rule)
-    if isinstance(value, dict):
+    elif isinstance(value, dict):
         value = validate_object(schema, value, path)
     elif isinstance(value, list):
         value = [validate(schema["items"], item, f"{path}[{i}]") for i, item in enumerate(value)]
-    elif "maximum" in schema:
-        validate_number(schema, value, path)
+    elif "maximum" in schema and not is_within(schema, value):
+        refuse(path, rule)
     return schema["check"](value, path) if "check" in schema else value
 
 
-def validate_object(schema: Schema, value: Json, path: str) -> Json:
-    """Return one object's members that are not null. Raises ApiError (400)."""
-    properties, result = schema.get("properties", {}), {}
-    prefix = f"{path}." if path else ""
-    for name, member in value.items():
-        if "names" in schema:
-            validate(schema["names"], name, path)
-        elif name not in properties:
-            refuse(prefix + name, f"is unknown; {suggest_name(name, properties)}")
-        if member is not None:
-            rule = schema.get("values") or properties[name]
-            result[name] = validate(rule, member, prefix + name)
-    for name in schema.get("required", ()):
-        if name not in result:
-            refuse(prefix + name, "is required")
-    return result
+def is_within(schema: Schema, value: Any) -> bool:
+    return schema["minimum"] <= value <= schema["maximum"] or bool(value == 0 and schema["zero"])
 
 
 def validate_string(schema: Schema, value: str, path: str, rule: str) -> None:
@@ -325,72 +302,78 @@ def validate_string(schema: Schema, value: str, path: str, rule: str) -> None:
         refuse(path, rule)
 
 
-def validate_number(schema: Schema, value: Any, path: str) -> None:
-    """Check a number's bounds, of one that is written as a string too. Raises ApiError (400)."""
-    if isinstance(value, str) and not value.isdigit():
-        return
-    low, high, zero = schema["minimum"], schema["maximum"], schema.get("zero")
-    number = int(value) if isinstance(value, str) else value
-    if not (low <= number <= high or (zero and number == 0)):
-        refuse(path, f"must be {f'0 ({zero}) or ' if zero else ''}between {low:,} and {high:,}")
+def validate_object(schema: Schema, value: Json, path: str) -> Json:
+    """Return one object's members that are not null. Raises ApiError (400)."""
+    properties, result = schema.get("properties", {}), {}
+    prefix = f"{path}." if path else ""
+    for name, member in value.items():
+        if "names" in schema:
+            validate(schema["names"], name, prefix + name)
+        elif name not in properties:
+            refuse(prefix + name, f"is unknown; {suggest_name(name, properties)}")
+        if member is not None:
+            rule = schema.get("values") or properties[name]
+            result[name] = validate(rule, member, prefix + name)
+    for name in schema.get("required", ()):
+        if name not in result:
+            refuse(prefix + name, "is required")
+    return result
 
 
 def suggest_name(name: str, properties: Json) -> str:
     """Return what to write instead of an unknown name: the nearest known one, or all of them."""
     import difflib  # here: no start should wait for it
 
-    def squash(text: str) -> str:
-        return text.lower().replace("_", "")
-
-    if not properties:
-        return "nothing can be set here"
-    nested = {
-        squash(inner): f"{outer}.{inner}"
-        for outer, schema in properties.items()
-        for inner in schema.get("properties", {})
+    known = {
+        inner: f"{outer}.{inner}"
+        for outer, rule in properties.items()
+        for inner in rule.get("properties", ())
     }
-    known = {**nested, **{squash(own): own for own in properties}}
-    wanted = squash(name[:64])
-    hint = OTHER_NAMES.get(wanted, "")
-    if re.split(r"\W", hint)[0] in properties:
-        return f"did you mean {hint}?"
-    for nearest in difflib.get_close_matches(wanted, known, 1):
-        return f"did you mean {known[nearest]}?"
-    return f"known here: {', '.join(properties)}"
+    known.update((own, own) for own in properties)
+    word = name[:64].lower()
+    nearest = [known[match] for match in difflib.get_close_matches(word, known, 1)]
+    for hint in (OTHER_NAMES.get(word, ""), *nearest):
+        if re.split(r"\W", hint)[0] in properties:
+            return f"did you mean {hint}?"
+    return f"known here: {', '.join(properties)}" if properties else "nothing can be set here"
 
 
 # One function for each kind of value; it returns the value's schema.
 def string_schema(
-    pattern: str = "(?s:.*)", rule: str = "a string", longest: int = 4096, **more: Any
+    pattern: str = "(?s:.*)", rule: str = "a string", longest: int = 4096, example: Any = None
 ) -> Schema:
-    return {"type": "string", "pattern": pattern, "description": rule, "maxLength": longest, **more}
+    schema = {"type": "string", "pattern": pattern, "description": rule, "maxLength": longest}
+    return {**schema, "example": example} if example else schema
 
 
 def one_of(*words: str) -> Schema:
     return string_schema("|".join(words), f"one of {', '.join(words)}")
 
 
-def integer_schema(low: int, high: int, **more: Any) -> Schema:
-    kind = {"type": "integer", "description": "an integer", "minimum": low, "maximum": high}
-    return {**kind, **more}
+def integer_schema(low: float, high: int, zero: str = "", kind: str = "integer") -> Schema:
+    """zero: what 0 means, if it is allowed outside of the bounds."""
+    noun = "an integer" if kind == "integer" else "a number"
+    rule = (f"0 ({zero}) or " if zero else "") + f"{noun} from {low:,} to {high:,}"
+    return {"type": kind, "description": rule, "minimum": low, "maximum": high, "zero": zero}
 
 
-def array_of(item: Schema, rule: str = "an array", **more: Any) -> Schema:
-    return {"type": "array", "description": rule, "items": item, **more}
+def array_of(item: Schema, **more: Any) -> Schema:
+    rule = f"an array of {item['type'].replace('|', 's or ')}s"
+    example = {"example": [item["example"]]} if "example" in item else {}
+    return {"type": "array", "description": rule, "items": item, **example, **more}
 
 
-def map_of(names: Schema, values: Schema, rule: str, **more: Any) -> Schema:
-    return {"type": "object", "description": rule, "names": names, "values": values, **more}
+def map_of(names: Schema, values: Schema, example: Json) -> Schema:
+    return {**object_schema("", example), "names": names, "values": values}
 
 
 def object_schema(
-    required: str, /, example: Any = None, check: Any = None, **properties: Schema
+    required: str, example: Any = None, /, check: Any = None, **properties: Schema
 ) -> Schema:
     schema: Schema = {"type": "object", "description": "a JSON object"}
     schema.update(properties=properties, required=required.split())
     extra = {"example": example, "check": check}
-    schema.update({keyword: value for keyword, value in extra.items() if value is not None})
-    return check_schema(schema)
+    return check_schema({**schema, **{key: value for key, value in extra.items() if value}})
 
 
 NOTHING = object_schema("")
@@ -416,8 +399,9 @@ def decode_json(body: bytes) -> Any:
         )
     except json.JSONDecodeError as error:
         octal = re.compile(r"\b0[0-9]+").match(error.doc, max(0, error.pos - 1))
-        hint = f'; write "{octal[0]}" in quotes' if octal else ""
-        raise ApiError(400, f"body: is not JSON: {error}{hint}") from error
+        hint = f'write "{octal[0]}" in quotes' if octal else error.msg
+        place = f"line {error.lineno}, column {error.colno}"
+        raise ApiError(400, f"body: is not JSON: {place}: {hint}") from error
     except UnicodeDecodeError as error:
         raise ApiError(400, f"body: is not UTF-8: {error}") from error
 
@@ -441,10 +425,13 @@ def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json
     for part in filter(None, query.split("&")):
         name, _, value = (unquote(raw, errors="replace") for raw in part.partition("="))
         if name not in schema["properties"] and name in (body or NOTHING)["properties"]:
-            refuse(f"query.{name}", "goes into the body, which is JSON")
+            refuse(f"query.{name}", f'goes into the body, as in {{"{name}": ...}}')
         is_boolean = schema["properties"].get(name, {}).get("type") == "boolean"
         pairs.append((name, BOOLEANS.get(value.lower(), value) if is_boolean else value))
-    checked: Json = validate(schema, unique_object(pairs), "query")
+    parameters = unique_object(pairs)
+    if isinstance(parameters, NotJson):
+        refuse("query", parameters)
+    checked: Json = validate(schema, parameters, "query")
     return checked
 
 
@@ -990,8 +977,7 @@ KEYS = object_schema(
             limits=object_schema(
                 "",
                 memory_mb=integer_schema(6, 2**40),
-                cpus={"type": "integer|number", "description": "a number", "minimum": 0.01}
-                | {"maximum": 10**6},
+                cpus=integer_schema(0.01, 10**6, kind="integer|number"),
                 pids=integer_schema(1, 2**22),
                 containers=integer_schema(0, 2**31),
             ),
@@ -2571,14 +2557,14 @@ def overwrite(found: int, write: FileWrite) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Request schemas: the tables, and the rules between fields of one table
+# Request schemas: the tables, the rules between fields, and what a value is to the Engine
 # --------------------------------------------------------------------------------------------------
 
 SIGNALS = (
     "ABRT|ALRM|BUS|CHLD|CONT|FPE|HUP|ILL|INT|KILL|PIPE|POLL|PROF|QUIT|SEGV|STOP|SYS|TERM|TRAP|TSTP"
     "|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ"
 )
-REAL_TIME = r"RTMIN(?:\+(?:[1-9]|1[0-5]))?|RTMAX(?:-(?:[1-9]|1[0-4]))?"  # systemd's is RTMIN+3
+REAL_TIME = r"RTMIN(\+([1-9]|1[0-5]))?|RTMAX(-([1-9]|1[0-4]))?"  # systemd's own is RTMIN+3
 # The distribution project's reference grammar: [domain[:port]/]path[:tag][@digest]
 IMAGE = (
     r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?/)?"
@@ -2586,32 +2572,26 @@ IMAGE = (
     r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64}|@sha512:[0-9a-f]{128})?"
 )
 IMAGE_RULE = "an image such as nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
-# What the source of each type of volume must be.
+NO_LIMIT = "no limit"
+ULIMIT_RULE = "an integer, or [soft, hard] with soft at most hard"
 SOURCES = {
-    # The Engine would clean any other path into one that nobody has checked.
-    "bind": (
-        r"/|(?:/(?!\.\.?(?:/|\Z))[^/]+)+/?",
-        "must be an absolute path with no '.', '..' or empty component",
-    ),
-    "volume": (r"(?:[a-zA-Z0-9][a-zA-Z0-9_.-]+)?", f"must be a volume's name: two {NAME_RULE}"),
-    "tmpfs": ("", "must be absent for a tmpfs"),
+    # Any other path the Engine would clean into one that nobody has checked.
+    "bind": (r"/|(/(?!\.\.?(/|\Z))[^/]+)+/?", "an absolute path with no '.', '..' or empty part"),
+    "volume": ("([a-zA-Z0-9][a-zA-Z0-9_.-]+)?", f"a volume's name: at least two {NAME_RULE}"),
+    "tmpfs": ("", "absent for a tmpfs"),
 }
 
 
-def check_name(name: str, path: str) -> str:
-    if name.endswith(HELPER_NAMES):
-        refuse(path, f"must not end in {', '.join(HELPER_NAMES)}: a deploy uses these")
-    return name
+def check_port(port: str | int, path: str, least: int = 1) -> int:
+    if not least <= int(port or 0) <= 65535:
+        refuse(path, f"must be a port from {least} to 65535")
+    return int(port or 0)
 
 
-def check_ip(address: str, path: str) -> str:
-    if "%" in address or parse_ip(address) is None:
-        refuse(path, "must be an IPv4 or IPv6 address, such as 10.0.0.5")
+def check_ip(address: str, path: str, also: str | None = None) -> str:
+    if address != also and ("%" in address or parse_ip(address) is None):
+        refuse(path, "must be an IPv4 or IPv6 address" + (f", or {also}" if also else ""))
     return address
-
-
-def check_host(address: str, path: str) -> str:
-    return address if address == "host-gateway" else check_ip(address, path)
 
 
 def check_volume(volume: Json, path: str) -> Json:
@@ -2620,56 +2600,50 @@ def check_volume(volume: Json, path: str) -> Json:
     kind = volume.setdefault("type", "bind" if source.startswith("/") else "volume")
     pattern, rule = SOURCES[kind]
     if not re.fullmatch(pattern, source):
-        refuse(f"{path}.source", rule)
-    for name in {"size_mb", "mode"} & volume.keys():
+        refuse(f"{path}.source", f"must be {rule} (type {kind})")
+    for name in sorted({"size_mb", "mode"} & volume.keys()):
         if kind != "tmpfs":
             refuse(f"{path}.{name}", "goes only with a tmpfs")
-    if kind == "bind":
-        volume["source"] = source.rstrip("/") or "/"
-    return volume
+    return {**volume, "source": source.rstrip("/") or "/"} if kind == "bind" else volume
 
 
 def check_ulimit(limit: Any, path: str) -> list[int]:
     """Return [soft, hard]; -1 is no limit."""
-    pair = limit if isinstance(limit, list) else [limit, limit]
-    if len(pair) != 2 or (pair[1] != -1 and not -1 < pair[0] <= pair[1]):
-        refuse(path, "must be a number, or [soft, hard] with soft at most hard")
-    return pair
-
-
-def check_resources(resources: Json, path: str) -> Json:
-    memory, swap = resources.get("memory_mb", 0), resources.get("memory_swap_mb", 0)
-    if swap > 0 and not 0 < memory <= swap:
-        rule = "is memory and swap together: it needs memory_mb, and must be at least as much"
-        refuse(f"{path}.memory_swap_mb", rule)
-    return resources
+    soft, hard = limit if isinstance(limit, list) and len(limit) == 2 else (limit, limit)
+    if isinstance(soft, list) or (hard != -1 and not 0 <= soft <= hard):
+        refuse(path, f"must be {ULIMIT_RULE}")
+    return [soft, hard]
 
 
 def check_health(health: Json, path: str) -> Json:
-    if not health.get("disable", True):
-        del health["disable"]
+    """Return health without a `disable` that is false."""
+    health = {name: value for name, value in health.items() if value is not False}
     given = [name for name in ("cmd", "shell", "disable") if name in health]
     if len(given) > 1 or ("disable" in given and len(health) > 1):
-        refuse(path, "takes one of cmd, shell and disable, and times with the first two")
+        refuse(path, "must have one of cmd, shell and disable, and times only with the first two")
     if health.get("cmd") == []:
         refuse(f"{path}.cmd", "must not be empty")
     return health
 
 
-def check_networks(body: Json) -> Json:
-    """Return body with all that is joined in `networks`, or `network_mode` host, none, container:X.
+def check_network(network: Any, path: str) -> Json:
+    return {"aliases": [], **(network if isinstance(network, dict) else {"name": network})}
 
-    Neither is the Engine's default, `bridge`; which, as a mode, gives way to networks.
+
+def check_networks(body: Json) -> Json:
+    """Return body with all that it joins in `networks`, or `network_mode` host, none, container:X.
+
+    Without either it joins the default, bridge, which gives way to networks if it is the mode.
     """
     networks, mode = body.pop("networks", []), body.pop("network_mode", "default")
-    if len({network["name"] for network in networks}) < len(networks):
+    names = {network["name"] for network in networks}
+    if len(names) < len(networks):
         refuse("networks", "must not name the same network twice")
-    if mode != "default" and not (mode == "bridge" and networks):
-        first = [network for network in networks if network["name"] == mode]
-        others = [network for network in networks if network["name"] != mode]
-        networks = [*(first or [{"name": mode, "aliases": []}]), *others]
+    if mode not in names and mode != "default" and not (mode == "bridge" and names):
+        networks.append({"name": mode, "aliases": []})
+    networks.sort(key=lambda network: network["name"] != mode)  # its own is the first
     for network in networks:
-        if network["name"] in ("host", "none") or ":" in network["name"]:
+        if re.fullmatch("host|none|.*:.*", network["name"]):
             if len(networks) > 1 or network["aliases"]:
                 refuse("networks", f"cannot be joined in network_mode {network['name']}")
             return {**body, "network_mode": network["name"]}
@@ -2677,17 +2651,20 @@ def check_networks(body: Json) -> Json:
 
 
 def check_create(body: Json, path: str) -> Json:
-    policy = body.get("restart_policy", {"name": "no"})
+    policy, resources = body.get("restart_policy", {"name": "no"}), body.get("resources", {})
     if policy.get("max_retry_count") and policy["name"] != "on-failure":
         refuse("restart_policy.max_retry_count", "goes only with on-failure")
     if body.get("auto_remove") and policy["name"] != "no":
         refuse("auto_remove", "goes only with the restart_policy no")
+    swap = resources.get("memory_swap_mb", 0)
+    if swap > 0 and not 0 < resources.get("memory_mb", 0) <= swap:
+        rule = "is memory and swap together: it needs memory_mb, and must be at least as much"
+        refuse("resources.memory_swap_mb", rule)
     return check_networks(body)
 
 
-# What becomes of a value in the Engine's body.
 def times(unit: int) -> Callable[[Any], int]:
-    return lambda amount: round(amount * unit) if amount > 0 else int(amount)
+    return lambda amount: round(amount * unit) if amount > 0 else int(amount)  # -1: no limit
 
 
 def engine_ports(ports: list[Json]) -> dict[str, list[dict[str, str]]]:
@@ -2700,32 +2677,23 @@ def engine_ports(ports: list[Json]) -> dict[str, list[dict[str, str]]]:
     return bindings
 
 
-def engine_mount(volume: Json) -> Json:
-    """Return the Engine's Mount. Mounts, not Binds: no colon in a path can become an option."""
-    mount = {"Type": volume["type"], "Source": volume.get("source", ""), "Target": volume["target"]}
-    mount["ReadOnly"] = volume.get("read_only", False)
-    if volume.get("non_recursive"):  # set by the policy, never by a client
-        mount["BindOptions"] = {"NonRecursive": True}
-    if volume["type"] == "tmpfs":
-        size, mode = volume.get("size_mb", 0) * 2**20, int(volume.get("mode", "0"), 8)
-        mount["TmpfsOptions"] = {"SizeBytes": size, "Mode": mode}
-    return mount
-
-
-def engine_device(text: str) -> Json:
-    """Return the Engine's device mapping for /dev/a[:/dev/b][:rwm]."""
-    host, *rest = text.split(":")
-    inside = rest.pop(0) if rest and rest[0].startswith("/") else host
-    access = rest[0] if rest else "rwm"
-    return {"PathOnHost": host, "PathInContainer": inside, "CgroupPermissions": access}
-
-
-def engine_gpus(count: Any) -> list[Json]:
-    return [{"Count": -1 if count == "all" else count, "Capabilities": [["gpu"]]}]
+def engine_mounts(volumes: list[Json]) -> list[Json]:
+    """Return the Engine's Mounts. Not Binds: no colon in a path can become an option."""
+    mounts: list[Json] = []
+    for volume in volumes:
+        mount = {"Type": volume["type"], "Source": volume.get("source", "")}
+        mount.update(Target=volume["target"], ReadOnly=volume.get("read_only", False))
+        if volume.get("non_recursive"):  # set by the policy, never by a client
+            mount["BindOptions"] = {"NonRecursive": True}
+        if volume["type"] == "tmpfs":
+            size, mode = volume.get("size_mb", 0) * 2**20, int(volume.get("mode", "0"), 8)
+            mount["TmpfsOptions"] = {"SizeBytes": size, "Mode": mode}
+        mounts.append(mount)
+    return mounts
 
 
 def engine_endpoint(networks: list[Json]) -> Json:
-    """Return the EndpointsConfig of the first network: older Engines take one at create."""
+    """Return the first network's endpoint: before API 1.44 a create takes no more than one."""
     return {networks[0]["name"]: {"Aliases": networks[0]["aliases"]}}
 
 
@@ -2733,313 +2701,207 @@ def engine_ulimits(limits: Json) -> list[Json]:
     return [{"Name": name, "Soft": soft, "Hard": hard} for name, (soft, hard) in limits.items()]
 
 
+def engine_hosts(hosts: Json) -> list[str]:
+    return [f"{name}:{address}" for name, address in hosts.items()]
+
+
+def engine_devices(texts: list[str]) -> list[Json]:
+    """Return the Engine's device mappings of /dev/a[:/dev/b][:rwm]."""
+    devices = []
+    for host, inside, access in (re.findall(DEVICE_PATTERN, text)[0] for text in texts):
+        devices.append({"PathOnHost": host, "PathInContainer": inside or host})
+        devices[-1]["CgroupPermissions"] = access or "rwm"
+    return devices
+
+
+def engine_gpus(gpus: Any) -> list[Json]:
+    return [{"Count": -1 if gpus == "all" else gpus, "Capabilities": [["gpu"]]}]
+
+
 def signal_name(word: str) -> str:
     """Return a signal's name as the Engine writes it: SIGTERM."""
     return "SIG" + word.upper().removeprefix("SIG")
 
 
-Place = Union[str, tuple[str, Callable[[Any], Any]]]
+def at(place: str, schema: Schema, convert: Any = None, since: int = 0) -> Schema:
+    """Return schema as a row of CREATE.
 
-
-def field(schema: Schema, *places: Place, since: int = 0, master: bool = False) -> Schema:
-    """Return schema as one row of CREATE.
-
-    places: where the value goes in the Engine's request ("HostConfig.Memory", "query.name"), and
-    what becomes of it. since: the Engine API that knows it, 41 for 1.41. master: for the master
-    key alone.
+    place: where the value goes in the Engine's request. convert: makes the Engine's value of ours.
+    since: the API that knows it, 41 for 1.41.
     """
-    pairs = [
-        place if isinstance(place, tuple) else (place, lambda value: value) for place in places
-    ]
-    return {**schema, "engine": pairs, "since": since, "master": master}
+    return {**schema, "place": place, "convert": convert, "since": since}
 
 
 STRING = string_schema(longest=MAX_BODY)
-limit = functools.partial(integer_schema, example=512, zero="no limit")
+STRINGS = array_of(STRING, example=["sleep", "60"])
 BOOLEAN = {"type": "boolean", "description": "true or false"}
-STRINGS = array_of(STRING, "an array of strings", example=["sleep", "60"])
-ABSOLUTE = string_schema("(?s:/.*)", "an absolute path", example="/srv")
-PORT = string_schema("0{0,9}[1-9][0-9]{0,4}", "a port from 1 to 65535, in ASCII digits", 15)
-PORT |= {"type": "string|integer", "example": 8080, "minimum": 1, "maximum": 65535}
-PORT["check"] = lambda port, path: int(port or 0)
-HOST_PORT = {**PORT, "pattern": "[0-9]{0,15}", "zero": "the Engine picks one"}
-SIGNAL = string_schema(f"(?ai:(SIG)?({SIGNALS}))", "a POSIX signal's name", example="SIGTERM")
-ANY_SIGNAL = {**SIGNAL, "pattern": f"(?ai:(SIG)?({SIGNALS}|{REAL_TIME}))"}
-USER_ID = integer_schema(0, 2**32 - 2, example=1000)  # one more means "no change"
-PLATFORM = string_schema(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch", 64, example="linux/amd64")
-LABELS = map_of(
-    string_schema(
-        rf"(?s:(?!{re.escape(OWN_LABELS)}).*)", f"a name not beginning with {OWN_LABELS}"
-    ),
-    STRING,
-    "an object of strings",
-    example={"com.example.team": "web"},
-)
+PORT = string_schema("[0-9]+", "a port from 1 to 65535, in ASCII digits", 15)
+PORT.update(type="string|integer", check=check_port)
+HOST_PORT = {**PORT, "pattern": "[0-9]*", "check": functools.partial(check_port, least=0)}
+SIGNAL = string_schema(f"(?ai:(SIG)?({SIGNALS}))", "a POSIX signal name", 16, "SIGTERM")
+STOP_SIGNAL = {**SIGNAL, "pattern": f"(?ai:(SIG)?({SIGNALS}|{REAL_TIME}))"}
+USER_ID = integer_schema(0, 2**32 - 2)  # one more means "no change"
+PLATFORM = string_schema(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch such as linux/amd64", 64)
+OWN_LABEL_RULE = f"a label that does not begin with {OWN_LABELS}, as the agent's own do"
+LABEL = string_schema(rf"(?s:(?!{re.escape(OWN_LABELS)}).*)", OWN_LABEL_RULE, MAX_BODY)
+LABELS = map_of(LABEL, STRING, {"com.example.team": "web"})
 HOST_NAME = string_schema(
-    r"[a-zA-Z0-9_]([a-zA-Z0-9_.-]*[a-zA-Z0-9_])?", "letters, digits, '.', '-' and '_'", 64
+    "[a-zA-Z0-9_]([a-zA-Z0-9_.-]*[a-zA-Z0-9_])?", "letters, digits, '.', '-' and '_'", 64
 )
-IP = string_schema(rule="an IP address", longest=45, example="10.0.0.5", check=check_ip)
+IP = {**string_schema("(?s:.*)", "an IP address", 45, "10.0.0.5"), "check": check_ip}
+HOST_IP = {**IP, "check": functools.partial(check_ip, also="host-gateway")}
+HOSTS = map_of(HOST_NAME, HOST_IP, {"db": "10.0.0.5"})
+NAME = string_schema(
+    "[a-zA-Z0-9][a-zA-Z0-9_.-]+" + "".join(f"(?<!{re.escape(end)})" for end in HELPER_NAMES),
+    f"at least two {NAME_RULE}, and not end in {', '.join(HELPER_NAMES)}, which deploys use",
+    255,
+)
+NETWORK_NAME = string_schema(CONTAINER, f"a network's name: {NAME_RULE}", 255, "front")
+MODE_RULE = "bridge, host, none, container:ID or a network's name"
+NETWORK_MODE = string_schema(f"(container:)?{CONTAINER}", MODE_RULE)
+CAPABILITIES = array_of(string_schema("[A-Za-z][A-Za-z0-9_]*", "a capability", 64, "ALL"))
+# A hundredth is the Engine's own floor; much less would round to "no limit".
+CPUS = integer_schema(0.01, 10**6, NO_LIMIT, "integer|number")
+SECONDS = integer_schema(0.001, 10**6, "the image's own", "integer|number")
+ULIMIT = {**array_of(integer_schema(-1, 2**63 - 1)), **integer_schema(-1, 2**63 - 1)}
+ULIMIT.update(type="integer|array", description=ULIMIT_RULE, check=check_ulimit)
+ULIMITS = map_of(string_schema("[a-z]+", "a limit's name"), ULIMIT, {"nofile": 65536})
+DEVICE_PATTERN = "(/[^:]+)(?::(/[^:]+))?(?::([rwm]{1,3}))?"
+DEVICE = string_schema(DEVICE_PATTERN, "a path, or path:path:rwm", 4096, "/dev/fuse")
+GPUS = {**integer_schema(1, 1024), **string_schema("all", '"all" or a number from 1 to 1,024')}
+GPUS["type"] = "string|integer"
+SYSCTL = string_schema("[a-zA-Z0-9_./-]+", "a sysctl")
+SYSCTLS = map_of(SYSCTL, STRING, {"net.core.somaxconn": "1024"})
+SHARED = f"host|container:{CONTAINER}"  # the host's or another container's namespace
+IPC_RULE = "host, none, private, shareable or container:ID"
+IPC_MODE = string_schema(f"{SHARED}|none|private|shareable", IPC_RULE)
 
 PORTS = object_schema(
     "container_port",
-    example={"container_port": 80, "host_port": 8080},
-    check=lambda port, path: {"host_port": 0, "protocol": "tcp", "host_ip": "", **port},
+    {"container_port": 80, "host_port": 8080},
     container_port=PORT,
     host_port=HOST_PORT,
     protocol=one_of("tcp", "udp", "sctp"),
     host_ip=IP,
+    check=lambda port, path: {"host_port": 0, "protocol": "tcp", "host_ip": "", **port},
 )
 VOLUMES = object_schema(
     "target",
-    example={"source": "/data", "target": "/data"},
-    check=check_volume,
-    source=string_schema("(?s:.+)", "a path or a volume's name", example="/data"),
-    target=string_schema(r"/+[^/](?s:.*)", "an absolute path other than /", example="/data"),
+    {"source": "/data", "target": "/data"},
+    source=string_schema("(?s:.+)", "a path or a volume's name"),
+    target=string_schema(r"/+[^/](?s:.*)", "an absolute path other than /"),
     read_only=BOOLEAN,
     type=one_of("bind", "volume", "tmpfs"),
-    size_mb=integer_schema(0, 2**40, example=64),
-    mode=string_schema("0*[1-7][0-7]{0,3}", "an octal mode up to 7777", 15, example="1777"),
+    size_mb=integer_schema(0, 2**40),
+    mode=string_schema("0*[1-7][0-7]{0,3}", "an octal mode up to 7777", 15, "1777"),
+    check=check_volume,
 )
-NETWORK = string_schema(CONTAINER, f"a network's name: {NAME_RULE}", 255, example="front")
-JOINED = object_schema("name", name=NETWORK, aliases=array_of(HOST_NAME, example=["db"]))
-NETWORKS = {
-    **NETWORK,
-    "type": "string|object",
-    "properties": JOINED["properties"],
-    "required": ["name"],
-    "check": lambda network, path: {
-        "aliases": [],
-        **(network if isinstance(network, dict) else {"name": network}),
-    },
-}
-NAME = string_schema(r"[a-zA-Z0-9][a-zA-Z0-9_.-]+", f"at least two {NAME_RULE}", 255)
-SECONDS = {"type": "integer|number", "description": "a number of seconds", "example": 1.5}
-SECONDS.update(minimum=0.001, maximum=1_000_000, zero="the image's own")
-# A hundredth is the Engine's own floor; much less would round to "no limit".
-CPUS = {"type": "integer|number", "description": "a number", "example": 1.5, "zero": "no limit"}
-CPUS.update(minimum=0.01, maximum=10**6)
-CAPABILITIES = array_of(
-    string_schema("[A-Za-z][A-Za-z0-9_]*", "a capability's name", 64), example=["NET_ADMIN"]
-)
-ULIMIT = integer_schema(-1, 2**63 - 1)
-ULIMITS = map_of(
-    string_schema("[a-z]+", "a limit's name", 32),
-    {**array_of(ULIMIT), **ULIMIT, "type": "integer|array", "check": check_ulimit},
-    "an object of numbers or [soft, hard]",
-    example={"nofile": 65536, "core": [0, 0]},
-)
-SHARED = f"host|container:{CONTAINER}"  # another's namespace
+NETWORK = object_schema("name", name=NETWORK_NAME, aliases=array_of(HOST_NAME))
+NETWORK.update({**NETWORK_NAME, "type": "string|object", "check": check_network})
 
-# Each field of a create is one row: what it may be, where it goes in the Engine's request and as
-# what, which API version knows it, and whether it is for the master key alone.
+# Each field of a create is one row: its place in the Engine's request is below its parent's.
 CREATE = object_schema(
     "image",
-    example={"image": "nginx:1.27"},
-    check=check_create,
-    image=field(
-        string_schema(
-            f"{IMAGE}|(?:sha256:)?[0-9a-f]{{64}}", f"{IMAGE_RULE}, or an image's id", 512
-        ),
-        "Image",
-    ),
-    name=field({**NAME, "check": check_name}, "query.name"),
-    cmd=field(STRINGS, "Cmd"),
-    entrypoint=field(STRINGS, "Entrypoint"),
-    env=field(
-        array_of(
-            string_schema("(?s:[^=]+=.*)", "NAME=value", MAX_BODY, example="TZ=UTC"),
-            "an array of strings",
-            example=["TZ=UTC"],
-        ),
-        "Env",
-    ),
-    labels=field(LABELS, "Labels"),
-    working_dir=field(ABSOLUTE, "WorkingDir"),
-    user=field(
-        string_schema(
-            r"[^\s:]+(:[^\s:]+)?", "user, uid, user:group or uid:gid", 255, example="1000:1000"
-        ),
-        "User",
-    ),
-    hostname=field(HOST_NAME, "Hostname"),
-    ports=field(
-        array_of(PORTS, "an array of objects", example=[PORTS["example"]]),
-        ("HostConfig.PortBindings", engine_ports),
-        ("ExposedPorts", lambda ports: {key: {} for key in engine_ports(ports)}),
-    ),
-    volumes=field(
-        array_of(VOLUMES, "an array of objects", example=[VOLUMES["example"]]),
-        ("HostConfig.Mounts", lambda volumes: list(map(engine_mount, volumes))),
-        since=25,
-    ),
-    networks=field(
-        array_of(NETWORKS, "an array of names or objects", example=["front", {"name": "back"}]),
-        ("HostConfig.NetworkMode", lambda networks: networks[0]["name"]),
-        ("NetworkingConfig.EndpointsConfig", engine_endpoint),
-    ),
-    network_mode=field(
-        string_schema(f"(container:)?{CONTAINER}", "bridge, host, none, container:ID or a name"),
-        "HostConfig.NetworkMode",
-    ),
-    restart_policy=object_schema(
-        "name",
-        example={"name": "always"},
-        name=field(
-            one_of("no", "always", "on-failure", "unless-stopped"), "HostConfig.RestartPolicy.Name"
-        ),
-        max_retry_count=field(
-            integer_schema(0, 2**31 - 1, example=3), "HostConfig.RestartPolicy.MaximumRetryCount"
+    {"image": "nginx:1.27"},
+    image=at("Image", string_schema(f"{IMAGE}|(?:sha256:)?[0-9a-f]{{64}}", IMAGE_RULE, 512)),
+    name=at("query.name", NAME),
+    cmd=at("Cmd", STRINGS),
+    entrypoint=at("Entrypoint", STRINGS),
+    env=at("Env", array_of(string_schema("(?s:[^=]+=.*)", "NAME=value", MAX_BODY, "TZ=UTC"))),
+    labels=at("Labels", LABELS),
+    working_dir=at("WorkingDir", string_schema("(?s:/.*)", "an absolute path")),
+    user=at("User", string_schema(r"[^\s:]+(:[^\s:]+)?", "user or user:group", 255, "1000:1000")),
+    hostname=at("Hostname", HOST_NAME),
+    ports=at("HostConfig.PortBindings", array_of(PORTS), engine_ports),
+    volumes=at("HostConfig.Mounts", array_of(VOLUMES), engine_mounts, since=25),
+    networks=at("NetworkingConfig.EndpointsConfig", array_of(NETWORK), engine_endpoint),
+    network_mode=at("HostConfig.NetworkMode", NETWORK_MODE),
+    restart_policy=at(
+        "HostConfig.RestartPolicy",
+        object_schema(
+            "name",
+            {"name": "always"},
+            name=at("Name", one_of("no", "always", "on-failure", "unless-stopped")),
+            max_retry_count=at("MaximumRetryCount", integer_schema(0, 2**31 - 1)),
         ),
     ),
-    resources=object_schema(
-        "",
-        example={"cpus": 1.5, "memory_mb": 512},
-        check=check_resources,
-        cpus=field(CPUS, ("HostConfig.NanoCpus", times(10**9)), since=25),
-        memory_mb=field(limit(6, 2**40), ("HostConfig.Memory", times(2**20))),
-        memory_swap_mb=field(
-            integer_schema(-1, 2**40, example=1024), ("HostConfig.MemorySwap", times(2**20))
-        ),
-        cpu_shares=field(limit(2, 262_144), "HostConfig.CpuShares"),
-        pids=field(limit(1, 4_194_304), "HostConfig.PidsLimit", since=23),
-        shm_size_mb=field(
-            integer_schema(0, 2**40, example=64), ("HostConfig.ShmSize", times(2**20)), since=22
-        ),
-        ulimits=field(ULIMITS, ("HostConfig.Ulimits", engine_ulimits)),
-    ),
-    healthcheck=object_schema(
-        "",
-        example={"cmd": ["curl", "-f", "http://localhost/"], "interval": 10},
-        check=check_health,
-        cmd=field(STRINGS, ("Healthcheck.Test", lambda cmd: ["CMD", *cmd]), since=24),
-        shell=field(
-            string_schema(
-                "(?s:.+)", "a shell's command", MAX_BODY, example="curl -f http://localhost/"
-            ),
-            ("Healthcheck.Test", lambda command: ["CMD-SHELL", command]),
-            since=24,
-        ),
-        disable=field(BOOLEAN, ("Healthcheck.Test", lambda disable: ["NONE"]), since=24),
-        interval=field(SECONDS, ("Healthcheck.Interval", times(10**9)), since=24),
-        timeout=field(SECONDS, ("Healthcheck.Timeout", times(10**9)), since=24),
-        start_period=field(SECONDS, ("Healthcheck.StartPeriod", times(10**9)), since=29),
-        retries=field(integer_schema(0, 2**31 - 1, example=3), "Healthcheck.Retries", since=24),
-    ),
-    log=object_schema(
-        "",
-        example={"driver": "json-file", "max_size_mb": 10, "max_files": 3},
-        driver=field(
-            string_schema(
-                "[a-zA-Z0-9][a-zA-Z0-9_./:-]*", "a log driver's name", 255, example="local"
-            ),
-            "HostConfig.LogConfig.Type",
-        ),
-        max_size_mb=field(
-            integer_schema(1, 2**20, example=10),
-            ("HostConfig.LogConfig.Config.max-size", lambda mb: f"{mb}m"),
-        ),
-        max_files=field(
-            integer_schema(1, 10_000, example=3), ("HostConfig.LogConfig.Config.max-file", str)
+    resources=at(
+        "HostConfig",
+        object_schema(
+            "",
+            {"cpus": 1.5, "memory_mb": 512},
+            cpus=at("NanoCpus", CPUS, times(10**9), since=25),
+            memory_mb=at("Memory", integer_schema(6, 2**40, NO_LIMIT), times(2**20)),
+            memory_swap_mb=at("MemorySwap", integer_schema(-1, 2**40), times(2**20)),
+            cpu_shares=at("CpuShares", integer_schema(2, 262_144, NO_LIMIT)),
+            pids=at("PidsLimit", integer_schema(1, 2**22, NO_LIMIT), since=23),
+            shm_size_mb=at("ShmSize", integer_schema(0, 2**40), times(2**20), since=22),
+            ulimits=at("Ulimits", ULIMITS, engine_ulimits),
         ),
     ),
-    init=field(BOOLEAN, "HostConfig.Init", since=25),
-    tty=field(BOOLEAN, "Tty"),
-    read_only=field(BOOLEAN, "HostConfig.ReadonlyRootfs"),
-    cap_drop=field(CAPABILITIES, "HostConfig.CapDrop"),
-    no_new_privileges=field(
-        BOOLEAN, ("HostConfig.SecurityOpt", lambda wanted: ["no-new-privileges"] * wanted)
-    ),
-    stop_signal=field(ANY_SIGNAL, ("StopSignal", signal_name), since=21),
-    stop_timeout=field(integer_schema(0, MAX_STOP, example=30), "StopTimeout", since=25),
-    extra_hosts=field(
-        map_of(
-            HOST_NAME,
-            string_schema(
-                rule="an address or host-gateway", longest=45, example="10.0.0.5", check=check_host
-            ),
-            "an object of addresses",
-            example={"db": "10.0.0.5"},
+    healthcheck=at(
+        "Healthcheck",
+        object_schema(
+            "",
+            {"cmd": ["curl", "-f", "http://localhost/"], "interval": 10},
+            cmd=at("Test", STRINGS, lambda cmd: ["CMD", *cmd]),
+            shell=at("Test", STRING, lambda shell: ["CMD-SHELL", shell]),
+            disable=at("Test", BOOLEAN, lambda disable: ["NONE"]),
+            interval=at("Interval", SECONDS, times(10**9)),
+            timeout=at("Timeout", SECONDS, times(10**9)),
+            start_period=at("StartPeriod", SECONDS, times(10**9), since=29),
+            retries=at("Retries", integer_schema(0, 2**31 - 1)),
+            check=check_health,
         ),
-        ("HostConfig.ExtraHosts", lambda hosts: [f"{name}:{ip}" for name, ip in hosts.items()]),
+        since=24,
     ),
-    dns=field(array_of(IP, "an array of addresses", example=["10.0.0.2"]), "HostConfig.Dns"),
-    platform=field(PLATFORM, "query.platform", since=41),
-    auto_remove=field(BOOLEAN, "HostConfig.AutoRemove", since=25),
+    log=at(
+        "HostConfig.LogConfig",
+        object_schema(
+            "",
+            {"driver": "json-file", "max_size_mb": 10, "max_files": 3},
+            driver=at("Type", string_schema("[a-zA-Z0-9_./:-]+", "a log driver")),
+            max_size_mb=at("Config.max-size", integer_schema(1, 2**20), "{}m".format),
+            max_files=at("Config.max-file", integer_schema(1, 10_000), str),
+        ),
+    ),
+    init=at("HostConfig.Init", BOOLEAN, since=25),
+    tty=at("Tty", BOOLEAN),
+    read_only=at("HostConfig.ReadonlyRootfs", BOOLEAN),
+    cap_drop=at("HostConfig.CapDrop", CAPABILITIES),
+    no_new_privileges=at("HostConfig.SecurityOpt", BOOLEAN, lambda on: ["no-new-privileges"] * on),
+    stop_signal=at("StopSignal", STOP_SIGNAL, signal_name, since=21),
+    stop_timeout=at("StopTimeout", integer_schema(0, MAX_STOP), since=25),
+    extra_hosts=at("HostConfig.ExtraHosts", HOSTS, engine_hosts),
+    dns=at("HostConfig.Dns", array_of(IP)),
+    platform=at("query.platform", PLATFORM, since=41),
+    auto_remove=at("HostConfig.AutoRemove", BOOLEAN, since=25),
     pull=one_of("missing", "always", "never"),
-    privileged=field(BOOLEAN, "HostConfig.Privileged", master=True),
-    cap_add=field(CAPABILITIES, "HostConfig.CapAdd", master=True),
-    devices=field(
-        array_of(
-            string_schema(
-                "/[^:]+(:/[^:]+)?(:[rwm]{1,3})?",
-                "a device's path, perhaps :path and :rwm",
-                example="/dev/fuse",
-            ),
-            example=["/dev/fuse", "/dev/sda:/dev/xvda:r"],
-        ),
-        ("HostConfig.Devices", lambda devices: list(map(engine_device, devices))),
-        master=True,
-    ),
-    gpus=field(
-        {
-            **string_schema("all", '"all" or a number', example="all"),
-            "type": "string|integer",
-            "minimum": 1,
-            "maximum": 1024,
-        },
-        ("HostConfig.DeviceRequests", engine_gpus),
-        since=40,
-        master=True,
-    ),
-    security_opt=field(
-        array_of(STRING, "an array of strings", example=["seccomp=unconfined"]),
-        "HostConfig.SecurityOpt",
-        master=True,
-    ),
-    sysctls=field(
-        map_of(
-            string_schema("[a-zA-Z0-9_./-]+", "a sysctl's name", 255),
-            STRING,
-            "an object of strings",
-            example={"net.core.somaxconn": "1024"},
-        ),
-        "HostConfig.Sysctls",
-        since=23,
-        master=True,
-    ),
-    pid_mode=field(
-        string_schema(SHARED, "host or container:ID"), "HostConfig.PidMode", master=True
-    ),
-    ipc_mode=field(
-        string_schema(
-            f"{SHARED}|none|private|shareable", "host, none, private, shareable or container:ID"
-        ),
-        "HostConfig.IpcMode",
-        master=True,
-    ),
+    # For the master key alone: LIMITED_FIELDS has none of these.
+    privileged=at("HostConfig.Privileged", BOOLEAN),
+    cap_add=at("HostConfig.CapAdd", CAPABILITIES),
+    devices=at("HostConfig.Devices", array_of(DEVICE), engine_devices),
+    gpus=at("HostConfig.DeviceRequests", GPUS, engine_gpus, since=40),
+    security_opt=at("HostConfig.SecurityOpt", array_of(STRING, example=["seccomp=unconfined"])),
+    sysctls=at("HostConfig.Sysctls", SYSCTLS, since=23),
+    pid_mode=at("HostConfig.PidMode", string_schema(SHARED, "host or container:ID")),
+    ipc_mode=at("HostConfig.IpcMode", IPC_MODE),
+    check=check_create,
 )
 PULL = object_schema(
-    "image",
-    example={"image": "nginx:1.27"},
-    image=string_schema(IMAGE, IMAGE_RULE, 512),
-    platform=PLATFORM,
+    "image", {"image": "nginx:1.27"}, image=string_schema(IMAGE, IMAGE_RULE, 512), platform=PLATFORM
 )
-STOP = object_schema(
-    "",
-    example={"timeout": 10, "signal": "SIGTERM"},
-    timeout=integer_schema(0, MAX_STOP, example=10),
-    signal=SIGNAL,
-)
-KILL = object_schema("", example={"signal": "SIGKILL"}, signal=SIGNAL)
-FILE_PATH = string_schema(rule="an absolute path", longest=MAX_PATH, example="/etc/app.conf")
+STOP = object_schema("", timeout=integer_schema(0, MAX_STOP), signal=SIGNAL)
+KILL = object_schema("", signal=SIGNAL)
+FILE_PATH = string_schema("(?s:.*)", "an absolute path", MAX_PATH, "/etc/app.conf")
 FILE_QUERY = object_schema("path", path=FILE_PATH)
 FILE = object_schema(
     "path",
-    example={"path": "/etc/app.conf", "content": "a=1"},
+    {"path": "/etc/app.conf", "content": "a=1"},
     path=FILE_PATH,
     content={**STRING, "raw": True},
     encoding=one_of("utf-8", "base64"),
-    permission=string_schema("0?[0-7]{1,4}", 'a string, such as "0644" (octal, up to 7777)'),
+    permission=string_schema("0?[0-7]{1,4}", 'a string, such as "0644" (octal, up to 7777)', 5),
     uid=USER_ID,
     gid=USER_ID,
     atomic=BOOLEAN,
@@ -3544,42 +3406,37 @@ def container_path(name: str, action: str = "") -> str:
 
 
 def engine_fields(
-    schema: Schema, body: Json, version: int, path: str = ""
+    schema: Schema, body: Json, version: int, place: str = "", path: str = ""
 ) -> Iterator[tuple[str, Any]]:
-    """Yield where each field goes in the Engine's request, and its value there.
+    """Yield where each field goes in the Engine's request, below place, and its value there.
 
     version: of the API in use, 41 for 1.41. Raises ApiError (400) for a field that it lacks.
     """
     for name, value in body.items():
-        rule = schema["properties"].get(name, {})
-        if rule.get("since", 0) > version:
-            message = f"needs API 1.{rule['since']}; this Engine is used with API 1.{version}"
-            refuse(path + name, message)
-        for place, convert in rule.get("engine", ()):
-            yield place, convert(value)
-        if "properties" in rule:
-            yield from engine_fields(rule, value, version, f"{path}{name}.")
-
-
-def check_mounts(engine: Engine, version: int, volumes: list[Json]) -> None:
-    """Refuse mounts that this Engine would read as something else. Raises ApiError (400)."""
-    for index, volume in enumerate(volumes):
-        # Invariant: podman writes a mount as one line of options, source=a,target=b: nothing in
-        # a path may end it and begin another.
-        paths = volume.get("source", "") + volume["target"]
-        if engine.is_podman and re.search(r"""[,"'\n\r]""", paths):
-            refuse(f"volumes[{index}]", "must have no comma, quote or line break for podman")
-        if version < 40 and volume.get("non_recursive"):
-            refuse(f"volumes[{index}]", f"a limited key's bind needs API 1.40, not 1.{version}")
+        row = schema["properties"].get(name, {})
+        if row.get("since", 0) > version:
+            refuse(path + name, f"needs Engine API 1.{row['since']}; 1.{version} is in use")
+        if row.get("properties"):
+            yield from engine_fields(row, value, version, f"{row['place']}.", f"{path}{name}.")
+        elif "place" in row:
+            convert = row["convert"]
+            yield place + row["place"], convert(value) if convert else value
 
 
 def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
     """Return the query and the body of "Create a container" for a checked body of ours.
 
-    Every value comes from a validated field. Raises ApiError (400) for one the Engine lacks.
+    Every value comes from a validated field. Raises ApiError (400) for what the Engine lacks.
     """
-    version = int(engine.version(time.monotonic() + CALL_TIMEOUT, True).partition(".")[2])
-    check_mounts(engine, version, body.get("volumes", []))
+    version = int(engine.version(time.monotonic() + CALL_TIMEOUT, refresh=True).partition(".")[2])
+    for index, volume in enumerate(body.get("volumes", ())):
+        # Invariant: podman writes a mount as one line of options, source=a,target=b: nothing in
+        # a path may end it and begin another.
+        paths = volume.get("source", "") + volume["target"]
+        if engine.is_podman and re.search("[,\"'\n\r]", paths):
+            refuse(f"volumes[{index}]", "must have no comma, quote or line break for podman")
+        if version < 40 and volume.get("non_recursive"):
+            refuse(f"volumes[{index}]", f"a limited key's bind needs API 1.40, not 1.{version}")
     request: Json = {"query": {}, "HostConfig": {}}
     for place, value in engine_fields(CREATE, body, version):
         *folders, last = place.split(".")
@@ -3588,19 +3445,11 @@ def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
             target = target.setdefault(folder, {})
         # Two fields of ours may be one list of the Engine's: SecurityOpt.
         target[last] = target.get(last, []) + value if isinstance(value, list) else value
+    # What the Engine wants to be told twice.
+    request["ExposedPorts"] = {port: {} for port in request["HostConfig"].get("PortBindings", ())}
+    for network in request.get("NetworkingConfig", {}).get("EndpointsConfig", ()):
+        request["HostConfig"]["NetworkMode"] = network
     return request.pop("query"), request
-
-
-def has_image(engine: Engine, body: Json) -> bool:
-    """Return whether the body's image is there, for its platform if it names one."""
-    try:
-        image = engine.json("GET", f"/images/{quote(body['image'])}/json")
-    except EngineError as error:
-        if error.status != 404:
-            raise
-        return False
-    found = "/".join(str(image.get(name)) for name in ("Os", "Architecture", "Variant"))
-    return f"{found}/".startswith(body.get("platform", "") + "/" * ("platform" in body))
 
 
 def create_container(engine: Engine, body: Json, pull: Callable[[], object]) -> Json:
@@ -3624,6 +3473,19 @@ def create_container(engine: Engine, body: Json, pull: Callable[[], object]) -> 
     return created
 
 
+def has_image(engine: Engine, body: Json) -> bool:
+    """Return whether the body's image is there, for its platform if it names one."""
+    try:
+        image = engine.json("GET", f"/images/{quote(body['image'])}/json")
+    except EngineError as error:
+        if error.status != 404:
+            raise
+        return False
+    found = [str(image.get(name)) for name in ("Os", "Architecture", "Variant")]
+    wanted = body["platform"].split("/") if "platform" in body else []
+    return found[: len(wanted)] == wanted
+
+
 @contextlib.contextmanager
 def removed_on_failure(engine: Engine, container: str) -> Iterator[None]:
     """Remove a new container, of this id, if what is done within fails."""
@@ -3639,12 +3501,12 @@ def removed_on_failure(engine: Engine, container: str) -> Iterator[None]:
 
 
 def remove_container(engine: Engine, container: str) -> None:
-    """Remove a container of this id, and its anonymous volumes, if it is still there."""
+    """Remove a container of this id and its anonymous volumes, if it is still there."""
+    query = {"force": 1, "v": 1}
     try:
-        path = container_path(container)
-        engine.call("DELETE", path, {"force": 1, "v": 1}, seconds=START_TIMEOUT)
+        engine.call("DELETE", container_path(container), query, seconds=START_TIMEOUT)
     except EngineError as error:
-        if error.status != 404:  # the Engine itself has removed it: auto_remove
+        if error.status != 404:  # auto_remove: the Engine itself has removed it
             raise
 
 
@@ -3652,8 +3514,8 @@ def connect_networks(engine: Engine, container: str, body: Json) -> None:
     """Connect a new container, of this id, to all of its networks but the first."""
     for network in body.get("networks", [])[1:]:
         path = f"/networks/{quote(network['name'], safe='')}/connect"
-        settings = {"Aliases": network["aliases"]}
-        engine.call("POST", path, body={"Container": container, "EndpointConfig": settings})
+        endpoint = {"Aliases": network["aliases"]}
+        engine.call("POST", path, body={"Container": container, "EndpointConfig": endpoint})
 
 
 def start_container(engine: Engine, container: str) -> None:
@@ -3773,17 +3635,22 @@ def shape_row(container: Json, key: Key) -> Json:
         {ours: port.get(theirs) for ours, theirs in PORT_FIELDS.items()} for port in ports
     ]
     if not key.master:
-        labels = row["labels"].items()
-        row["labels"] = {name: text for name, text in labels if not name.startswith(OWN_LABELS)}
+        row["names"] = own_names(row)
+        labels = dict(row["labels"])
+        row["labels"] = {name: labels[name] for name in labels if not name.startswith(OWN_LABELS)}
     return row
+
+
+def own_names(row: Json) -> list[str]:
+    """Return a row's names without those of links to it, /other/alias."""
+    return [name for name in row["names"] if "/" not in name[1:]]
 
 
 def is_listed(row: Json, key: Key, query: Json) -> bool:
     label, has_value, value = query.get("label", "").partition("=")
     if label and (label not in row["labels"] or (has_value and row["labels"][label] != value)):
         return False
-    # A name with another slash in it is a link's.
-    name = next((one[1:] for one in row["names"] if "/" not in one[1:]), "")
+    name = "".join(own_names(row))[1:]
     return query.get("name", "") in name and key.covers("containers", name)
 
 
@@ -4540,9 +4407,10 @@ def create(request: Request, agent: Agent) -> Response:
     engine, body = agent.engine, request.body
     interrupts = request.interrupts._replace(stop=None)
     pull = functools.partial(pull_image, engine, body, registry_auth(request), interrupts)
+    request.target.update(name=body.get("name", ""), image=body["image"])
     created = create_container(engine, body, pull)
     identity: str = created["Id"]
-    request.target.update(id=identity, name=body.get("name", ""), image=body["image"])
+    request.target.update(id=identity)
     with removed_on_failure(engine, identity):
         connect_networks(engine, identity, body)
         start_container(engine, identity)
@@ -4564,7 +4432,8 @@ def registry_auth(request: Request) -> str:
             return ""
         if isinstance(credentials, dict):
             return base64.urlsafe_b64encode(decoded).decode()
-    raise ApiError(400, "X-Registry-Auth: must be the base64url of a JSON object")
+    message = 'must be the base64url of JSON, such as {"username": "u", "password": "p"}'
+    raise ApiError(400, f"X-Registry-Auth: {message}")
 
 
 def list_containers(request: Request, agent: Agent) -> Response:
@@ -4608,20 +4477,23 @@ def stop_signal(engine: Engine, wanted: str, config: Json, action: str) -> Json:
 
     Before API 1.42 a stop takes none, and podman ignores it: only the container's own can be had.
     """
-    version = engine.version(time.monotonic() + CALL_TIMEOUT, True)  # it may be another by now
+    version = engine.version(
+        time.monotonic() + CALL_TIMEOUT, refresh=True
+    )  # it may be another by now
     if int(version.partition(".")[2]) >= 42 and not engine.is_podman:
         return {"signal": signal_name(wanted)}
     own = str(config.get("StopSignal") or "SIGTERM")
     if signal_number(own) != signal_number(wanted):
-        rule = f"{own} alone, the container's own, can be sent by {action} (Engine API {version})"
-        refuse("signal", f"{rule}; for another one use kill")
+        when = f"before Engine API 1.42 ({version} is in use), and with podman,"
+        refuse("signal", f"{when} a {action} can only send the container's own, {own}; use kill")
     return {}
 
 
 def signal_number(word: str) -> int:
-    """Return the number of a signal's name or number; SIGTERM's for neither, as the Engine does."""
-    number = int(word) if re.fullmatch("[0-9]{1,3}", word) else 0
-    return number or int(getattr(signal, signal_name(word), signal.SIGTERM))
+    """Return the number of a signal's name or number; 0 for a name without a number here."""
+    if re.fullmatch("[0-9]{1,3}", word):
+        return int(word)
+    return int(getattr(signal, signal_name(word), 0))
 
 
 start = functools.partial(post_action, action="start", done="started", seconds=START_TIMEOUT)

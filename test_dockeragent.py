@@ -13,6 +13,7 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import http.server
 import itertools
 import json
 import os
@@ -253,6 +254,10 @@ class FakeEngine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
             found.append(self.seen.get())
         return [seen for seen in found if seen.target != "/_ping"]
 
+    def changes(self) -> list[Seen]:
+        """What was to change something, since the last call."""
+        return [seen for seen in self.requests() if seen.method != "GET"]
+
 
 class FakeEngineHandler(socketserver.StreamRequestHandler):
     server: FakeEngine
@@ -473,6 +478,7 @@ def shared_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     folder = tmp_path_factory.mktemp("pair")
     (folder / "host").mkdir()
     with FakeEngine(folder / "engine.sock") as fake:
+        fake.script["GET /containers/web/json"] = http_answer({"Id": "web", "Config": {}})
         fake.script["POST /containers/web/kill"] = NO_CONTENT
         fake.script["POST /containers/web/start"] = NO_CONTENT
         fake.script["GET /containers/json"] = http_answer([])
@@ -1201,8 +1207,8 @@ PORT_PATH = "ports[0].container_port: "
         ("comma at the end", KILL, b'{"signal":"HUP",}', "JSON"),
         ("single quotes", KILL, b"{'signal':'HUP'}", "JSON"),
         ("byte order mark", KILL, b"\xef\xbb\xbf{}", "JSON"),
-        ("list", KILL, b"[]", "body: must be an object"),
-        ("string", CREATE, b'"nginx"', "body: must be an object"),
+        ("list", KILL, b"[]", "body: must be a JSON object"),
+        ("string", CREATE, b'"nginx"', "body: must be a JSON object"),
         ("UTF-16", KILL, '{"signal":"HUP"}'.encode("utf-16"), "UTF-8"),
         ("invalid UTF-8", FILES, b'{"path":"/a","content":"\xff"}', "UTF-8"),
         ("overlong UTF-8", FILES, b'{"path":"/a","content":"\xc0\xaf"}', "UTF-8"),
@@ -1280,12 +1286,6 @@ PORT_PATH = "ports[0].container_port: "
         ("port of 5,000 digits", CREATE, port("0" * 5000 + "1"), PORT_PATH),
         ("range of ports", CREATE, port("80-90"), PORT_PATH),
         (
-            "host port 0",
-            CREATE,
-            image(ports=[{"container_port": 1, "host_port": 0}]),
-            "ports[0].host_port: ",
-        ),
-        (
             "protocol",
             CREATE,
             image(ports=[{"container_port": 1, "protocol": "TCP"}]),
@@ -1334,7 +1334,6 @@ PORT_PATH = "ports[0].container_port: "
             image(restart_policy={"name": "never"}),
             "restart_policy.name: ",
         ),
-        ("no cpus", CREATE, image(resources={"cpus": 0}), "resources.cpus: "),
         ("cpus as a string", CREATE, image(resources={"cpus": "1"}), "resources.cpus: "),
         ("too little memory", CREATE, image(resources={"memory_mb": 5}), "resources.memory_mb: "),
         ("half a megabyte", CREATE, image(resources={"memory_mb": 6.5}), "resources.memory_mb: "),
@@ -1388,21 +1387,261 @@ def test_bad_body_is_400_with_the_path_and_reaches_nothing(path, body, word, pai
     assert os.listdir(pair.agent.env["HOST_ROOT"]) == []
 
 
+def resources(**fields: Any) -> dict[str, Any]:
+    return image(resources=fields)
+
+
+def health(**fields: Any) -> dict[str, Any]:
+    return image(healthcheck=fields)
+
+
+ANON = {"target": "/t"}
+
+
 @pytest.mark.parametrize(
-    "fields",
+    "body, word",
     cases(
-        ("whole number of cpus", {"resources": {"cpus": 1}}),
-        ("least", {"resources": {"cpus": 0.01, "memory_mb": 6, "cpu_shares": 2}}),
-        ("most", {"resources": {"cpus": 10**6, "memory_mb": 2**40, "cpu_shares": 262_144}}),
-        ("ports as integers", {"ports": [{"container_port": 1, "host_port": 65535}]}),
-        ("ports as strings", {"ports": [{"container_port": "65535", "host_port": "001"}]}),
-        ("port that the engine picks", {"ports": [{"container_port": 80, "host_port": ""}]}),
-        ("labels", {"labels": {"": "", "a.b/c": "\n"}}),
+        ("port range as in docker run", image(ports=["80:80"]), "ports[0]: must be a JSON object"),
+        ("host port 65536", port(80, host_port=65536), "ports[0].host_port: "),
+        ("host port below 0", port(80, host_port=-1), "ports[0].host_port: "),
+        ("host address with a zone", port(80, host_ip="fe80::1%eth0"), "ports[0].host_ip: "),
+        ("empty host address", port(80, host_ip=""), "ports[0].host_ip: "),
+        ("parent in a bind", volume(source="/a/../b", target="/t"), "volumes[0].source: "),
+        ("dot in a bind", volume(source="/a/./b", target="/t"), "volumes[0].source: "),
+        ("parent at a bind's end", volume(source="/a/..", target="/t"), "volumes[0].source: "),
+        ("two slashes in a bind", volume(source="/a//b", target="/t"), "volumes[0].source: "),
+        ("two slashes at a bind's end", volume(source="/a//", target="/t"), "volumes[0].source: "),
+        ("bind of two slashes", volume(source="//", target="/t"), "volumes[0].source: "),
+        ("bind without a source", volume(type="bind", **ANON), "volumes[0].source: "),
+        ("path of a volume", volume(type="volume", source="/a", **ANON), "volumes[0].source: "),
+        ("size of a bind", volume(source="/a", size_mb=1, **ANON), "volumes[0].size_mb: "),
+        ("mode of a volume", volume(source="ab", mode="700", **ANON), "volumes[0].mode: "),
+        ("mode 0, which is none", volume(type="tmpfs", mode="0", **ANON), "volumes[0].mode: "),
+        ("what the policy sets", volume(source="/a", non_recursive=False, **ANON), "is unknown"),
+        ("network twice in two forms", image(networks=["a", {"name": "a"}]), "networks: "),
+        ("network beside host", image(networks=["a"], network_mode="host"), "networks: "),
+        ("host among networks", image(networks=["a", "host"]), "networks: "),
+        ("aliases on none", image(networks=[{"name": "none", "aliases": ["a"]}]), "networks: "),
+        ("alias with a space", image(networks=[{"name": "a", "aliases": ["a b"]}]), "aliases[0]: "),
+        ("no container", image(network_mode="container:"), "network_mode: "),
+        ("agent's own label", image(labels={"dockeragent.key": "x"}), "labels.dockeragent.key: "),
+        ("name of a deploy's helper", image(name="web.next"), "name: "),
+        ("name of what a deploy replaces", image(name="web.prev"), "name: "),
+        ("name of what a deploy replaced", image(name="web.old"), "name: "),
+        ("hostname with a space", image(hostname="a b"), "hostname: "),
+        ("cpus below the Engine's floor", resources(cpus=0.009), "resources.cpus: "),
+        ("cpus below 0", resources(cpus=-1), "resources.cpus: "),
+        ("swap without memory", resources(memory_swap_mb=64), "resources.memory_swap_mb: "),
+        ("less than memory", resources(memory_mb=64, memory_swap_mb=63), "memory_swap_mb: "),
+        ("processes below 0", resources(pids=-1), "resources.pids: "),
+        ("soft above hard", resources(ulimits={"core": [2, 1]}), "resources.ulimits.core: "),
+        ("no limit above a hard one", resources(ulimits={"core": [-1, 1]}), "ulimits.core: "),
+        ("three limits", resources(ulimits={"core": [1, 2, 3]}), "resources.ulimits.core: "),
+        ("limit in an array of its own", resources(ulimits={"core": [[1]]}), "ulimits.core"),
+        ("name of a limit", resources(ulimits={"a b": 1}), "resources.ulimits.a b: "),
+        ("two checks", health(cmd=["a"], shell="a"), "healthcheck: "),
+        ("check and none", health(cmd=["a"], disable=True), "healthcheck: "),
+        ("times of none", health(disable=True, interval=1), "healthcheck: "),
+        ("empty check", health(cmd=[]), "healthcheck.cmd: "),
+        ("check more often than the Engine can", health(interval=0.0001), "healthcheck.interval: "),
+        ("time as text", health(timeout="3s"), "healthcheck.timeout: "),
+        ("log of no size", image(log={"max_size_mb": 0}), "log.max_size_mb: "),
+        ("no log files", image(log={"max_files": 0}), "log.max_files: "),
+        (
+            "removed and restarted",
+            image(auto_remove=True, restart_policy={"name": "always"}),
+            "auto",
+        ),
+        ("stop signal by number", image(stop_signal="15"), "stop_signal: "),
+        ("wait of days", image(stop_timeout=86_401), "stop_timeout: "),
+        ("no address", image(extra_hosts={"a": "b"}), "extra_hosts.a: "),
+        ("colon in a host's name", image(extra_hosts={"a:b": "1.2.3.4"}), "extra_hosts.a:b: "),
+        ("name server by name", image(dns=["localhost"]), "dns[0]: "),
+        ("no graphics cards", image(gpus=0), "gpus: "),
+        ("relative device", image(devices=["dev/sda"]), "devices[0]: "),
+        ("device's access", image(devices=["/dev/sda:/dev/sda:x"]), "devices[0]: "),
+        ("sysctl with a value in its name", image(sysctls={"a=b": "1"}), "sysctls.a=b: "),
+        ("sysctl as a number", image(sysctls={"a": 1}), "sysctls.a: must be a string"),
+        ("processes of a network", image(pid_mode="web"), "pid_mode: "),
     ),
 )
-def test_value_at_its_bound_is_taken_as_it_is(fields):
-    body = {"image": "a", **fields}
-    assert da.validate(da.CREATE, body) == body
+def test_create_is_refused_before_it_reaches_anything(body, word, pair):
+    assert_envelope(pair.agent.post(CREATE, body), 400, word)
+    assert pair.engine.requests() == []
+
+
+@pytest.mark.parametrize(
+    "path, body, message",
+    cases(
+        ("empty body", CREATE, b" ", "body: is empty; it must be a JSON object, such as "),
+        ("array", CREATE, image(cmd="sleep 1"), 'cmd: must be an array of strings, such as ["s'),
+        (
+            "map of env",
+            CREATE,
+            image(env={"A": "1"}),
+            'env: must be an array of strings, such as ["',
+        ),
+        (
+            "policy",
+            CREATE,
+            image(restart_policy="no"),
+            "restart_policy: must be a JSON object, such",
+        ),
+        ("number for a user", CREATE, image(user=1000), 'user: must be a string, such as "1000:'),
+        ("port", CREATE, image(ports=[80]), 'ports[0]: must be a JSON object, such as {"container'),
+        ("mode as a number", FILES, {"path": "/a", "content": "", "permission": 644}, '"0644"'),
+        ("mode without quotes", FILES, b'{"permission":0644}', 'write "0644" in quotes'),
+        (
+            "compose's environment",
+            CREATE,
+            image(environment={}),
+            "environment: is unknown; did you mean env?",
+        ),
+        ("compose's restart", CREATE, image(restart="no"), "did you mean restart_policy?"),
+        ("compose's command", CREATE, image(command="a"), "did you mean cmd?"),
+        ("compose's mem_limit", CREATE, image(mem_limit="5m"), "did you mean resources.memory_mb?"),
+        ("the Engine's Image", CREATE, {"Image": "a"}, "did you mean image?"),
+        ("the Engine's HostConfig", CREATE, image(HostConfig={}), "did you mean volumes, ports"),
+        ("docker run's --net", CREATE, image(net="host"), "did you mean networks?"),
+        ("a letter less", CREATE, image(port=[]), "port: is unknown; did you mean ports?"),
+        ("mounts", CREATE, image(mounts=[]), "mounts: is unknown; did you mean volumes?"),
+        (
+            "nested field at the top",
+            CREATE,
+            image(memory_mb=5),
+            "did you mean resources.memory_mb?",
+        ),
+        (
+            "a name like no other",
+            CREATE,
+            image(qqq=1),
+            "qqq: is unknown; known here: image, name, ",
+        ),
+        (
+            "where nothing is known",
+            f"{CREATE}/web/start",
+            {"a": 1},
+            "a: is unknown; nothing can be set",
+        ),
+        ("signal in the query", f"{KILL}?signal=HUP", b"", "query.signal: goes into the body"),
+        ("image in the query", f"{PULL}?image=a", b"", "query.image: goes into the body"),
+    ),
+)
+def test_message_says_what_to_write(path, body, message, pair):
+    assert_envelope(pair.agent.post(path, body), 400, message)
+    assert pair.engine.requests() == []
+
+
+@pytest.mark.parametrize(
+    "fields, checked",
+    cases(
+        ("labels", {"labels": {"": "", "a.b/c": "\n"}}, {"labels": {"": "", "a.b/c": "\n"}}),
+        (
+            "ports as strings",
+            {"ports": [{"container_port": "65535", "host_port": "001"}]},
+            {
+                "ports": [
+                    {"container_port": 65535, "host_port": 1, "protocol": "tcp", "host_ip": ""}
+                ]
+            },
+        ),
+        (
+            "port that the Engine picks",
+            {"ports": [{"container_port": 1, "host_port": p} for p in ("", "0", 0, None)]},
+            {
+                "ports": [{"container_port": 1, "host_port": 0, "protocol": "tcp", "host_ip": ""}]
+                * 4
+            },
+        ),
+        (
+            "types of volumes",
+            {"volumes": [{"source": "/a/", **ANON}, {"source": "ab", **ANON}, ANON]},
+            {
+                "volumes": [
+                    {"source": "/a", "type": "bind", **ANON},
+                    {"source": "ab", "type": "volume", **ANON},
+                    {"type": "volume", **ANON},
+                ]
+            },
+        ),
+        (
+            "bind of everything, and of names with dots",
+            {"volumes": [{"source": "/", **ANON}, {"source": "/..a/b./...", **ANON}]},
+            {
+                "volumes": [
+                    {"source": "/", "type": "bind", **ANON},
+                    {"source": "/..a/b./...", "type": "bind", **ANON},
+                ]
+            },
+        ),
+        (
+            "networks",
+            {"networks": ["a", {"name": "b", "aliases": ["c_d"]}]},
+            {"networks": [{"name": "a", "aliases": []}, {"name": "b", "aliases": ["c_d"]}]},
+        ),
+        (
+            "mode is the first of the networks",
+            {"networks": ["a", "b"], "network_mode": "b"},
+            {"networks": [{"name": "b", "aliases": []}, {"name": "a", "aliases": []}]},
+        ),
+        (
+            "mode is one more network",
+            {"networks": ["a"], "network_mode": "b"},
+            {"networks": [{"name": "b", "aliases": []}, {"name": "a", "aliases": []}]},
+        ),
+        (
+            "default bridge gives way to networks",
+            {"networks": ["a"], "network_mode": "bridge"},
+            {"networks": [{"name": "a", "aliases": []}]},
+        ),
+        (
+            "default bridge by its name",
+            {"networks": [], "network_mode": "bridge"},
+            {"networks": [{"name": "bridge", "aliases": []}]},
+        ),
+        ("default", {"networks": [], "network_mode": "default"}, {}),
+        ("host as a network", {"networks": ["host"]}, {"network_mode": "host"}),
+        ("none", {"network_mode": "none"}, {"network_mode": "none"}),
+        ("another's", {"network_mode": "container:ab"}, {"network_mode": "container:ab"}),
+        (
+            "no limit",
+            {"resources": {"cpus": 0, "memory_mb": 0, "cpu_shares": 0, "pids": 0}},
+            {"resources": {"cpus": 0, "memory_mb": 0, "cpu_shares": 0, "pids": 0}},
+        ),
+        (
+            "most",
+            {"resources": {"cpus": 10**6, "memory_mb": 2**40, "cpu_shares": 262_144}},
+            {"resources": {"cpus": 10**6, "memory_mb": 2**40, "cpu_shares": 262_144}},
+        ),
+        (
+            "limits in three forms",
+            {"resources": {"ulimits": {"nofile": 5, "core": [0, -1], "stack": 2**63 - 1}}},
+            {
+                "resources": {
+                    "ulimits": {"nofile": [5, 5], "core": [0, -1], "stack": [2**63 - 1] * 2}
+                }
+            },
+        ),
+        ("check that is not off", {"healthcheck": {"disable": False}}, {"healthcheck": {}}),
+        (
+            "retries with any policy",
+            {"restart_policy": {"name": "always", "max_retry_count": 0}},
+            {"restart_policy": {"name": "always", "max_retry_count": 0}},
+        ),
+    ),
+)
+def test_checked_body_has_one_form(fields, checked):
+    assert da.validate(da.CREATE, {"image": "a", **fields}) == {"image": "a", **checked}
+
+
+def test_schema_with_a_keyword_that_nothing_enforces_is_no_schema():
+    with pytest.raises(ValueError, match="maxLenght"):
+        da.object_schema("", a={"type": "string", "maxLenght": 5})
+
+
+def test_every_field_for_the_master_key_is_no_field_of_a_limited_one():
+    words = "privileged cap_add devices gpus security_opt sysctls pid_mode ipc_mode".split()
+    assert set(words) <= set(da.CREATE["properties"]) and not da.LIMITED_FIELDS & set(words)
 
 
 def test_depth_is_bounded():
@@ -1433,7 +1672,7 @@ def test_repeated_key_among_many_is_found_in_one_pass():
 )
 def test_good_body(body, target, pair):
     assert pair.agent.post(KILL, body, headers={"Content-Type": "x/y"}).status == 200
-    assert [seen.target for seen in pair.engine.requests()] == [f"/containers/web/kill{target}"]
+    assert [seen.target for seen in pair.engine.changes()] == [f"/containers/web/kill{target}"]
 
 
 @pytest.mark.parametrize(
@@ -1735,7 +1974,7 @@ def test_good_chunks(body, pair):
             200,
             404,
         ]
-        assert [seen.target for seen in pair.engine.requests()] == [
+        assert [seen.target for seen in pair.engine.changes()] == [
             "/containers/web/kill?signal=SIGHUP"
         ]
 
@@ -1854,7 +2093,7 @@ def test_pipelined_requests_are_answered_in_order(pair):
         replies = split_replies(send_in_pieces(pair.agent, data, size))
         assert [reply.status for reply in replies] == [404, 200] * 50 + [404]
         assert replies[-1].headers["x-request-id"] == "last"
-        assert len(pair.engine.requests()) == 50
+        assert len(pair.engine.changes()) == 50
 
 
 def test_refused_head_has_no_body(pair):
@@ -1870,7 +2109,7 @@ def test_empty_lines_are_no_request(pair):
         for size in (1 << 20, 1):
             replies = split_replies(send_in_pieces(pair.agent, data, size, half_close=True))
             assert [reply.status for reply in replies] == [200] * data.count(b"POST")
-    assert len(pair.engine.requests()) == 6
+    assert len(pair.engine.changes()) == 6
     # But not without an end.
     assert pair.agent.raw(b"\r\n" * 5000 + kill) == b""
 
@@ -2453,7 +2692,7 @@ def test_json_of_another_shape_is_no_bug_of_the_agent(fakes, asked, path, answer
 
 def test_timeout_of_the_containers_own_is_bounded(fakes):
     fake_engine, fake_agent = fakes
-    config = {"Config": {"StopTimeout": 3_000_000}}
+    config = {"Id": "c1", "Config": {"StopTimeout": 3_000_000}}
     fake_engine.script[INSPECT] = http_answer(config)
     fake_engine.script["POST /containers/c1/stop"] = http_answer(b"", 204)
     assert fake_agent.post(f"{ONE}/stop").status == 200
@@ -2598,7 +2837,7 @@ def test_post_is_sent_once_whatever_becomes_of_it(fake_engine, fake_agent):
     idle = threading.Event()
 
     def keep(sock: socket.socket) -> None:
-        sock.sendall(HEAD_OK + b"Content-Length: 2\r\n\r\n{}")
+        sock.sendall(HEAD_OK + b'Content-Length: 11\r\n\r\n{"Id":"c1"}')
         assert sock.recv(65536)[:3] in (b"", b"GET")  # no POST on a connection that may be dying
         idle.set()
 
@@ -2606,7 +2845,7 @@ def test_post_is_sent_once_whatever_becomes_of_it(fake_engine, fake_agent):
     fake_engine.script["POST /containers/c1/kill"] = b""
     assert fake_agent.get(ONE).status == 200
     assert_envelope(fake_agent.post(f"{ONE}/kill"), 502)
-    assert [seen.method for seen in fake_engine.requests()] == ["GET", "POST"]
+    assert [seen.method for seen in fake_engine.requests()] == ["GET", "GET", "POST"]
     assert fake_agent.get(ONE).status == 200 and idle.wait(WAIT)
 
 
@@ -2663,6 +2902,7 @@ def test_upgraded_engine_is_asked_again_with_its_new_version(fake_engine, versio
         good = versions[-1] == "1.47"
         sock.sendall(http_answer({}, 200) if good else http_answer({"message": too_old}, 400))
 
+    fake_engine.script[INSPECT] = http_answer({"Id": "c1"})
     fake_engine.script["POST /containers/c1/start"] = choosy
     with Agent(DOCKER_HOST=fake_engine.url, DOCKER_API_VERSION=pinned) as agent:
         assert agent.get("/api/v1/containers").status == 200
@@ -2673,10 +2913,10 @@ def test_upgraded_engine_is_asked_again_with_its_new_version(fake_engine, versio
             assert set(versions) == {pinned}
             return
         assert reply.status == 200
-        assert versions == ["1.41", "1.41", "1.47"]
+        assert versions == ["1.41", "1.41", "1.41", "1.47"]
         fake_engine.script[INSPECT] = http_answer({"message": "a real one"}, 400)
         assert_envelope(agent.get(ONE), 400, "a real one")
-        assert versions[3:] == ["1.47"]  # the same version again would be the same refusal
+        assert versions[4:] == ["1.47"]  # the same version again would be the same refusal
 
 
 def test_pinned_version_that_the_engine_refuses_is_nobodys_fault_but_the_variables(engine):
@@ -2732,10 +2972,11 @@ def test_waiting_for_the_engine_costs_one_stranger_at_a_time(fake_engine):
 def test_refusal_is_tried_again_once_whatever_version_is_offered_next(fake_engine, versions):
     offers = itertools.cycle(["1.44", "1.45"])
     fake_engine.script["GET /_ping"] = lambda sock: sock.sendall(ping(next(offers)))
+    fake_engine.script[INSPECT] = http_answer({"Id": "c1"})
     fake_engine.script["POST /containers/c1/start"] = http_answer({"message": "no"}, 400)
     with Agent(DOCKER_HOST=fake_engine.url) as agent:
         assert_envelope(agent.post(f"{ONE}/start"), 400, "no")
-    assert len(versions) == 2
+    assert len(versions) == 3
 
 
 def test_upgrade_that_no_request_met_is_noticed(fake_engine, versions):
@@ -2766,13 +3007,14 @@ def test_engine_goes_and_comes_back(tmp_path):
 
 
 def test_engine_upgraded_between_two_stops(fake_engine, fake_agent):
+    fake_engine.script[INSPECT] = http_answer({"Id": "c1", "Config": {}})
     fake_engine.script["POST /containers/c1/stop"] = http_answer(b"", 204)
     stop = {"timeout": 1, "signal": "usr1"}
     assert_envelope(fake_agent.post(f"{ONE}/stop", stop), 400, "signal", "1.42")
-    assert fake_engine.requests() == []
+    assert fake_engine.changes() == []
     fake_engine.script["GET /_ping"] = ping("1.44")
     assert fake_agent.post(f"{ONE}/stop", stop).status == 200
-    assert [seen.target for seen in fake_engine.requests()] == [
+    assert [seen.target for seen in fake_engine.changes()] == [
         "/containers/c1/stop?signal=SIGUSR1&t=1"
     ]
 
@@ -2804,7 +3046,7 @@ TEST_LABEL = {LABEL: "1"}
 def dig(value: Any, path: str) -> Any:
     """What is at a path such as "HostConfig.Memory" in an inspect."""
     for name in path.split("."):
-        value = value[name]
+        value = value[int(name) if isinstance(value, list) else name]
     return value
 
 
@@ -2939,6 +3181,232 @@ def test_every_field_reaches_the_engine(agent, engine, network, name, tmp_path):
     )
 
 
+HOST, SERVE = "HostConfig.", {"cmd": ["sleep", "600"]}
+LOCAL = {"host_ip": "127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    "fields, expected, said",
+    cases(
+        ("hostname with an underscore", {"hostname": "web_1"}, {"Config.Hostname": "web_1"}, ""),
+        (
+            "port that the Engine picks",
+            {"ports": [{"container_port": 80, "host_port": 0, **LOCAL}]},
+            {f"{HOST}PortBindings": {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]}},
+            "",
+        ),
+        (
+            "bind with a slash at its end",
+            {"volumes": [{"source": "/tmp/", "target": "/d", "read_only": True}]},
+            {"Mounts.0.Source": "/tmp", "Mounts.0.RW": False},
+            "",
+        ),
+        (
+            "anonymous volume",
+            {"volumes": [{"target": "/v"}]},
+            {"Mounts.0.Type": "volume", "Mounts.0.Destination": "/v", "Mounts.0.RW": True},
+            "",
+        ),
+        (
+            "size and mode of a tmpfs",
+            {"volumes": [{"type": "tmpfs", "target": "/t", "size_mb": 8, "mode": "1750"}]},
+            {f"{HOST}Mounts.0.TmpfsOptions": {"SizeBytes": 8 * 2**20, "Mode": 0o1750}},
+            "/t size=8192k,mode=1750",
+        ),
+        (
+            "no limits",
+            {"resources": {"cpus": 0, "memory_mb": 0, "cpu_shares": 0}},
+            {f"{HOST}NanoCpus": 0, f"{HOST}Memory": 0, f"{HOST}CpuShares": 0},
+            "",
+        ),
+        (
+            "limits",
+            {"resources": {"memory_mb": 64, "memory_swap_mb": 96, "pids": 99, "shm_size_mb": 32}},
+            {
+                f"{HOST}Memory": 64 * 2**20,
+                f"{HOST}MemorySwap": 96 * 2**20,
+                f"{HOST}PidsLimit": 99,
+                f"{HOST}ShmSize": 32 * 2**20,
+            },
+            "/dev/shm size=32768k",
+        ),
+        (
+            "swap without a limit",
+            {"resources": {"memory_mb": 64, "memory_swap_mb": -1}},
+            {f"{HOST}MemorySwap": -1},
+            "",
+        ),
+        (
+            "ulimits",
+            {"resources": {"ulimits": {"nofile": 1000, "core": [0, 0]}}},
+            {
+                f"{HOST}Ulimits": [
+                    {"Name": "nofile", "Soft": 1000, "Hard": 1000},
+                    {"Name": "core", "Soft": 0, "Hard": 0},
+                ]
+            },
+            "files 1000",
+        ),
+        (
+            "check",
+            {"healthcheck": {"cmd": ["true"], "interval": 10, "timeout": 0.25, "retries": 3}},
+            {
+                "Config.Healthcheck.Test": ["CMD", "true"],
+                "Config.Healthcheck.Interval": 10 * 10**9,
+                "Config.Healthcheck.Timeout": 25 * 10**7,
+                "Config.Healthcheck.Retries": 3,
+            },
+            "",
+        ),
+        (
+            "check of a shell",
+            {"healthcheck": {"shell": "exit 0", "start_period": 5}},
+            {
+                "Config.Healthcheck.Test": ["CMD-SHELL", "exit 0"],
+                "Config.Healthcheck.StartPeriod": 5 * 10**9,
+            },
+            "",
+        ),
+        ("no check", {"healthcheck": {"disable": True}}, {"Config.Healthcheck.Test": ["NONE"]}, ""),
+        (
+            "log with rotation",
+            {"log": {"driver": "json-file", "max_size_mb": 10, "max_files": 3}},
+            {
+                f"{HOST}LogConfig": {
+                    "Type": "json-file",
+                    "Config": {"max-size": "10m", "max-file": "3"},
+                }
+            },
+            "",
+        ),
+        ("init", {"init": True}, {f"{HOST}Init": True}, "docker-init"),
+        ("terminal", {"tty": True}, {"Config.Tty": True}, ""),
+        (
+            "read-only",
+            {"read_only": True},
+            {f"{HOST}ReadonlyRootfs": True},
+            "Read-only file system",
+        ),
+        (
+            "no capability",
+            {"cap_drop": ["ALL"]},
+            {f"{HOST}CapDrop": ["ALL"]},
+            "CapPrm: 0000000000000000",
+        ),
+        (
+            "no new privileges, beside another option",
+            {"no_new_privileges": True, "security_opt": ["seccomp=unconfined"]},
+            {f"{HOST}SecurityOpt": ["no-new-privileges", "seccomp=unconfined"]},
+            "NoNewPrivs: 1",
+        ),
+        (
+            "how it stops",
+            {"stop_signal": "quit", "stop_timeout": 0},
+            {"Config.StopSignal": "SIGQUIT", "Config.StopTimeout": 0},
+            "",
+        ),
+        (
+            "hosts",
+            {"extra_hosts": {"db": "10.0.0.5", "six": "fd00::1"}},
+            {f"{HOST}ExtraHosts": ["db:10.0.0.5", "six:fd00::1"]},
+            "10.0.0.5 db",
+        ),
+        ("name server", {"dns": ["10.0.0.2"]}, {f"{HOST}Dns": ["10.0.0.2"]}, "nameserver 10.0.0.2"),
+        ("platform", {"platform": "linux/amd64"}, {"Platform": "linux"}, ""),
+        ("removed at its end", {"auto_remove": True}, {f"{HOST}AutoRemove": True}, ""),
+        ("capability", {"cap_add": ["CAP_SYS_TIME"]}, {f"{HOST}CapAdd": ["CAP_SYS_TIME"]}, ""),
+        (
+            "devices",
+            {"devices": ["/dev/zero:/dev/xzero:r", "/dev/full"]},
+            {
+                f"{HOST}Devices": [
+                    {
+                        "PathOnHost": "/dev/zero",
+                        "PathInContainer": "/dev/xzero",
+                        "CgroupPermissions": "r",
+                    },
+                    {
+                        "PathOnHost": "/dev/full",
+                        "PathInContainer": "/dev/full",
+                        "CgroupPermissions": "rwm",
+                    },
+                ]
+            },
+            "/dev/xzero",
+        ),
+        (
+            "sysctl",
+            {"sysctls": {"net.ipv4.ip_forward": "1"}, "network_mode": "none"},
+            {f"{HOST}Sysctls": {"net.ipv4.ip_forward": "1"}},
+            "",
+        ),
+        (
+            "the host's processes and memory",
+            {"pid_mode": "host", "ipc_mode": "host"},
+            {f"{HOST}PidMode": "host", f"{HOST}IpcMode": "host"},
+            "",
+        ),
+    ),
+)
+def test_field_is_what_docker_run_would_make_of_it(agent, engine, name, fields, expected, said):
+    probe = """exec 2>&1; grep -E "NoNewPrivs|CapPrm" /proc/1/status | tr "\t" " "
+echo files $(ulimit -n); touch /x; cat /etc/hosts | tr "\t" " "; cat /etc/resolv.conf /proc/1/comm
+awk '{print $2, $4}' /proc/mounts | sed -E 's/(rw|nosuid|nodev|noexec|relatime),//g'; ls -d /dev/x*
+exec sleep 600"""
+    body = {
+        "image": IMAGE,
+        "name": name,
+        "cmd": ["sh", "-c", probe],
+        "labels": TEST_LABEL,
+        **fields,
+    }
+    reply = agent.post("/api/v1/containers", body)
+    assert (reply.status, reply.json().get("warnings")) == (201, []), reply.body
+    inspect = engine.inspect(name)
+    assert {path: dig(inspect, path) for path in expected} == expected
+    until(lambda: said.encode() in engine.logs(name), said) if said else None
+
+
+def test_several_networks_with_aliases(agent, engine, network, name):
+    front, back = network(), network()
+    networks = [{"name": front, "aliases": ["db"]}, {"name": back, "aliases": ["db_2", "x"]}]
+    body = {"image": IMAGE, "name": name, **SERVE, "networks": networks}
+    assert agent.post("/api/v1/containers", body).status == 201
+    found = engine.inspect(name)["NetworkSettings"]["Networks"]
+    assert set(found) == {front, back}
+    assert "db" in found[front]["Aliases"] and {"db_2", "x"} <= set(found[back]["Aliases"])
+    assert engine.call("DELETE", f"/networks/{back}")[0] == 403  # it is in use
+
+
+@pytest.mark.parametrize(
+    "version, fields, word",
+    cases(
+        ("platform", "1.40", {"platform": "linux/amd64"}, "platform: needs Engine API 1.41"),
+        ("graphics cards", "1.39", {"gpus": "all"}, "gpus: needs Engine API 1.40"),
+        ("init", "1.24", {"init": False}, "init: needs Engine API 1.25"),
+        ("nested", "1.28", health(start_period=1)["healthcheck"], "healthcheck.start_period: "),
+        ("volumes", "1.24", volume(target="/t"), "volumes: needs Engine API 1.25"),
+    ),
+)
+def test_field_that_the_engine_does_not_know_is_refused(fake_engine, version, fields, word):
+    fake_engine.script["GET /_ping"] = ping(version)
+    body = image(healthcheck=fields) if "start_period" in fields else image(**fields)
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        assert_envelope(agent.post("/api/v1/containers", body), 400, word)
+    assert fake_engine.requests() == []
+
+
+@pytest.mark.parametrize("path", ["/t,source=/etc", '/t"', "/t\nsource=/etc"])
+def test_path_becomes_no_option_of_a_mount_of_podmans(fake_engine, path):
+    libpod = "Api-Version: 1.41\r\nLibpod-Api-Version: 4.3.1\r\n"
+    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=libpod)
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        for mount in {"source": "/a", "target": path}, {"source": path, "target": "/a"}:
+            reply = agent.post("/api/v1/containers", volume(**mount))
+            assert_envelope(reply, 400, "volumes[0]: ", "podman")
+    assert fake_engine.requests() == []
+
+
 def test_inspect_is_byte_for_byte(agent, engine):
     container = engine.run("true")
     with contextlib.closing(UnixConnection(engine.path)) as connection:
@@ -2997,6 +3465,68 @@ def test_list_has_its_documented_shape(agent, engine, network, name):
     assert row("?all=T")["state"] == "exited" and row("?all=true")["ports"] == []
 
 
+ROWS = [
+    {"Id": "1" * 64, "Names": ["/web-1"], "Labels": {"tier": "front", "dockeragent.key": "ci"}},
+    {"Id": "2" * 64, "Names": ["/db/web-x", "/web-2"], "Labels": {"tier": "back", "a": "b=c"}},
+    {"Id": "3" * 64, "Names": ["/webserver"], "Labels": None},
+    {"Id": "4" * 64, "Names": None},
+]
+
+
+@pytest.mark.parametrize(
+    "query, key, names",
+    cases(
+        ("all", "", KEY, "1234"),
+        ("label", "label=tier", KEY, "12"),
+        ("label with its value", "label=tier=back", KEY, "2"),
+        ("value with a =", "label=a=b%3Dc", KEY, "2"),
+        ("label with another value", "label=tier=ba", KEY, ""),
+        ("label with an empty value", "label=tier=", KEY, ""),
+        ("part of a name", "name=eb-", KEY, "12"),
+        ("no pattern", "name=w.b", KEY, ""),
+        ("name of a link", "name=web-x", KEY, ""),
+        ("both", "name=web&label=tier=front", KEY, "1"),
+        ("the agent's own label", "label=dockeragent.key", KEY, "1"),
+        ("what a limited key may see", "", "ci", "12"),
+        ("what it may not", "name=webserver", "ci", ""),
+        ("what is hidden from it", "label=dockeragent.key=ci", "ci", ""),
+    ),
+)
+def test_list_is_filtered_by_label_name_and_key(fake_engine, tmp_path, query, key, names):
+    fake_engine.script["GET /containers/json"] = http_answer(ROWS)
+    limited = {"name": "ci", "key": "ci", "allow": ["read"], "containers": ["web-*"]}
+    path = keys_file(tmp_path, limited)
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=path) as agent:
+        rows = agent.get(f"/api/v1/containers?{query}", key=key).json()["containers"]
+    assert "".join(row["id"][0] for row in rows) == names
+    labels = {name for row in rows for name in row["labels"]}
+    assert ("dockeragent.key" in labels) == (key == KEY and "1" in names)
+
+
+@pytest.mark.parametrize(
+    "method, path, sent",
+    [
+        *(("POST", f"/{action}", f"/{action}") for action in "start kill pause unpause".split()),
+        ("POST", "/stop", "/stop"),
+        ("POST", "/restart", "/restart"),
+        ("DELETE", "?force=1", "?force=1"),
+    ],
+)
+def test_action_goes_to_the_full_id_and_is_logged_with_the_name(fakes, method, path, sent):
+    fake, agent = fakes
+    full = secrets.token_hex(32)
+    fake.script["GET /containers/web/json"] = http_answer(
+        {"Id": full, "Name": "/web", "Config": {}}
+    )
+    target = f"/containers/{full}{sent}"
+    fake.script[f"{method} {target.partition('?')[0]}"] = http_answer(b"", 204)
+    fake.requests()
+    assert agent.request(method, f"/api/v1/containers/web{path}").status == 200
+    assert [seen.target for seen in fake.changes()] == [target]
+    line = until(lambda: [x for x in agent.lines("request") if full in json.dumps(x)], "a line")
+    assert line[0]["target"] == {"id": full, "name": "web"}
+
+
 def start_failures() -> list[Any]:
     """Rows of fields that the Engine refuses; BUSY is a port in use, FRONT a network."""
     ports = [{"container_port": 80, "host_port": "BUSY", "host_ip": "127.0.0.1"}]
@@ -3018,6 +3548,15 @@ def start_failures() -> list[Any]:
         ),
         pytest.param(
             {"network_mode": "container:no-such"}, None, "no-such", id="no such container"
+        ),
+        pytest.param(
+            {"cmd": ["/no/such"], "auto_remove": True}, 400, "", id="the Engine removes it, too"
+        ),
+        pytest.param(
+            {"network_mode": None, "networks": [{"name": "bridge", "aliases": ["a"]}]},
+            400,
+            "alias",
+            id="alias on the default bridge",
         ),
     ]
 
@@ -3091,7 +3630,7 @@ def test_lifecycle(agent, engine, state, action, status, after):
     else:
         refusal = engine.call("POST", f"/containers/{container}/{action}")
         assert_envelope(reply, status)
-        assert (reply.status, reply.json()["message"]) == (refusal[0], refusal[1]["message"])
+        assert reply.status == refusal[0] and reply.json()["message"] in refusal[1]["message"]
     if after:
         until(lambda: engine.inspect(container)["State"]["Status"] == after, after)
         engine.remove(container)
@@ -3127,11 +3666,43 @@ def test_signal_on_stop(agent, engine):
     api = engine.call("GET", "/version")[1]["ApiVersion"]
     state = engine.inspect(container)["State"]
     if int(api[2:]) < 42:
-        assert_envelope(reply, 400, "signal", api, "1.42")
+        assert_envelope(reply, 400, "signal", api, "1.42", "use kill")
         assert state["Running"]
     else:
         assert (reply.status, state["ExitCode"]) == (200, 3)
     engine.remove(container)
+
+
+@pytest.mark.parametrize(
+    "own, wanted, status",
+    cases(
+        ("none named", None, "term", 200),
+        ("the same", "SIGQUIT", "SIGQUIT", 200),
+        ("without SIG", "QUIT", "SIGQUIT", 200),
+        ("by number", "3", "quit", 200),
+        ("none with a number", "NOSUCH", "TERM", 400),
+        ("another", "SIGQUIT", "TERM", 400),
+        ("another number", "15", "QUIT", 400),
+        ("of a system container", "SIGRTMIN+3", "TERM", 400),
+    ),
+)
+@pytest.mark.parametrize("extra", ["", "Libpod-Api-Version: 5.0.0\r\n"], ids=["1.41", "podman"])
+@pytest.mark.parametrize("action", ["stop", "restart"])
+def test_signal_of_the_containers_own_needs_none_to_be_sent(
+    fakes, own, wanted, status, extra, action
+):
+    fake, agent = fakes
+    version = f"Api-Version: {'1.44' if extra else '1.41'}\r\n"
+    fake.script["GET /_ping"] = http_answer(b"OK", extra=version + extra)
+    fake.script[INSPECT] = http_answer({"Id": "c1", "Config": {"StopSignal": own}})
+    fake.script[f"POST /containers/c1/{action}"] = http_answer(b"", 204)
+    fake.requests()
+    reply = agent.post(f"{ONE}/{action}", {"timeout": 3, "signal": wanted})
+    assert reply.status == status, reply.body
+    sent = [f"/containers/c1/{action}?t=3"] if status == 200 else []
+    assert [seen.target for seen in fake.changes()] == sent
+    assert status == 200 or "use kill" in reply.json()["message"]
+    del fake.script["GET /_ping"]
 
 
 @pytest.mark.parametrize("word", ["\u212aILL", "\u017fIGTERM", "9", "SIGSIGTERM", " TERM", "", 9])
@@ -3443,6 +4014,68 @@ def test_create_pulls(agent, engine, registries, name, pull, here, status):
     assert not headers or headers["X-Registry-Auth"] not in json.dumps(agent.log)
 
 
+REGISTRY_BODIES = {
+    "html": b"<html><title>Access denied: not found, unauthorized</title></html>",
+    "json": b'{"errors": [{"code": "CODE", "message": "not found, denied"}]}',
+    "none": b"",
+}
+REGISTRY_CODES = {401: b"UNAUTHORIZED", 404: b"MANIFEST_UNKNOWN", 429: b"TOOMANYREQUESTS"}
+
+
+class BrokenRegistry(http.server.BaseHTTPRequestHandler):
+    """A registry that answers as the repository that is asked for says: 503-html."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        status, _, kind = self.path.split("/")[2].partition("-")
+        code = REGISTRY_CODES.get(int(status or 200), b"UNKNOWN")
+        body = REGISTRY_BODIES.get(kind, b"{}").replace(b"CODE", code)
+        self.send_response(int(status or 200))
+        self.send_header("Content-Type", "text/html" if kind == "html" else "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        """Nothing: the tests look at what the agent says."""
+
+
+@pytest.fixture(scope="module")
+def broken_registry() -> Iterator[str]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), BrokenRegistry) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "repository, status",
+    [
+        *((f"{status}-{kind}", 502) for status in (500, 503, 429) for kind in ("html", "json")),
+        *((f"{status}-none", 502) for status in (500, 502, 504)),
+        ("200-html", 502),
+        ("200-json", 502),
+        ("200-none", 502),
+        ("418-html", 502),
+        ("401-json", 401),
+        ("404-json", 404),
+        ("404-html", 502),
+    ],
+)
+def test_registrys_failure_is_502_whatever_it_answers(
+    agent, engine, broken_registry, repository, status
+):
+    image = f"{broken_registry}/{repository}:1"
+    assert_envelope(agent.post("/api/v1/images/pull", {"image": image}), status)
+    assert_envelope(agent.post("/api/v1/containers", {"image": image}), status)
+    reply = agent.post("/api/v1/images/pull", {"image": image}, headers=SSE)
+    assert events(reply.body)[-1][1]["status"] == status
+
+
 def test_digest_is_the_one_of_the_repository_that_was_asked_for(fakes):
     fake, agent = fakes
     fake.script["POST /images/create"] = chunked_answer(b'{"status":"Status: ok"}')
@@ -3468,6 +4101,18 @@ def test_digest_is_the_one_of_the_repository_that_was_asked_for(fakes):
     assert agent.post("/api/v1/images/pull", {"image": "latest"}).json()["image"] == "latest:latest"
 
 
+@pytest.mark.parametrize("auth", ["null", "bnVsbA", "bnVsbA=="])
+def test_auth_of_null_is_none(fakes, auth):
+    fake, agent = fakes
+    fake.script["POST /images/create"] = chunked_answer(
+        b'{"status":"Digest: sha256:%b"}' % (b"a" * 64)
+    )
+    fake.requests()
+    reply = agent.post("/api/v1/images/pull", {"image": "x"}, headers={"X-Registry-Auth": auth})
+    assert reply.status == 200
+    assert ["x-registry-auth" in seen.headers for seen in fake.changes()] == [False]
+
+
 DEEP = base64.urlsafe_b64encode(b"[" * 20_000).decode()  # no decoder may recurse on that
 
 
@@ -3482,7 +4127,7 @@ DEEP = base64.urlsafe_b64encode(b"[" * 20_000).decode()  # no decoder may recurs
         "e30=\te30=",
         "\xff\xfe",
         "e30=e30=",
-        "bnVsbA",
+        "dHJ1ZQ",
         "eyJhIjoi",
     ],
 )
@@ -3532,7 +4177,10 @@ def test_error_inside_a_pull(fakes, pieces, end, status, words):
         ('Get "https://r.io/v2/": dial tcp 10.0.0.1:443: connect: connection refused', 502),
         ("pull access denied for x, repository does not exist", 403),
         ("manifest for x:1 not found: manifest unknown", 404),
-        ("the disk is on fire", 500),
+        ("failed to register layer: write /usr/x: no space left on device", 500),
+        ("whatever a registry may say", 502),
+        ("toomanyrequests: <title>access denied</title>", 502),
+        ('error parsing HTTP 429 response body: "<title>not found</title>"', 502),
     ],
 )
 def test_refused_pull_is_sorted_by_what_the_engine_says(fakes, message, status):
