@@ -1724,7 +1724,7 @@ def test_booleans_in_any_case(value, sent, pair):
         ("wrong method", "POST", "/health", "", 405, "GET, HEAD"),
         ("wrong method of two", "PUT", "/api/v1/containers", KEY, 405, "POST, GET, HEAD"),
         ("wrong method with an id", "GET", "/api/v1/containers/x/stop", KEY, 405, "POST"),
-        ("HEAD where only POST goes", "HEAD", "/api/v1/files", KEY, 405, "POST"),
+        ("HEAD where only POST goes", "HEAD", "/api/v1/images/pull", KEY, 405, "POST"),
         ("method in small letters", "get", "/health", "", 405, "GET, HEAD"),
         ("empty id", "DELETE", "/api/v1/containers/", KEY, 400, None),
         ("dots", "DELETE", "/api/v1/containers/..", KEY, 400, None),
