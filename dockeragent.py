@@ -3506,7 +3506,7 @@ def remove_container(engine: Engine, container: str) -> None:
     try:
         engine.call("DELETE", container_path(container), query, seconds=START_TIMEOUT)
     except EngineError as error:
-        if error.status != 404:  # auto_remove: the Engine itself has removed it
+        if error.status not in (404, 409):  # auto_remove: the Engine itself removes it
             raise
 
 
