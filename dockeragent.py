@@ -229,6 +229,7 @@ def encode_json(value: Any) -> bytes:
 # --------------------------------------------------------------------------------------------------
 
 Schema = dict[str, Any]
+TEXT = "(?s:.*)"
 
 # By type(), not isinstance(): to Python, a boolean is an integer.
 KINDS: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
@@ -268,7 +269,7 @@ def validate(schema: Schema, value: Any, path: str = "") -> Any:
 
     Members that are null are left out; a schema's `check` may change a value, or refuse it.
     """
-    example = f", such as {json.dumps(schema['example'])}" if "example" in schema else ""
+    example = f", such as {json.dumps(schema['example'])}" if schema.get("example") else ""
     rule = f"must be {schema['description']}{example}"
     if isinstance(value, NotJson):
         refuse(path, f"{value}; it {rule}")
@@ -284,7 +285,8 @@ def validate(schema: Schema, value: Any, path: str = "") -> Any:
         value = [validate(schema["items"], item, f"{path}[{i}]") for i, item in enumerate(value)]
     elif "maximum" in schema and not is_within(schema, value):
         refuse(path, rule)
-    return schema["check"](value, path) if "check" in schema else value
+    check = schema.get("check")
+    return check(value, path) if check else value
 
 
 def is_within(schema: Schema, value: Any) -> bool:
@@ -340,27 +342,34 @@ def suggest_name(name: str, properties: Json) -> str:
 
 # One function for each kind of value; it returns the value's schema.
 def string_schema(
-    pattern: str = "(?s:.*)", rule: str = "a string", longest: int = 4096, example: Any = None
+    pattern: str = TEXT,
+    rule: str = "a string",
+    longest: int = 4096,
+    example: Any = None,
+    **more: Any,
 ) -> Schema:
     schema = {"type": "string", "pattern": pattern, "description": rule, "maxLength": longest}
-    return {**schema, "example": example} if example else schema
+    return {**schema, "example": example, **more}
 
 
 def one_of(*words: str) -> Schema:
     return string_schema("|".join(words), f"one of {', '.join(words)}")
 
 
-def integer_schema(low: float, high: int, zero: str = "", kind: str = "integer") -> Schema:
+def integer_schema(
+    low: float, high: int, zero: str = "", kind: str = "integer", **more: Any
+) -> Schema:
     """zero: what 0 means, if it is allowed outside of the bounds."""
     noun = "an integer" if kind == "integer" else "a number"
     rule = (f"0 ({zero}) or " if zero else "") + f"{noun} from {low:,} to {high:,}"
-    return {"type": kind, "description": rule, "minimum": low, "maximum": high, "zero": zero}
+    schema = {"type": kind, "description": rule, "minimum": low, "maximum": high, "zero": zero}
+    return {**schema, **more}
 
 
 def array_of(item: Schema, **more: Any) -> Schema:
     rule = f"an array of {item['type'].replace('|', 's or ')}s"
-    example = {"example": [item["example"]]} if "example" in item else {}
-    return {"type": "array", "description": rule, "items": item, **example, **more}
+    example = [item["example"]] if item.get("example") else None
+    return {"type": "array", "description": rule, "items": item, "example": example, **more}
 
 
 def map_of(names: Schema, values: Schema, example: Json) -> Schema:
@@ -368,12 +377,11 @@ def map_of(names: Schema, values: Schema, example: Json) -> Schema:
 
 
 def object_schema(
-    required: str, example: Any = None, /, check: Any = None, **properties: Schema
+    required: str, example: Any = None, check: Any = None, **properties: Schema
 ) -> Schema:
-    schema: Schema = {"type": "object", "description": "a JSON object"}
-    schema.update(properties=properties, required=required.split())
-    extra = {"example": example, "check": check}
-    return check_schema({**schema, **{key: value for key, value in extra.items() if value}})
+    schema: Schema = {"type": "object", "description": "a JSON object", "properties": properties}
+    schema.update(required=required.split(), example=example, check=check)
+    return check_schema(schema)
 
 
 NOTHING = object_schema("")
@@ -2745,10 +2753,9 @@ PLATFORM = string_schema(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch such as l
 OWN_LABEL_RULE = f"a label that does not begin with {OWN_LABELS}, as the agent's own do"
 LABEL = string_schema(rf"(?s:(?!{re.escape(OWN_LABELS)}).*)", OWN_LABEL_RULE, MAX_BODY)
 LABELS = map_of(LABEL, STRING, {"com.example.team": "web"})
-HOST_NAME = string_schema(
-    "[a-zA-Z0-9_]([a-zA-Z0-9_.-]*[a-zA-Z0-9_])?", "letters, digits, '.', '-' and '_'", 64
-)
-IP = {**string_schema("(?s:.*)", "an IP address", 45, "10.0.0.5"), "check": check_ip}
+HOST_PATTERN = "[a-zA-Z0-9_]([a-zA-Z0-9_.-]*[a-zA-Z0-9_])?"
+HOST_NAME = string_schema(HOST_PATTERN, "letters, digits, '.', '-' and '_'", 64)
+IP = string_schema(TEXT, "an IP address", 45, "10.0.0.5", check=check_ip)
 HOST_IP = {**IP, "check": functools.partial(check_ip, also="host-gateway")}
 HOSTS = map_of(HOST_NAME, HOST_IP, {"db": "10.0.0.5"})
 NAME = string_schema(
@@ -2796,8 +2803,8 @@ VOLUMES = object_schema(
     mode=string_schema("0*[1-7][0-7]{0,3}", "an octal mode up to 7777", 15, "1777"),
     check=check_volume,
 )
-NETWORK = object_schema("name", name=NETWORK_NAME, aliases=array_of(HOST_NAME))
-NETWORK.update({**NETWORK_NAME, "type": "string|object", "check": check_network})
+JOINED = object_schema("name", name=NETWORK_NAME, aliases=array_of(HOST_NAME))
+JOINED.update({**NETWORK_NAME, "type": "string|object", "check": check_network})
 
 # Each field of a create is one row: its place in the Engine's request is below its parent's.
 CREATE = object_schema(
@@ -2814,7 +2821,7 @@ CREATE = object_schema(
     hostname=at("Hostname", HOST_NAME),
     ports=at("HostConfig.PortBindings", array_of(PORTS), engine_ports),
     volumes=at("HostConfig.Mounts", array_of(VOLUMES), engine_mounts, since=25),
-    networks=at("NetworkingConfig.EndpointsConfig", array_of(NETWORK), engine_endpoint),
+    networks=at("NetworkingConfig.EndpointsConfig", array_of(JOINED), engine_endpoint),
     network_mode=at("HostConfig.NetworkMode", NETWORK_MODE),
     restart_policy=at(
         "HostConfig.RestartPolicy",
@@ -3506,7 +3513,7 @@ def remove_container(engine: Engine, container: str) -> None:
     try:
         engine.call("DELETE", container_path(container), query, seconds=START_TIMEOUT)
     except EngineError as error:
-        if error.status != 404:  # auto_remove: the Engine itself has removed it
+        if error.status not in (404, 409):  # auto_remove: the Engine itself removes it
             raise
 
 

@@ -3584,6 +3584,10 @@ def test_what_cannot_be_rolled_back_is_named(fakes):
     fake.script.update({start: http_answer({"message": "no port"}, 500), whole: b""})
     reply = agent.post("/api/v1/containers", {"image": "x"})
     assert_envelope(reply, 500, "no port", "feedfeedfeed", "left behind")
+    for status in (404, 409):  # the Engine has removed it, or is about to: auto_remove
+        fake.script[whole] = http_answer({"message": "removal in progress"}, status)
+        reply = agent.post("/api/v1/containers", {"image": "x"})
+        assert (reply.status, reply.json()["message"]) == (500, "no port")
     fake.script[start] = http_answer(b"", 204)
     assert agent.post("/api/v1/containers", {"image": "x"}).json()["warnings"] == []
 
