@@ -4307,7 +4307,7 @@ def test_image_in_the_list_and_its_removal(agent, engine, repository):
             "POST",
             "/networks",
             {"name": "a", "labels": {"dockeragent.x": ""}},
-            "labels: ",
+            "labels.dockeragent.x: ",
         ),
         ("a network's name that climbs", "DELETE", "/networks/..", None, ""),
         ("a volume's name that climbs", "DELETE", "/volumes/a%2F..%2Fb", None, ""),
