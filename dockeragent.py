@@ -107,6 +107,11 @@ CALL_TIMEOUT = 30.0
 START_TIMEOUT = 120.0  # create and start, and to undo them
 PING_TIMEOUT = 3.0
 PULL_SILENCE = 120.0  # between two words about a pull
+MAX_CREATES = 64  # of containers at once; one more waits
+RUN_TIMEOUT = 3600  # of a one-off run that names none
+# Between two looks of a one-off run whether the agent is being stopped. A shorter wait would not
+# notice that the client has disconnected.
+STOP_POLL = HALF_CLOSED + 0.5
 DEFAULT_STOP = 10  # seconds, the Engine's own default
 MAX_STOP = 86_400  # seconds; no wait here is unbounded
 MAX_RESPONSE = 64 * 1024 * 1024  # bytes of one answer that is not a stream
@@ -2574,11 +2579,14 @@ SIGNALS = (
 )
 REAL_TIME = r"RTMIN(\+([1-9]|1[0-5]))?|RTMAX(-([1-9]|1[0-4]))?"  # systemd's own is RTMIN+3
 # The distribution project's reference grammar: [domain[:port]/]path[:tag][@digest]
-IMAGE = (
+REPOSITORY = (
     r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?/)?"
     r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
+)
+IMAGE = REPOSITORY + (
     r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64}|@sha512:[0-9a-f]{128})?"
 )
+IMAGE_ID = "(?:sha256:)?[0-9a-f]{64}"
 IMAGE_RULE = "an image such as nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
 NO_LIMIT = "no limit"
 ULIMIT_RULE = "an integer, or [soft, hard] with soft at most hard"
@@ -2669,6 +2677,24 @@ def check_create(body: Json, path: str) -> Json:
         rule = "is memory and swap together: it needs memory_mb, and must be at least as much"
         refuse("resources.memory_swap_mb", rule)
     return check_networks(body)
+
+
+def check_run(body: Json, path: str) -> Json:
+    if "auto_remove" in body:
+        refuse("auto_remove", "must be left out: the container of a run is always removed")
+    if body.get("restart_policy", {"name": "no"})["name"] != "no":
+        refuse("restart_policy.name", "must be no: a run ends once")
+    if body.get("log", {}).get("driver") == "none":
+        refuse("log.driver", "must not be none: a run's lines are read from its log")
+    return check_create(body, path)
+
+
+def check_subnet(subnet: str, path: str) -> str:
+    try:
+        ipaddress.ip_network(subnet)
+    except ValueError as error:
+        refuse(path, f"must be a subnet, such as 172.30.0.0/16: {error}")
+    return subnet
 
 
 def times(unit: int) -> Callable[[Any], int]:
@@ -2810,7 +2836,7 @@ JOINED.update({**NETWORK_NAME, "type": "string|object", "check": check_network})
 CREATE = object_schema(
     "image",
     {"image": "nginx:1.27"},
-    image=at("Image", string_schema(f"{IMAGE}|(?:sha256:)?[0-9a-f]{{64}}", IMAGE_RULE, 512)),
+    image=at("Image", string_schema(f"{IMAGE}|{IMAGE_ID}", IMAGE_RULE, 512)),
     name=at("query.name", NAME),
     cmd=at("Cmd", STRINGS),
     entrypoint=at("Entrypoint", STRINGS),
@@ -2895,6 +2921,13 @@ CREATE = object_schema(
     ipc_mode=at("HostConfig.IpcMode", IPC_MODE),
     check=check_create,
 )
+RUN = object_schema(
+    "image",
+    {"image": "nginx:1.27", "cmd": ["nginx", "-t"]},
+    timeout=integer_schema(1, MAX_STOP),
+    **CREATE["properties"],
+    check=check_run,
+)
 PULL = object_schema(
     "image", {"image": "nginx:1.27"}, image=string_schema(IMAGE, IMAGE_RULE, 512), platform=PLATFORM
 )
@@ -2912,6 +2945,22 @@ FILE = object_schema(
     uid=USER_ID,
     gid=USER_ID,
     atomic=BOOLEAN,
+)
+PRUNE = object_schema(
+    "",
+    repository=string_schema(REPOSITORY, "a repository without a tag", 255, "ghcr.io/acme/web"),
+    keep=integer_schema(0, 1000),
+    dry_run=BOOLEAN,
+)
+IMAGE_QUERY = object_schema("image", image=CREATE["properties"]["image"])
+SUBNET = string_schema("[0-9a-fA-F.:]+/[0-9]{1,3}", "a subnet", 64, "172.30.0.0/16")
+NEW_NETWORK = object_schema(
+    "name",
+    {"name": "front"},
+    name=NETWORK_NAME,
+    internal=BOOLEAN,
+    subnet={**SUBNET, "check": check_subnet},
+    labels=LABELS,
 )
 LIST_QUERY = object_schema(
     "",
@@ -3459,6 +3508,26 @@ def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
     return request.pop("query"), request
 
 
+# A create holds one of these; a removal holds them all, and REMOVAL so that two do not share them.
+# For the Engine lets an image or a network go while a container is being created with it (seen
+# with 20.10 and 28.5).
+CREATES = threading.BoundedSemaphore(MAX_CREATES)
+REMOVAL = threading.Lock()
+
+
+@contextlib.contextmanager
+def no_creates() -> Iterator[None]:
+    """Wait for the creates under way, and hold up new ones. Raises ApiError (503)."""
+    deadline = time.monotonic() + CALL_TIMEOUT
+    locks: list[Any] = [REMOVAL, *[CREATES] * MAX_CREATES]
+    with contextlib.ExitStack() as held:
+        for lock in locks:
+            if not lock.acquire(timeout=max(0, deadline - time.monotonic())):
+                raise ApiError(503, "containers are being created meanwhile; try again")
+            held.callback(lock.release)
+        yield
+
+
 def create_container(engine: Engine, body: Json, pull: Callable[[], object]) -> Json:
     """Create a container, without starting it; return {"Id", "Warnings"}.
 
@@ -3470,12 +3539,14 @@ def create_container(engine: Engine, body: Json, pull: Callable[[], object]) -> 
     if rule == "always":
         pull()
     try:
-        created = engine.json(*create)
+        with CREATES:
+            created = engine.json(*create)
     except EngineError as error:
         if error.status != 404 or rule != "missing" or has_image(engine, body):
             raise
         pull()
-        created = engine.json(*create)
+        with CREATES:
+            created = engine.json(*create)
     container_id(created)
     return created
 
@@ -3545,7 +3616,7 @@ def pull_progress(
     Raises EngineError for a pull that fails; closing the generator ends the pull.
     """
     name, tag = split_image(body["image"])
-    if re.fullmatch("(sha256:)?[0-9a-f]{64}", body["image"]):
+    if re.fullmatch(IMAGE_ID, body["image"]):
         raise EngineError(404, f"no such image: {body['image']}; an id cannot be pulled")
     query = {"fromImage": name, "tag": tag, **{k: body[k] for k in ("platform",) if k in body}}
     create = ("POST", "/images/create", query, None, PULL_SILENCE)
@@ -3659,6 +3730,199 @@ def is_listed(row: Json, key: Key, query: Json) -> bool:
         return False
     name = "".join(own_names(row))[1:]
     return query.get("name", "") in name and key.covers("containers", name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Images, networks, volumes: lists, removal, prune
+# --------------------------------------------------------------------------------------------------
+
+KEPT_IMAGES = 3  # of each repository, by a prune that names no number
+# Our fields of a list and the Engine's.
+IMAGE_FIELDS = {"id": "Id", "tags": "RepoTags", "digests": "RepoDigests"}
+IMAGE_FIELDS.update(size="Size", created="Created")
+NETWORK_FIELDS = {"id": "Id", "name": "Name", "driver": "Driver", "internal": "Internal"}
+NETWORK_FIELDS.update(labels="Labels")
+VOLUME_FIELDS = {"name": "Name", "driver": "Driver", "created": "CreatedAt", "labels": "Labels"}
+PREDEFINED_NETWORKS = ("bridge", "host", "none")
+# Held from the look for a network's name to its creation: older Engines allow two of one name.
+NETWORK_CREATION = threading.Lock()
+
+
+@contextlib.contextmanager
+def expected_shape() -> Iterator[None]:
+    """Turn an error from reading JSON of another shape into an EngineError (502)."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise EngineError(502, "the Engine's response is not of the expected shape") from error
+
+
+def full_repository(image: str) -> str:
+    """Return the full name of an image's repository: "docker.io/library/nginx" for "nginx:1"."""
+    return split_image(full_reference(image))[0]
+
+
+@expected_shape()
+def count_users(engine: Engine) -> collections.Counter[tuple[str, str]]:
+    """Return how many containers, stopped ones included, use each thing: {("volume", name): 2}.
+
+    Images are counted by id; networks by id, and by what a container that never ran calls them.
+    """
+    users: collections.Counter[tuple[str, str]] = collections.Counter()
+    for container in decode_response(engine.call("GET", "/containers/json?all=1"), list):
+        networks = container["NetworkSettings"]["Networks"] or {}
+        used = {("network", value["NetworkID"] or name) for name, value in networks.items()}
+        mounts = container["Mounts"] or []
+        used |= {("volume", mount["Name"]) for mount in mounts if mount["Type"] == "volume"}
+        users.update(used | {("image", container["ImageID"])})
+    return users
+
+
+@expected_shape()
+def read_images(engine: Engine) -> list[Json]:
+    """Return all images as we list them, except the intermediate ones of builds."""
+    images = []
+    found = decode_response(engine.call("GET", "/images/json"), list)
+    users = count_users(engine)  # after the images, so that no user of theirs is missed
+    for row in found:
+        image = {ours: row[theirs] for ours, theirs in IMAGE_FIELDS.items()}
+        for kind in ("tags", "digests"):  # before API 1.43 "<none>:<none>" stands for none
+            image[kind] = [name for name in image[kind] or [] if "<none>" not in name]
+        images.append({**image, "containers": users["image", image["id"]]})
+    return images
+
+
+@expected_shape()
+def remove_reference(engine: Engine, reference: str) -> dict[str, list[str]]:
+    """Untag an image, and remove it with its last tag; return {"untagged", "deleted"}."""
+    path = f"/images/{quote(reference)}"
+    # Invariant: never forced, so that the Engine itself refuses (409) an image in use.
+    with no_creates():
+        body = engine.call("DELETE", path, seconds=START_TIMEOUT)
+    records = decode_response(body, list)
+    return {
+        word.lower(): [record[word] for record in records if word in record]
+        for word in ("Untagged", "Deleted")
+    }
+
+
+def is_removed(engine: Engine, reference: str) -> bool:
+    """Remove a reference; return False if it is gone already, or its image in use by now."""
+    try:
+        remove_reference(engine, reference)
+    except EngineError as error:
+        if error.status not in (404, 409):
+            raise
+        return False
+    return True
+
+
+@expected_shape()
+def creation_key(ask: Ask, image: Json) -> tuple[int, str, str, str]:
+    """Return a sort key: when an image was created, to the nanosecond, then when it was tagged.
+
+    The tagging decides between reproducible builds, which all have the same time of creation.
+    """
+    found = ask(f"/images/{quote(image['id'])}/json") or {}  # removed since it was listed
+    fraction = re.sub(r"^[^.]*\.?([0-9]*).*", r"\1", str(found.get("Created")))
+    tagged = str((found.get("Metadata") or {}).get("LastTagTime")).rstrip("Z")
+    return image["created"], fraction, tagged, image["id"]
+
+
+def prune_images(agent: Agent, key: Key, repository: str, keep: int, *, dry_run: bool) -> Json:
+    """Remove old images; return {"removed", "reclaimed"}. Raises EngineError.
+
+    Of each repository that the key's patterns cover (or the named one alone) the newest `keep`
+    images stay, and so does every image in use. An unused image with neither tag nor digest goes,
+    unless one repository is named.
+    """
+    removed: list[Json] = []
+    reclaimed = 0  # bytes of the images that lost their last reference
+    counts: collections.Counter[str] = collections.Counter()  # images of a repository so far
+    images = read_images(agent.engine)
+    for image in sorted(images, key=functools.partial(creation_key, agent.ask), reverse=True):
+        own = image["tags"] or image["digests"]
+        counts.update({full_repository(reference) for reference in own})
+        if image["containers"] or not (image["tags"] or key.master):
+            continue
+        # A pattern that covers every tag of a repository covers the empty tag, too.
+        names = {name for name in map(full_repository, own) if counts[name] > keep}
+        names = {n for n in names if repository in ("", n) and key.covers("images", f"{n}:")}
+        going = [reference for reference in own if full_repository(reference) in names]
+        if not (own or repository):
+            going = [image["id"]]
+        gone = [reference for reference in going if dry_run or is_removed(agent.engine, reference)]
+        removed += [{"image": name, "id": image["id"], "size": image["size"]} for name in gone]
+        every = {full_repository(reference) for reference in image["tags"] + image["digests"]}
+        if gone and gone == going and names == every:
+            reclaimed += image["size"]
+    return {"removed": removed, "reclaimed": reclaimed}
+
+
+@expected_shape()
+def read_networks(engine: Engine) -> list[Json]:
+    """Return all networks as we list them."""
+    networks = []
+    for found in decode_response(engine.call("GET", "/networks"), list):
+        row = {ours: found[theirs] for ours, theirs in NETWORK_FIELDS.items()}
+        subnets = [each["Subnet"] for each in found["IPAM"]["Config"] or [] if "Subnet" in each]
+        networks.append({**row, "subnets": subnets, "labels": row["labels"] or {}})
+    return networks
+
+
+def find_network(engine: Engine, name: str) -> Json | None:
+    """Return the network of exactly this name; the Engine's own filter takes a part of it."""
+    return next((row for row in read_networks(engine) if row["name"] == name), None)
+
+
+def create_network(engine: Engine, body: Json) -> tuple[Json, int]:
+    """Return the network of a name, and 201 if it was created, else 200. Raises ApiError."""
+    options: Json = {"Name": body["name"], "CheckDuplicate": True, "Labels": body.get("labels", {})}
+    options["Internal"] = body.get("internal", False)
+    if subnet := body.get("subnet"):
+        options.update(EnableIPv6=":" in subnet, IPAM={"Config": [{"Subnet": subnet}]})
+    if not NETWORK_CREATION.acquire(timeout=CALL_TIMEOUT):
+        raise ApiError(503, "other networks are being created; try again later")
+    try:
+        if found := find_network(engine, body["name"]):
+            return found, 200
+        engine.call("POST", "/networks/create", body=options)
+    except EngineError as error:
+        # Another client of the Engine's may have created it meanwhile.
+        if error.status == 409 and (found := find_network(engine, body["name"])):
+            return found, 200
+        raise
+    finally:
+        NETWORK_CREATION.release()
+    return find_network(engine, body["name"]) or {}, 201
+
+
+def remove_network(engine: Engine, name: str) -> None:
+    """Remove a network that no container uses. Raises ApiError (404, 409)."""
+    network = find_network(engine, name)
+    if not network:
+        raise ApiError(404, f"no such network: {name}")
+    with no_creates():
+        users = count_users(engine)
+        is_used = any(users["network", each] for each in (network["id"], network["id"][:12], name))
+        # The Engine minds only running containers; a stopped one could not start again. It never
+        # removes a predefined network, and says why.
+        if is_used and name not in PREDEFINED_NETWORKS:
+            raise ApiError(409, f"network {name} is used by a container")
+        engine.call("DELETE", f"/networks/{quote(network['id'], safe='')}")
+
+
+@expected_shape()
+def read_volumes(engine: Engine) -> list[Json]:
+    """Return all volumes as we list them."""
+    volumes = []
+    found = engine.json("GET", "/volumes")["Volumes"] or []
+    users = count_users(engine)
+    for row in found:
+        volume = {ours: row.get(theirs) for ours, theirs in VOLUME_FIELDS.items()}
+        count = users["volume", row["Name"]]
+        volumes.append({**volume, "labels": volume["labels"] or {}, "containers": count})
+    return volumes
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4127,6 +4391,174 @@ def log_ending(source: LogSource) -> Json:
 
 
 # --------------------------------------------------------------------------------------------------
+# One-off runs: a container that lives no longer than its request
+# --------------------------------------------------------------------------------------------------
+
+RUN_LABEL = "dockeragent.run"  # of a run's container; its value is a random token
+# Lines are read from the log, so it must be one that can be read, and not rotate before it is.
+RUN_LOG = {"driver": "json-file", "max_size_mb": 2**20}
+RunPart = Union[list[Line], Json]  # lines, or at last how the run ended
+
+
+def run_stream(
+    engine: Engine, live: set[str], request: Request, pull: Callable[[], object], *, events: bool
+) -> Stream:
+    """Yield the response of a run, as events or as one JSON object.
+
+    live: gets the run's token for as long as it lasts. The first piece comes once the container has
+    started: until then an error is a status. However the stream ends, the container is removed
+    first. Raises ApiError or ClientGone.
+    """
+    body, token = request.body, secrets.token_hex(16)
+    labels = {**body.get("labels", {}), RUN_LABEL: token}
+    log = body.get("log", {})
+    if log.get("driver", "json-file") in ("json-file", "local"):
+        log = {**RUN_LOG, **log}
+    body = {**body, "labels": labels, "log": log}
+    with contextlib.ExitStack() as removal:
+        live.add(token)
+        removal.callback(live.discard, token)
+        # By its label, which it has even if the response with its id was lost.
+        removal.callback(remove_run, engine, token)
+        container = create_container(engine, body, pull)["Id"]
+        request.target.update(id=container)
+        connect_networks(engine, container, body)
+        start_container(engine, container)
+        deadline = time.monotonic() + body.get("timeout", RUN_TIMEOUT)
+        query = {"stdout": 1, "stderr": 1, "follow": 1, "timestamps": 1}
+        client = request.interrupts._replace(stop=None)  # being stopped, the run has time to end
+        reader = LogReader(LogSource(engine, container, body.get("tty", False), query, client))
+        removal.callback(reader.close)
+        parts = run_parts(reader, deadline, request.interrupts.stop, removal)
+        yield from with_ending(run_events(parts)) if events else run_document(parts)
+
+
+def run_parts(
+    reader: LogReader, deadline: float, stop: socket.socket | None, removal: contextlib.ExitStack
+) -> Iterator[RunPart]:
+    """Yield a run's lines, [] after PING_INTERVAL of silence, and at last how it ended.
+
+    At the deadline (monotonic) the container is killed; before the last part or an error comes out
+    of here, it is removed. Raises EngineError, ClientGone or Stopping.
+    """
+    timed_out, due = False, time.monotonic() + PING_INTERVAL
+    with removal:
+        while not reader.done:
+            lines = reader.read(min(due, deadline, time.monotonic() + STOP_POLL))
+            if lines or time.monotonic() >= due:
+                yield lines or []
+                due = time.monotonic() + PING_INTERVAL
+            is_stopping = stop and NEVER.wait_readable(stop, 0)
+            if is_stopping:
+                deadline = min(deadline, time.monotonic() + GRACE / 2)
+            if time.monotonic() < deadline:
+                continue
+            if is_stopping:
+                raise Stopping(503, "the agent is being stopped; the run was killed")
+            if timed_out:
+                break
+            timed_out = kill_run(reader.source)
+            deadline = time.monotonic() + CALL_TIMEOUT  # for the lines from before the kill
+        if reader.done:
+            yield from filter(None, reader.rest())
+        killed: Json = {"exit_code": None, "timed_out": True}
+        ending = killed if timed_out else run_ending(reader.source)
+    yield ending
+
+
+def kill_run(source: LogSource) -> bool:
+    """Kill a container; return False if it has ended by itself. Raises EngineError."""
+    try:
+        source.engine.call("POST", container_path(source.container, "kill"))
+    except EngineError as error:
+        if error.status not in (404, 409):
+            raise
+        return False
+    return True
+
+
+def run_ending(source: LogSource) -> Json:
+    """Return {"exit_code"} of a container whose log has ended. Raises EngineError."""
+    found = source.engine.json("GET", container_path(source.container, "json"))
+    state = require(found, "State", dict)
+    if state.get("Running"):
+        raise EngineError(502, "the Engine ended the log of a container that runs")
+    return {"exit_code": require(state, "ExitCode", int)}
+
+
+def run_items(lines: list[Line]) -> list[bytes]:
+    """Return each line as JSON, in which no CR or LF is left to forge a field of an event."""
+    return [
+        encode_json({"stream": STREAMS[kind], "line": text.decode("utf-8", "replace")})
+        for _, _, kind, text in lines
+    ]
+
+
+def run_document(parts: Iterator[RunPart]) -> Stream:
+    """Yield {"lines": [...], "exit_code": 0}; white space in it keeps the connection awake."""
+    yield b'{"lines":['
+    separator = b""
+    for part in parts:
+        if isinstance(part, dict):
+            yield b"],%b\n" % encode_json(part)[1:]
+        elif part:
+            yield separator + b",".join(run_items(part))
+            separator = b","
+        else:
+            yield b"\n"
+
+
+def run_events(parts: Iterator[RunPart]) -> Stream:
+    """Yield one event a line, and at last the end."""
+    yield STREAM_START
+    for part in parts:
+        if isinstance(part, dict):
+            yield event("end", part)
+        else:
+            yield b"".join(b"data: %b\n\n" % item for item in run_items(part)) or PING
+
+
+def find_runs(engine: Engine, label: str, status: str = "") -> list[Json]:
+    """Return the Engine's rows of the containers with a label, in one state or in any."""
+    filters = {"label": [label], "status": [status] if status else []}
+    query = {"all": 1, "filters": encode_json(filters).decode()}
+    rows: list[Json] = decode_response(engine.call("GET", "/containers/json", query), list)
+    return rows
+
+
+def remove_run(engine: Engine, token: str) -> None:
+    """Kill and remove a run's container, however the Engine restarts. Raises EngineError."""
+    deadline = time.monotonic() + START_TIMEOUT
+    while True:
+        try:
+            for container in find_runs(engine, f"{RUN_LABEL}={token}"):
+                remove_container(engine, container_id(container))
+            return
+        except EngineError:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(1)
+
+
+@expected_shape()
+def remove_left_runs(engine: Engine, log: Log, live: Collection[str], status: str = "") -> None:
+    """Remove the containers of runs that an agent left when it was killed. Raises EngineError.
+
+    live: the tokens of runs that go on. status: look only at containers in this state.
+    """
+    for container in find_runs(engine, RUN_LABEL, status):
+        token = container["Labels"][RUN_LABEL]
+        if not token or token in live:  # other containers of the agent's have it empty
+            continue
+        # A label of the image's own says nothing: anybody may have put it there.
+        image = engine.json("GET", f"/images/{quote(container['ImageID'])}/json")
+        if label_of(image, RUN_LABEL) != token:
+            remove_container(engine, container_id(container))
+            target = {"id": container["Id"], "name": container["Names"][0].lstrip("/")}
+            log("warning", "removed what a killed agent left of a run", target=target)
+
+
+# --------------------------------------------------------------------------------------------------
 # Sight: stats, events, metrics
 # --------------------------------------------------------------------------------------------------
 
@@ -4371,6 +4803,7 @@ class Agent(NamedTuple):
     host_root: str
     file_locks: dict[int, threading.RLock]  # held by Walk
     metrics: Metrics
+    runs: set[str]  # the tokens of one-off runs that go on
 
     def ask(self, path: str) -> Json | None:
         """Return the Engine's JSON for a path, None if there is no such thing."""
@@ -4547,10 +4980,16 @@ def logs(request: Request, agent: Agent) -> Response:
     return Response(stream=log_document(reader, render))
 
 
+EVENT_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
+EVENT_HEADERS["Cache-Control"] = "no-cache, no-transform"
+
+
 def event_stream(events: Stream) -> Response:
-    headers = {"Cache-Control": "no-cache, no-transform", "X-Accel-Buffering": "no"}
-    headers["Content-Type"] = "text/event-stream"
-    return Response(stream=with_ending(events), headers=headers)
+    return Response(stream=with_ending(events), headers=EVENT_HEADERS)
+
+
+def wants_events(request: Request) -> bool:
+    return "text/event-stream" in ",".join(request.fields.get("accept", [])).lower()
 
 
 def with_ending(events: Stream) -> Stream:
@@ -4566,7 +5005,7 @@ def with_ending(events: Stream) -> Stream:
 def pull(request: Request, agent: Agent) -> Response:
     auth = registry_auth(request)
     request.target.update(image=request.body["image"])
-    if "text/event-stream" in ",".join(request.fields.get("accept", [])).lower():
+    if wants_events(request):
         return event_stream(pull_events(request, agent, auth))
     return Response(
         pull_image(agent.engine, request.body, auth, request.interrupts._replace(stop=None))
@@ -4646,6 +5085,68 @@ def file_tree(request: Request, agent: Agent, path: str) -> Tree:
     return Tree(agent.host_root, agent.file_locks, request.key.file_folder(path))
 
 
+def post_run(request: Request, agent: Agent) -> Response:
+    engine, body, events = agent.engine, request.body, wants_events(request)
+    request.target.update(name=body.get("name", ""), image=body["image"])
+    interrupts = request.interrupts._replace(stop=None)
+    pull = functools.partial(pull_image, engine, body, registry_auth(request), interrupts)
+    stream = run_stream(engine, agent.runs, request, pull, events=events)
+    return Response(stream=stream, headers=EVENT_HEADERS if events else {})
+
+
+def list_covered(request: Request, kind: str, rows: list[Json]) -> Response:
+    return Response({kind: [row for row in rows if request.key.covers(kind, row["name"])]})
+
+
+def list_images(request: Request, agent: Agent) -> Response:
+    images = read_images(agent.engine)
+    for image in images:
+        for kind in ("tags", "digests"):
+            image[kind] = [name for name in image[kind] if request.key.covers("images", name)]
+    shown = [i for i in images if request.key.master or i["tags"] or i["digests"]]
+    return Response({"images": shown})
+
+
+def remove_image(request: Request, agent: Agent) -> Response:
+    image = request.query["image"]
+    request.target.update(image=image)
+    return Response(remove_reference(agent.engine, image))
+
+
+def prune(request: Request, agent: Agent) -> Response:
+    repository, keep = request.body.get("repository", ""), request.body.get("keep", KEPT_IMAGES)
+    if repository:
+        request.target.update(image=repository)
+        repository = full_repository(repository)
+    dry_run = request.body.get("dry_run", False)
+    return Response(prune_images(agent, request.key, repository, keep, dry_run=dry_run))
+
+
+def list_networks(request: Request, agent: Agent) -> Response:
+    return list_covered(request, "networks", read_networks(agent.engine))
+
+
+def post_network(request: Request, agent: Agent) -> Response:
+    request.target.update(network=request.body["name"])
+    return Response(*create_network(agent.engine, request.body))
+
+
+def delete_network(request: Request, agent: Agent) -> Response:
+    request.target.update(network=request.name)
+    remove_network(agent.engine, request.name)
+    return Response({"message": "network removed"})
+
+
+def list_volumes(request: Request, agent: Agent) -> Response:
+    return list_covered(request, "volumes", read_volumes(agent.engine))
+
+
+def delete_volume(request: Request, agent: Agent) -> Response:
+    request.target.update(volume=request.name)
+    agent.engine.call("DELETE", f"/volumes/{quote(request.name, safe='')}")
+    return Response({"message": "volume removed"})
+
+
 def write_file(request: Request, agent: Agent) -> Response:
     body = request.body
     content = text = body.get("content", "").encode()
@@ -4699,7 +5200,16 @@ ROUTES = check_routes(
     Route("POST", f"{API}/containers/{{id}}/pause", pause, "operate", body=NOTHING),
     Route("POST", f"{API}/containers/{{id}}/unpause", unpause, "operate", body=NOTHING),
     Route("GET", f"{API}/containers/{{id}}/stats", stats, "read", query=STATS_QUERY),
+    Route("POST", f"{API}/run", post_run, "create", body=RUN),
     Route("POST", f"{API}/images/pull", pull, "images", body=PULL),
+    Route("GET", f"{API}/images", list_images, "images"),
+    Route("DELETE", f"{API}/images", remove_image, "images", query=IMAGE_QUERY),
+    Route("POST", f"{API}/images/prune", prune, "images", body=PRUNE),
+    Route("GET", f"{API}/networks", list_networks, "networks"),
+    Route("POST", f"{API}/networks", post_network, MASTER_ONLY, body=NEW_NETWORK),
+    Route("DELETE", f"{API}/networks/{{name}}", delete_network, MASTER_ONLY),
+    Route("GET", f"{API}/volumes", list_volumes, "volumes"),
+    Route("DELETE", f"{API}/volumes/{{name}}", delete_volume, "volumes"),
     Route("POST", f"{API}/files", write_file, "files", body=FILE),
     Route("GET", f"{API}/files", get_file, "files", query=FILE_QUERY),
     Route("DELETE", f"{API}/files", remove_file, "files", query=FILE_QUERY),
@@ -4800,6 +5310,11 @@ def start_up(log: Log, address: Address, agent: Agent) -> None:
     log("info", "listening", version=VERSION, **where, engine_answers=not problem)
     if problem:
         log("warning", f"the Engine does not answer: {problem}")
+    # The Engine may still be working on a create that a killed agent has sent.
+    for pause, status in (0, ""), (5, "created"), (START_TIMEOUT, "created"):
+        time.sleep(pause)
+        with contextlib.suppress(EngineError):
+            remove_left_runs(agent.engine, log, agent.runs, status)
 
 
 def raise_open_files(wanted: int) -> int:
@@ -4835,7 +5350,7 @@ def run(config: Config) -> int:
         log("warning", f"MAX_CONNECTIONS: lowered to {allowed} by the limit on open files")
     config = config._replace(max_connections=allowed)
     engine = Engine(config.docker_host, config.engine_tls, config.docker_api_version)
-    agent = Agent(engine, config.host_root, {}, Metrics())
+    agent = Agent(engine, config.host_root, {}, Metrics(), set())
     with Server(config, log, listener, ROUTES, agent, agent.metrics.observe) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         notify("READY=1")

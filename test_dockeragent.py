@@ -37,7 +37,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
-from urllib.parse import parse_qs, quote
+from urllib.parse import parse_qs, quote, unquote
 
 import pytest
 
@@ -248,11 +248,12 @@ class FakeEngine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.server_close()
 
     def requests(self) -> list[Seen]:
-        """What was asked since the last call, pings aside."""
+        """What was asked since the last call, but pings and an agent's look for left runs."""
         found = []
         while not self.seen.empty():
             found.append(self.seen.get())
-        return [seen for seen in found if seen.target != "/_ping"]
+        left_runs = "%22dockeragent.run%22"  # without a token: what an agent looks for at its start
+        return [s for s in found if s.target != "/_ping" and left_runs not in s.target]
 
     def changes(self) -> list[Seen]:
         """What was to change something, since the last call."""
@@ -4233,6 +4234,410 @@ def test_pull_ends_with_its_client_and_with_the_agent(fake_engine, tmp_path, beg
 
 
 # --------------------------------------------------------------------------------------------------
+# Images, networks, volumes
+# --------------------------------------------------------------------------------------------------
+
+DIGEST = "sha256:" + "d" * 64
+
+
+@pytest.fixture
+def repository(engine: RealEngine) -> Iterator[str]:
+    """A repository's name that is free; its images are removed after the test."""
+    chosen = "da-" + secrets.token_hex(6) + "/web"
+    yield chosen
+    for image in engine.call("GET", "/images/json")[1]:
+        for tag in image["RepoTags"] or []:
+            if tag.startswith(chosen.partition("/")[0]):
+                forget(engine, tag)
+
+
+def make_image(engine: RealEngine, reference: str, *instructions: str, **labels: str) -> str:
+    """Make an image of its own from the test image, and return its id."""
+    container = engine.run("true", Labels={LABEL: secrets.token_hex(4), **labels})
+    repository, _, tag = reference.partition(":")
+    query = f"container={container}&repo={repository}&tag={tag}"
+    status, answer = engine.call("POST", f"/commit?{query}")
+    assert status == 201, answer
+    engine.remove(container)
+    return answer["Id"]
+
+
+def image_row(agent: Agent, image: str) -> dict[str, Any]:
+    """The row of an image by its id, {} if it is not there."""
+    rows = agent.get("/api/v1/images").json()["images"]
+    return next((row for row in rows if row["id"] == image), {})
+
+
+def test_image_in_the_list_and_its_removal(agent, engine, repository):
+    image = make_image(engine, f"{repository}:1")
+    engine.call("POST", f"/images/{image}/tag?repo={repository}&tag=2")
+    container = engine.run("true", Image=f"{repository}:1")
+    inspect = engine.call("GET", f"/images/{image}/json")[1]
+    row = image_row(agent, image)
+    assert isinstance(row.pop("created"), int) and sorted(row.pop("tags")) == inspect["RepoTags"]
+    expected = {"digests": inspect["RepoDigests"], "size": inspect["Size"], "containers": 1}
+    assert row == {"id": image, **expected}
+    path = "/api/v1/images?image="
+    assert_envelope(agent.delete(path + image), 409)  # two tags: not by its id
+    untagged = {"untagged": [f"{repository}:1"], "deleted": []}
+    assert agent.delete(f"{path}{repository}:1").json() == untagged
+    assert_envelope(agent.delete(f"{path}{repository}:2"), 409, container[:12])
+    assert image_row(agent, image)["tags"] == [f"{repository}:2"]
+    engine.remove(container)
+    removed = agent.delete(f"{path}{repository}:2").json()
+    assert removed["untagged"] == [f"{repository}:2"] and image in removed["deleted"]
+    assert image_row(agent, image) == {}
+    assert_envelope(agent.delete(f"{path}{repository}:2"), 404, repository)
+    target = {"image": f"{repository}:2"}
+    until(lambda: agent.lines("request")[-1]["target"] == target, "a log line with its target")
+
+
+@pytest.mark.parametrize(
+    "method, path, body, word",
+    cases(
+        ("no image", "DELETE", "/images", None, "query.image: is required"),
+        ("an image in capitals", "DELETE", "/images?image=WEB", None, "query.image: "),
+        ("an image that climbs", "DELETE", "/images?image=../networks/x", None, "query.image: "),
+        ("forced", "DELETE", "/images?image=x&force=1", None, "query.force: is unknown"),
+        ("a tag of a repository", "POST", "/images/prune", {"repository": "web:1"}, "repository: "),
+        ("keep below 0", "POST", "/images/prune", {"keep": -1}, "keep: "),
+        ("a misspelt dry run", "POST", "/images/prune", {"dryrun": True}, "dryrun: is unknown"),
+        ("a network without a name", "POST", "/networks", {}, "name: is required"),
+        ("a name with a slash", "POST", "/networks", {"name": "a/b"}, "name: "),
+        ("bits of a host", "POST", "/networks", {"name": "a", "subnet": "10.0.0.1/8"}, "subnet: "),
+        ("no prefix", "POST", "/networks", {"name": "a", "subnet": "10.0.0.0"}, "subnet: "),
+        (
+            "the agent's own label",
+            "POST",
+            "/networks",
+            {"name": "a", "labels": {"dockeragent.x": ""}},
+            "labels.dockeragent.x: ",
+        ),
+        ("a network's name that climbs", "DELETE", "/networks/..", None, ""),
+        ("a volume's name that climbs", "DELETE", "/volumes/a%2F..%2Fb", None, ""),
+    ),
+)
+def test_bad_name_of_an_image_network_or_volume_reaches_nothing(method, path, body, word, pair):
+    assert_envelope(pair.agent.request(method, f"/api/v1{path}", body), 400, word)
+    assert pair.engine.requests() == []
+
+
+class Shelf:
+    """Images on a FakeEngine, as (tags, digests, seconds of creation, fraction, when tagged)."""
+
+    def __init__(self, fake: FakeEngine, used: tuple[str, ...] = (), **images: Any) -> None:
+        self.fake, self.removed = fake, []
+        rows = [
+            {
+                "Id": f"sha256:{name}",
+                "RepoTags": tags or None,
+                "RepoDigests": [f"{where}@{DIGEST}" for where in digests] or ["<none>@<none>"],
+                "Size": 10,
+                "Created": created,
+            }
+            for name, (tags, digests, created, *_) in images.items()
+        ]
+        users = [
+            {"ImageID": f"sha256:{name}", "Mounts": [], "NetworkSettings": {"Networks": {}}}
+            for name in used
+        ]
+        fake.script["GET /images/json"] = http_answer(rows)
+        fake.script["GET /containers/json"] = http_answer(users)
+        for name, (tags, digests, _, *times) in images.items():
+            fraction, tagged = times or ("", "")
+            inspect = {"Created": f"2026-02-21T10:00:00{fraction}Z"}
+            inspect["Metadata"] = {"LastTagTime": f"2026-02-21T10:00:0{tagged}Z"}
+            fake.script[f"GET /images/sha256%3A{name}/json"] = http_answer(inspect)
+            for reference in (*tags, *(f"{d}@{DIGEST}" for d in digests), f"sha256:{name}"):
+                self.answers(reference, http_answer([{"Deleted": f"sha256:{name}"}]))
+
+    def answers(self, reference: str, answer: bytes) -> None:
+        self.fake.script[f"DELETE /images/{quote(reference)}"] = answer
+
+    def taken(self) -> list[str]:
+        """What was asked to be removed, without force."""
+        found = [seen for seen in self.fake.requests() if seen.method == "DELETE"]
+        return [unquote(seen.target.removeprefix("/images/")) for seen in found]
+
+
+PRUNES = cases(
+    (
+        "the newest stay, whatever their order in the list",
+        {"b": (["web:2"], [], 2), "c": (["web:3"], [], 3), "a": (["web:1"], [], 1)},
+        {"keep": 1},
+        ["web:2", "web:1"],
+        20,
+    ),
+    ("three stay by default", {n: ([f"web:{n}"], [], i) for i, n in enumerate("abcd")}, {},
+     ["web:a"], 10),
+    (
+        "each repository keeps its own",
+        {"a": (["web:1", "db:1"], [], 1), "b": (["web:2"], [], 2)},
+        {"keep": 1},
+        ["web:1"],
+        0,
+    ),
+    (
+        "all tags of an old image go",
+        {"a": (["web:1", "web:one", "x/web:1"], [], 1), "b": (["web:2", "x/web:2"], [], 2)},
+        {"keep": 1},
+        ["web:1", "web:one", "x/web:1"],
+        10,
+    ),
+    (
+        "another repository is left alone",
+        {"a": (["web:1"], [], 1), "b": (["x.io/web:1"], [], 2), "c": ([], [], 1)},
+        {"keep": 0, "repository": "docker.io/library/web"},
+        ["web:1"],
+        10,
+    ),
+    ("an image of nobody goes", {"a": ([], [], 9), "b": (["<none>:<none>"], [], 9)}, {},
+     ["sha256:b", "sha256:a"], 20),
+    (
+        "without a tag it belongs to the repository of its digest",
+        {"a": ([], ["web"], 1), "b": (["web:2"], [], 2), "c": ([], ["db"], 1)},
+        {"keep": 1},
+        [f"web@{DIGEST}"],
+        10,
+    ),
+    (
+        "a digest elsewhere keeps the image",
+        {"a": (["web:1"], ["db"], 1), "b": (["web:2"], [], 2)},
+        {"keep": 1},
+        ["web:1"],
+        0,
+    ),
+    (
+        "one second, told apart by its fraction",
+        {"a": (["web:1"], [], 1, ".9", ""), "b": (["web:2"], [], 1, ".10000001", "")},
+        {"keep": 1},
+        ["web:2"],
+        10,
+    ),
+    (
+        "reproducible builds, told apart by their tagging",
+        {"a": (["web:2"], [], 0, "", "2.5"), "b": (["web:1"], [], 0, "", "2")},
+        {"keep": 1},
+        ["web:1"],
+        10,
+    ),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("images, body, taken, reclaimed", PRUNES)
+def test_prune(fake_agent, fake_engine, images, body, taken, reclaimed):
+    shelf = Shelf(fake_engine, **images)
+    planned = fake_agent.post("/api/v1/images/prune", {**body, "dry_run": True}).json()
+    assert shelf.taken() == []
+    result = fake_agent.post("/api/v1/images/prune", body).json()
+    assert shelf.taken() == taken == [row["image"] for row in result["removed"]]
+    assert result == planned
+    assert result["reclaimed"] == reclaimed
+    assert {row["size"] for row in result["removed"]} == {10}
+
+
+def test_prune_leaves_what_is_used_or_becomes_so(fake_agent, fake_engine):
+    images = {name: ([f"web:{name}"], [], age) for age, name in enumerate("abcdef")}
+    shelf = Shelf(fake_engine, used=("b", "f"), **images)
+    shelf.answers("web:c", http_answer({"message": "in use by now"}, 409))
+    shelf.answers("web:d", http_answer({"message": "gone by now"}, 404))
+    result = fake_agent.post("/api/v1/images/prune", {"keep": 1}).json()
+    assert shelf.taken() == ["web:e", "web:d", "web:c", "web:a"]
+    assert [row["image"] for row in result["removed"]] == ["web:e", "web:a"]
+    assert result["reclaimed"] == 20
+    shelf.answers("web:e", http_answer({"message": "disk is gone"}, 500))
+    assert_envelope(fake_agent.post("/api/v1/images/prune", {"keep": 1}), 500, "disk is gone")
+
+
+def test_limited_key_prunes_what_it_covers_and_nothing_untagged(fake_engine, tmp_path):
+    tags = {
+        "a": "web:1",
+        "b": "web:2",
+        "c": "x.io/acme/web:1",
+        "d": "x.io/other:1",
+        "e": "db:latest",
+    }
+    shelf = Shelf(
+        fake_engine,
+        nobody=([], [], 1),
+        digest=([], ["x.io/acme/web"], 1),
+        **{name: ([tag], [], 1) for name, tag in tags.items()},
+    )
+    key = {"name": "ci", "sha256": hashlib.sha256(b"limited").hexdigest(), "allow": ["images"]}
+    (tmp_path / "keys").write_text(
+        json.dumps({"keys": [{**key, "images": ["web:1", "db", "x.io/acme/*"]}]})
+    )
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=str(tmp_path / "keys")) as agent:
+        rows = agent.get("/api/v1/images", key="limited").json()["images"]
+        assert sorted(row["tags"] + row["digests"] for row in rows) == [
+            ["db:latest"],
+            ["web:1"],
+            ["x.io/acme/web:1"],
+            [f"x.io/acme/web@{DIGEST}"],
+        ]
+        reply = agent.post("/api/v1/images/prune", {"keep": 0}, key="limited")
+        assert shelf.taken() == ["x.io/acme/web:1"] == [r["image"] for r in reply.json()["removed"]]
+        for image in ("web:2", "sha256:" + "a" * 64, "a" * 64, "abc"):
+            assert_envelope(agent.delete(f"/api/v1/images?image={image}", key="limited"), 403)
+        assert_envelope(agent.post("/api/v1/networks", {"name": "n"}, key="limited"), 403)
+        assert shelf.taken() == []
+        assert agent.delete("/api/v1/images?image=web:1", key="limited").status == 404
+        assert shelf.taken() == ["docker.io/library/web:1"]  # in full, never the beginning of an id
+
+
+def test_prune_beside_creates_takes_no_image_away_from_a_container(agent, engine, repository):
+    images = {f"{repository}:{n}": make_image(engine, f"{repository}:{n}") for n in range(8)}
+    made: list[str] = []
+
+    def create(tags: list[str]) -> None:
+        for tag in tags:
+            body = {"image": tag, "cmd": ["true"], "pull": "never", "network_mode": "none"}
+            reply = agent.post("/api/v1/containers", {**body, "labels": TEST_LABEL})
+            assert reply.status in (201, 404), reply.body
+            if reply.status == 201:
+                made.append(reply.json()["id"])
+
+    tags = sorted(images, reverse=True)
+    creators = [threading.Thread(target=create, args=(tags[n::2],)) for n in range(2)]
+    for creator in creators:
+        creator.start()
+    removed: list[str] = []
+    while any(creator.is_alive() for creator in creators):
+        reply = agent.post("/api/v1/images/prune", {"repository": repository, "keep": 0})
+        assert reply.status == 200, reply.body
+        removed += [row["id"] for row in reply.json()["removed"]]
+    used = {engine.inspect(container)["Image"] for container in made}
+    for container in made:
+        engine.remove(container)
+    assert {row["Id"] for row in engine.call("GET", "/images/json")[1]} >= used
+    assert not used & set(removed) and used | set(removed) <= set(images.values())
+    assert len(images) - len(made) <= len(removed)
+
+
+SHAPES = [b"[]", b"{}", b"[1]", b"[{}]", b"[[]]", b"null", b'{"Volumes":[1]}', b'[{"Id":1}]']
+
+
+@pytest.mark.parametrize("answer", SHAPES)
+@pytest.mark.parametrize("path", ["images", "networks", "volumes"])
+def test_list_of_another_shape_is_no_bug_of_the_agent(fakes, path, answer):
+    fake, agent = fakes
+    fake.script[f"GET /{path}"] = fake.script["GET /images/json"] = http_answer(answer)
+    fake.script["GET /containers/json"] = http_answer(b"[]")
+    reply = agent.get(f"/api/v1/{path}")
+    assert (reply.status, reply.json()) == (200, {path: []}) or reply.status == 502
+    if path != "networks":
+        fake.script[f"GET /{path}"] = http_answer({"Volumes": []})
+        fake.script["GET /images/json"] = http_answer(b"[]")
+        fake.script["GET /containers/json"] = http_answer(answer)
+        assert agent.get(f"/api/v1/{path}").status in (200, 502)
+
+
+def network_rows(engine: RealEngine, name: str) -> list[Any]:
+    return [row for row in engine.call("GET", "/networks")[1] if row["Name"] == name]
+
+
+@pytest.fixture
+def free_network(engine: RealEngine) -> Iterator[str]:
+    """A network's name that is free, and free again after the test."""
+    chosen = "da-" + secrets.token_hex(4)
+    yield chosen
+    for row in network_rows(engine, chosen):
+        engine.call("DELETE", f"/networks/{row['Id']}")
+
+
+def test_network_is_created_once_however_many_ask(agent, engine, free_network):
+    body = {"name": free_network, "internal": True, "labels": {"a": "b"}}
+    replies: list[Reply] = []
+    longer = {"name": f"{free_network}-longer"}
+    assert agent.post("/api/v1/networks", longer).status == 201  # a part of a name is another's
+    threads = [
+        threading.Thread(target=lambda: replies.append(agent.post("/api/v1/networks", body)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(reply.status for reply in replies) == [200] * 7 + [201]
+    (found,) = network_rows(engine, free_network)
+    expected = {"id": found["Id"], "name": free_network, "driver": "bridge", "internal": True}
+    expected.update(labels={"a": "b"}, subnets=[found["IPAM"]["Config"][0]["Subnet"]])
+    assert [reply.json() for reply in replies] == [expected] * 8
+    rows = agent.get("/api/v1/networks").json()["networks"]
+    assert expected in rows and {"bridge", "none"} & {row["name"] for row in rows}
+    assert agent.delete(f"/api/v1/networks/{free_network}-longer").status == 200
+    assert agent.delete(f"/api/v1/networks/{free_network}").json() == {"message": "network removed"}
+    assert network_rows(engine, free_network) == []
+    assert_envelope(agent.delete(f"/api/v1/networks/{free_network}"), 404, free_network)
+
+
+@pytest.mark.parametrize("subnet", ["10.213.7.0/24", "fd00:d0c:a9e7::/64"])
+def test_network_has_the_subnet_that_was_asked_for(agent, free_network, subnet):
+    reply = agent.post("/api/v1/networks", {"name": free_network, "subnet": subnet})
+    assert (reply.status, subnet in reply.json()["subnets"]) == (201, True)
+
+
+def test_network_that_another_client_makes_first_is_found(fake_agent, fake_engine):
+    network = {"Id": "f", "Name": "n", "Driver": "bridge", "Internal": False, "Labels": None}
+    network["IPAM"] = {"Config": None}
+    lists = [http_answer([]), http_answer([network])]
+    fake_engine.script["GET /networks"] = lambda sock: sock.sendall(lists.pop(0))
+    fake_engine.script["POST /networks/create"] = http_answer({"message": "exists"}, 409)
+    reply = fake_agent.post("/api/v1/networks", {"name": "n"})
+    assert (reply.status, reply.json()["id"]) == (200, "f")
+    (asked,) = [seen for seen in fake_engine.requests() if seen.method == "POST"]
+    assert json.loads(asked.body)["CheckDuplicate"] is True  # older Engines make two otherwise
+    lists += [http_answer([]), http_answer([])]
+    assert_envelope(fake_agent.post("/api/v1/networks", {"name": "n"}), 409, "exists")
+    fake_engine.requests()
+    lists.append(http_answer([network]))
+    assert fake_agent.post("/api/v1/networks", {"name": "n"}).status == 200
+    assert [seen.method for seen in fake_engine.requests()] == ["GET"]
+
+
+@pytest.mark.parametrize("state", ["created", "exited", "running"])
+@pytest.mark.parametrize("by", ["Name", "Id"])
+def test_used_network_stays(agent, engine, network, state, by):
+    name = network()
+    (found,) = network_rows(engine, name)
+    host = {"NetworkMode": found[by]}
+    endpoints = {"EndpointsConfig": {found[by]: {}}}
+    body = {"Image": IMAGE, "Cmd": ["sleep", "600"], "Labels": TEST_LABEL, "HostConfig": host}
+    created = engine.call("POST", "/containers/create", {**body, "NetworkingConfig": endpoints})[1]
+    for action in {"exited": ["start", "kill"], "running": ["start"]}.get(state, []):
+        engine.call("POST", f"/containers/{created['Id']}/{action}")
+    assert_envelope(agent.delete(f"/api/v1/networks/{name}"), 409, name)
+    assert network_rows(engine, name) == [found] or state == "running"
+    engine.remove(created["Id"])
+    assert agent.delete(f"/api/v1/networks/{name}").status == 200
+
+
+def test_predefined_network_keeps_the_engines_words(agent):
+    assert_envelope(agent.delete("/api/v1/networks/none"), 403, "pre-defined")
+
+
+def test_volumes(agent, engine):
+    name = "da-" + secrets.token_hex(6)
+    host = {"Binds": [f"{name}:/a", f"{name}:/b"], "NetworkMode": "none"}
+    containers = [engine.run("true", HostConfig=host) for _ in range(2)]
+
+    def row() -> dict[str, Any]:
+        rows = agent.get("/api/v1/volumes").json()["volumes"]
+        return next((row for row in rows if row["name"] == name), {})
+
+    inspect = engine.call("GET", f"/volumes/{name}")[1]
+    expected = {"name": name, "driver": "local", "created": inspect["CreatedAt"], "labels": {}}
+    assert row() == {**expected, "containers": 2}
+    assert_envelope(agent.delete(f"/api/v1/volumes/{name}"), 409, name)
+    for container in containers:
+        engine.remove(container)
+    assert row() == {**expected, "containers": 0}
+    assert agent.delete(f"/api/v1/volumes/{name}").json() == {"message": "volume removed"}
+    assert row() == {}
+    assert_envelope(agent.delete(f"/api/v1/volumes/{name}"), 404, name)
+
+
+# --------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------
 
@@ -5996,6 +6401,299 @@ def test_newline_inside_an_entry_forges_nothing(fake_agent, fake_engine):
     first, last = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
     assert (first.type, first.data) == ("message", "a\nevent: end\ndata: {}")
     assert last.type == "end"
+
+
+# --------------------------------------------------------------------------------------------------
+# One-off runs
+# --------------------------------------------------------------------------------------------------
+
+EVENT_STREAM = {"Accept": "text/event-stream"}
+RUN = {"image": IMAGE, "network_mode": "none", "pull": "never", "labels": TEST_LABEL}
+
+
+class Ran(NamedTuple):
+    """What a run answered: (stream, line) pairs, and how it ended."""
+
+    lines: list[tuple[str, str]]
+    ending: Any
+
+
+def read_run(reply: Reply) -> Ran:
+    """What a run's response says, of either form."""
+    assert reply.status == 200, reply.body
+    if reply.headers["content-type"] == "application/json":
+        ending = reply.json()
+        items = ending.pop("lines")
+    else:
+        assert reply.headers["x-accel-buffering"] == "no"
+        *events, end = parse_events(reply.body)
+        assert end.type == "end" and {event.type for event in events} <= {"message"}
+        items, ending = [json.loads(event.data) for event in events], json.loads(end.data)
+    assert all(set(item) == {"stream", "line"} for item in items)
+    return Ran([(item["stream"], item["line"]) for item in items], ending)
+
+
+def runs_left(engine: RealEngine) -> list[Any]:
+    """The containers of this module's runs."""
+    filters = quote(json.dumps({"label": ["dockeragent.run", LABEL]}))
+    rows = engine.call("GET", f"/containers/json?all=1&filters={filters}")[1]
+    return [row for row in rows if row["Labels"]["dockeragent.run"]]
+
+
+ACCEPTS = pytest.mark.parametrize("accept", [{}, EVENT_STREAM], ids=["json", "events"])
+
+
+@pytest.mark.parametrize("tty", [False, True], ids=["frames", "terminal"])
+@ACCEPTS
+def test_run_has_exactly_the_lines_and_the_exit_code(agent, engine, accept, tty):
+    text = base64.b64encode(HOSTILE).decode()
+    pieces = [text[start : start + 100_000] for start in range(0, len(text), 100_000)]
+    words = " ".join(f"$P{index}" for index in range(len(pieces)))
+    body = {
+        "cmd": ["sh", "-c", f"printf %s {words} | base64 -d; exit 42"],
+        "env": [f"P{index}={piece}" for index, piece in enumerate(pieces)],
+    }
+    ran = read_run(agent.post("/api/v1/run", {**RUN, **body, "tty": tty}, headers=accept))
+    assert ran.lines == [("stdout", line) for line in as_lines(HOSTILE, tty)]
+    assert ran.ending == {"exit_code": 42}
+    assert runs_left(engine) == []
+
+
+@ACCEPTS
+def test_streams_of_a_run_are_told_apart(agent, accept):
+    script = "seq 40000 & seq 40000 >&2 & wait; printf partial; printf other >&2"
+    ran = read_run(agent.post("/api/v1/run", {**RUN, "cmd": ["sh", "-c", script]}, headers=accept))
+    for stream, last in ("stdout", "partial"), ("stderr", "other"):
+        lines = [line for name, line in ran.lines if name == stream]
+        assert lines == [*map(str, range(1, 40001)), last]
+    assert ran.ending == {"exit_code": 0}
+
+
+@ACCEPTS
+def test_run_without_a_line(agent, accept):
+    ran = read_run(agent.post("/api/v1/run", {**RUN, "cmd": ["true"]}, headers=accept))
+    assert ran == ([], {"exit_code": 0})
+
+
+@ACCEPTS
+def test_run_is_killed_at_its_timeout(agent, engine, accept):
+    script = "trap '' TERM; echo one; printf partial; sleep 600"
+    body = {**RUN, "cmd": ["sh", "-c", script], "timeout": 1}
+    ran = read_run(agent.post("/api/v1/run", body, headers=accept))
+    assert ran.lines == [("stdout", "one"), ("stdout", "partial")]
+    assert ran.ending == {"exit_code": None, "timed_out": True}
+    assert runs_left(engine) == []
+
+
+@pytest.mark.parametrize(
+    "fields, status, word",
+    cases(
+        ("no such command", {"cmd": ["/no/such"]}, 400, "/no/such"),
+        ("no such image", {"image": "no-such:1"}, 404, "no-such:1"),
+        ("no such network", {"network_mode": "no-such"}, 404, "no-such"),
+        ("log driver that is not there", {"log": {"driver": "no-such"}}, None, "no-such"),
+    ),
+)
+@ACCEPTS
+def test_run_that_does_not_start_is_a_status_and_leaves_nothing(
+    agent, engine, name, accept, fields, status, word
+):
+    body = {**RUN, "name": name, "cmd": ["true"], **fields}
+    reply = agent.post("/api/v1/run", body, headers=accept)
+    assert_envelope(reply, status or reply.status, word)
+    assert reply.status in (400, 404, 500)
+    assert engine.call("GET", f"/containers/{name}/json")[0] == 404
+    assert runs_left(engine) == []
+
+
+def test_name_that_is_taken_keeps_its_container(agent, engine, name):
+    taken = engine.call(
+        "POST", f"/containers/create?name={name}", {"Image": IMAGE, "Cmd": ["true"]}
+    )[1]["Id"]
+    reply = agent.post("/api/v1/run", {**RUN, "name": name, "cmd": ["true"]})
+    assert_envelope(reply, 409, name)
+    assert engine.inspect(name)["Id"] == taken
+
+
+@pytest.mark.parametrize(
+    "fields, word",
+    cases(
+        ("asks to be removed", {"auto_remove": True}, "auto_remove: "),
+        ("asks not to be removed", {"auto_remove": False}, "auto_remove: "),
+        ("starts again", {"restart_policy": {"name": "always"}}, "restart_policy.name: "),
+        ("no log to read", {"log": {"driver": "none"}}, "log.driver: "),
+        ("no time", {"timeout": 0}, "timeout: "),
+        ("more than a day", {"timeout": 86_401}, "timeout: "),
+        ("the agent's own label", {"labels": {"dockeragent.run": "x"}}, "labels"),
+    ),
+)
+def test_bad_run_is_400_and_reaches_nothing(fields, word, pair):
+    assert_envelope(pair.agent.post("/api/v1/run", {"image": "x", **fields}), 400, word)
+    assert pair.engine.requests() == []
+
+
+def begin_run(agent: Agent, *script: str) -> socket.socket:
+    """Ask for a run, and return the connection with nothing read from it."""
+    body = json.dumps({**RUN, "cmd": ["sh", "-c", *script]}).encode()
+    sock = agent.connect()
+    sock.sendall(message("POST /api/v1/run", f"Content-Length: {len(body)}", body=body))
+    return sock
+
+
+def test_client_that_leaves_at_any_moment_takes_its_run_along(engine):
+    with Agent() as agent:
+        for moment in range(10):
+            with begin_run(agent, "sleep 600" if moment % 2 else "yes | head -n 9999; sleep 600"):
+                time.sleep(moment * 0.06)
+        until(lambda: len(agent.lines("request")) == 10, "the end of each request")
+    assert runs_left(engine) == []
+
+
+REMOVED = "removed what a killed agent left of a run"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.4, 0.8])
+def test_what_a_killed_agent_left_goes_when_the_next_starts(engine, seconds):
+    label = {"dockeragent.run": secrets.token_hex(16)}
+    own = make_image(engine, f"da-{secrets.token_hex(4)}:1", **label)
+    bystanders = {
+        engine.run("sleep", "600", wait=False, Image=image, Labels={LABEL: "1", **labels})
+        for image, labels in (
+            (own, {}),
+            (own, {"dockeragent.run": ""}),
+            (IMAGE, {"dockeragent.run": ""}),
+        )
+    }
+    with Agent() as agent:
+        socks = [begin_run(agent, "echo begun; sleep 600") for _ in range(3)]
+        time.sleep(seconds)
+        agent.process.kill()
+        agent.process.wait()
+        for sock in socks:
+            sock.close()
+    # The Engine may still be working for the agent that was killed; see `announce`.
+    time.sleep(1)
+    left = {row["Id"] for row in runs_left(engine)} - bystanders
+    with Agent() as agent:
+        until(lambda: {row["Id"] for row in runs_left(engine)} <= bystanders, "the removals")
+        until(lambda: {line["target"]["id"] for line in agent.lines(REMOVED)} == left, "the log")
+    for bystander in bystanders:
+        assert engine.inspect(bystander)["State"]["Running"]
+        engine.remove(bystander)
+    forget(engine, own)
+
+
+@ACCEPTS
+def test_stop_of_the_agent_lets_a_short_run_end_and_kills_a_long_one(engine, accept):
+    replies: dict[str, Any] = {}
+
+    def post(seconds: str) -> None:
+        body = {**RUN, "cmd": ["sh", "-c", f"echo one; sleep {seconds}; echo two; exit 3"]}
+        try:
+            replies[seconds] = agent.post("/api/v1/run", body, headers=accept)
+        except http.client.IncompleteRead as error:
+            replies[seconds] = error
+
+    with Agent() as agent:
+        threads = [threading.Thread(target=post, args=(seconds,)) for seconds in ("2", "600")]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(agent.lines("stream")) == 2 or len(runs_left(engine)) == 2, "two runs")
+        until(lambda: [row["State"] for row in runs_left(engine)] == ["running"] * 2, "two runs")
+        agent.process.terminate()
+        for thread in threads:
+            thread.join()
+        assert agent.process.wait(WAIT) == 0
+    assert read_run(replies["2"]) == ([("stdout", "one"), ("stdout", "two")], {"exit_code": 3})
+    if accept:
+        assert [event.type for event in parse_events(replies["600"].body)] == [
+            "message",
+            "shutdown",
+        ]
+    else:
+        assert isinstance(replies["600"], http.client.IncompleteRead)
+    assert runs_left(engine) == []
+
+
+def test_large_output_of_a_run_costs_no_memory(engine):
+    with Agent() as agent:
+        read_run(agent.post("/api/v1/run", {**RUN, "cmd": ["seq", "10"]}))
+        before = memory(agent, "VmHWM")
+        ran = read_run(agent.post("/api/v1/run", {**RUN, "cmd": ["seq", "300000"]}))
+        assert memory(agent, "VmHWM") - before < 8 * MIB
+    assert ran.lines == [("stdout", str(n)) for n in range(1, 300_001)]
+
+
+def run_of(fake: FakeEngine, log: bytes | Callable[[socket.socket], None]) -> list[str]:
+    """Script a run whose container is x, and return its list of what was done to it."""
+    done: list[str] = []
+
+    def note(word: str, answer: bytes) -> Callable[[socket.socket], None]:
+        def respond(sock: socket.socket) -> None:
+            done.append(word)
+            sock.sendall(answer)
+
+        return respond
+
+    fake.script = {
+        "POST /containers/create": note("create", http_answer({"Id": "x", "Warnings": []}, 201)),
+        "POST /containers/x/start": note("start", NO_CONTENT),
+        "GET /containers/x/logs": log,
+        "GET /containers/x/json": http_answer({"Id": "x", "State": EXITED}),
+        "GET /containers/json": http_answer([{"Id": "x"}]),
+        "DELETE /containers/x": note("remove", NO_CONTENT),
+    }
+    return done
+
+
+@pytest.mark.parametrize("answer", BROKEN)
+def test_broken_log_of_a_run_never_looks_complete_and_the_container_goes(
+    fake_agent, fake_engine, answer
+):
+    for accept in ("application/json", "text/event-stream"):
+        done = run_of(fake_engine, answer)
+        body = json.dumps({"image": "x"}).encode()
+        fields = [f"Accept: {accept}", f"Content-Length: {len(body)}", LAST]
+        reply = fake_agent.raw(message("POST /api/v1/run", *fields, body=body))
+        if accept == "application/json":
+            assert not reply.endswith(b"0\r\n\r\n") and b'"exit_code"' not in reply
+        else:
+            assert b"event: error\n" in reply and b"event: end" not in reply
+        assert done == ["create", "start", "remove"]
+    (removal,) = [s for s in fake_engine.requests()[-3:] if s.method == "DELETE"]
+    assert removal.target == "/containers/x?force=1&v=1"
+
+
+def test_run_whose_container_runs_on_when_its_log_ends_is_no_success(fake_agent, fake_engine):
+    done = run_of(fake_engine, chunked_answer(FIRST))
+    running = {"Id": "x", "State": {"Running": True, "ExitCode": 0}}
+    fake_engine.script["GET /containers/x/json"] = http_answer(running)
+    reply = fake_agent.post("/api/v1/run", {"image": "x"}, headers=EVENT_STREAM)
+    assert [event.type for event in parse_events(reply.body)] == ["message", "error"]
+    assert done == ["create", "start", "remove"]
+
+
+def test_container_whose_creation_was_answered_by_nobody_is_found_by_its_label(
+    fake_agent, fake_engine
+):
+    done = run_of(fake_engine, chunked_answer(FIRST))
+    fake_engine.script["POST /containers/create"] = b""
+    assert_envelope(fake_agent.post("/api/v1/run", {"image": "x"}), 502)
+    assert done == ["remove"]
+    requests = fake_engine.requests()
+    (create,) = [seen for seen in requests if seen.target == "/containers/create"]
+    token = json.loads(create.body)["Labels"]["dockeragent.run"]
+    (search,) = [seen for seen in requests if seen.target.startswith("/containers/json")]
+    assert f'["dockeragent.run={token}"]' in unquote(search.target) and len(token) == 32
+
+
+def test_removal_is_tried_again_until_the_engine_is_back(fake_agent, fake_engine):
+    done = run_of(fake_engine, chunked_answer(FIRST))
+    answers = [http_answer({"message": "busy"}, 500), NO_CONTENT]
+    fake_engine.script["DELETE /containers/x"] = lambda sock: sock.sendall(answers.pop(0))
+    reply = fake_agent.post("/api/v1/run", {"image": "x"})
+    assert read_run(reply) == ([("stdout", "one")], {"exit_code": 7})
+    assert (done, answers) == (["create", "start"], [])
 
 
 # --------------------------------------------------------------------------------------------------
