@@ -4938,6 +4938,163 @@ def test_newline_inside_an_entry_forges_nothing(fake_agent, fake_engine):
 
 
 # --------------------------------------------------------------------------------------------------
+# Deploy
+# --------------------------------------------------------------------------------------------------
+
+LOOP = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done"]
+HELPERS = (".next", ".prev", ".old")
+
+
+class FaultyProxy(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Stands between an agent and the real Engine, and does harm to one call that changes something.
+
+    arm(k, harm): to the k-th from now on, harm(forward, sock) instead of forward(), which has the
+    Engine answer and returns what it answered.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, path: Path, engine: RealEngine) -> None:
+        self.engine_path, self.url = engine.path, f"unix://{path}"
+        self.lock = threading.Lock()
+        self.calls: list[str] = []  # that changed something, since it was armed
+        self.fault: tuple[int, Callable[..., None]] | None = None
+        super().__init__(str(path), FaultyProxyHandler)
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self) -> FaultyProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def arm(self, number: int, harm: Callable[..., None]) -> None:
+        with self.lock:
+            self.calls, self.fault = [], (number, harm)
+
+    def disarm(self) -> list[str]:
+        """Do no more harm; return the calls since it was armed."""
+        with self.lock:
+            self.fault = None
+            return self.calls
+
+    def harm_to(self, method: str, target: str) -> Callable[..., None] | None:
+        with self.lock:
+            if method == "GET" or self.fault is None:
+                return None
+            self.calls.append(f"{method} {target}")
+            number, harm = self.fault
+            return harm if len(self.calls) == number + 1 else None
+
+
+class FaultyProxyHandler(socketserver.StreamRequestHandler):
+    server: FaultyProxy
+
+    def handle(self) -> None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            if not (line := self.rfile.readline()):
+                return
+            head += line
+        length = re.search(rb"(?i)content-length: ([0-9]+)", head)
+        body = self.rfile.read(int(length[1]) if length else 0)
+        head = head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+        method, target, _ = head.decode().split(" ", 2)
+
+        def forward() -> bytes:
+            with socket.socket(socket.AF_UNIX) as there:
+                there.connect(self.server.engine_path)
+                there.sendall(head + body)
+                return read_to_end(there)
+
+        harm = self.server.harm_to(method, target)
+        with contextlib.suppress(OSError):
+            if harm:
+                harm(forward, self.connection)
+            else:
+                self.connection.sendall(forward())
+
+
+def names_of(engine: RealEngine, name: str) -> dict[str, Any]:
+    """The containers with a name and its helper names, as inspected, by name."""
+    filters = quote(json.dumps({"name": [f"^/{name}"]}))
+    found = engine.call("GET", f"/containers/json?all=1&filters={filters}")[1]
+    return {row["Names"][0][1:]: engine.inspect(row["Id"]) for row in found}
+
+
+@pytest.fixture
+def site(engine: RealEngine) -> Iterator[str]:
+    """A name to deploy; it and its helper names are free again after the test."""
+    chosen = "da-" + secrets.token_hex(6)
+    yield chosen
+    for helper in ("", *HELPERS):
+        engine.remove(chosen + helper)
+
+
+def spec(*cmd: str, **fields: Any) -> dict[str, Any]:
+    """The body of a deploy that takes no longer than it must."""
+    quick = {"image": IMAGE, "cmd": list(cmd) or LOOP, "pull": "never", "network_mode": "none"}
+    quick.update(restart_policy={"name": "always"}, stop_timeout=1, deploy={"stable": 0.2})
+    return {**quick, **fields}
+
+
+def put(agent: Agent, name: str, body: Any, query: str = "", **kwargs: Any) -> Reply:
+    return agent.request("PUT", f"/api/v1/containers/{name}{query}", body, **kwargs)
+
+
+GOOD, BAD = spec(env=["NEW=1"]), spec("sh", "-c", "echo broken; exit 3")
+# The calls of a deploy that change something, in their order.
+SWAP = "create update stop rename rename start".split()
+CALLS = {
+    "good": [*SWAP, "update", "rename", "DELETE"],
+    "bad": [*SWAP, "update", "stop", "rename", "rename", "update", "stop", "start", "DELETE"],
+}
+
+
+def is_settled(engine: RealEngine, site: str) -> Any:
+    found = names_of(engine, site)
+    return found if found.keys() == {site} and found[site]["State"]["Running"] else None
+
+
+def assert_settled(engine: RealEngine, site: str, old: str, kind: str) -> None:
+    """One container runs, under its name and with its restart policy; the old one if the new is bad."""
+    current = until(lambda: is_settled(engine, site), f"one container: {names_of(engine, site)}")[
+        site
+    ]
+    assert current["HostConfig"]["RestartPolicy"]["Name"] == "always"
+    assert kind == "good" or current["Id"] == old
+
+
+def crash(agent: Agent, *, after: bool) -> Callable[..., None]:
+    def harm(forward: Callable[[], bytes], sock: socket.socket) -> None:
+        if after:
+            forward()
+        agent.process.kill()
+        agent.process.wait()
+
+    return harm
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(
+    "kind, number", [(kind, n) for kind, calls in CALLS.items() for n in range(len(calls))]
+)
+def test_killed_agent_leaves_one_container_that_runs(engine, site, tmp_path, kind, number, after):
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        with Agent(DOCKER_HOST=proxy.url) as agent:
+            old = put(agent, site, spec()).json()["id"]
+            proxy.arm(number, crash(agent, after=after))
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                put(agent, site, GOOD if kind == "good" else BAD)
+            agent.process.wait(WAIT)
+        calls = proxy.disarm()
+        assert CALLS[kind][number] in calls[-1] and len(calls) == number + 1
+        with Agent(DOCKER_HOST=proxy.url):
+            assert_settled(engine, site, old, kind)
+
+
+# --------------------------------------------------------------------------------------------------
 # What is around the file: README, image, unit, proxy
 # --------------------------------------------------------------------------------------------------
 
