@@ -4359,20 +4359,17 @@ class Deployment:
 
     # The steps
 
-    def change(
-        self, found: Found, action: str, seconds: float = START_TIMEOUT, **call: Any
-    ) -> None:
-        self.engine.call("POST", container_path(found.id, action), seconds=seconds, **call)
-
     def rename(self, found: Found, suffix: str) -> None:
-        self.change(found, "rename", query={"name": self.name + suffix})
+        query = {"name": self.name + suffix}
+        self.engine.call("POST", container_path(found.id, "rename"), query)
 
     def set_restart(self, found: Found, policy: Json) -> None:
-        self.change(found, "update", body={"RestartPolicy": policy})
+        body = {"RestartPolicy": policy}
+        self.engine.call("POST", container_path(found.id, "update"), body=body)
 
     def stop(self, found: Found) -> None:
-        wait = own_stop_timeout(found.container["Config"])
-        self.change(found, "stop", wait + CALL_TIMEOUT)
+        seconds = own_stop_timeout(found.container["Config"]) + CALL_TIMEOUT
+        self.engine.call("POST", container_path(found.id, "stop"), seconds=seconds)
 
     def remove_old(self, old: Found) -> None:
         """Remove what was replaced, without its volumes; a failure is a warning."""
@@ -4387,11 +4384,11 @@ class Deployment:
         Raises GateError, EngineError, and Stopping if it runs while the agent is being stopped.
         """
         self.told.put(("step", {"step": "start"}))
-        self.change(new, "start")
-        self.told.put(("step", {"step": "gate"}))
+        start_container(self.engine, new.id)
         self.pass_gate(new)
 
     def pass_gate(self, new: Found) -> None:
+        self.told.put(("step", {"step": "gate"}))
         begun, since = time.monotonic(), None
         while not self.passed:
             container = self.inspect(new.id)
@@ -4450,7 +4447,7 @@ class Deployment:
         self.stop(old)  # again: the first stop may still be under way in the Engine
         if new.journal.was["running"]:
             try:
-                self.change(old, "start")
+                start_container(self.engine, old.id)
             except EngineError as error:
                 if error.status in UNREACHABLE:
                     raise
@@ -4470,17 +4467,21 @@ class Deployment:
 
     def finish(self, new: Found, _: None) -> None:
         """Remove what a first deploy left; start a container that has lost its old one."""
-        if new.journal.replaces:
-            self.start_alone(new)
-        else:
+        if not new.journal.replaces:
             remove_container(self.engine, new.id)
             self.outcome = "removed"
+            return
+        try:
+            self.start_alone(new)
+        except GateError as error:
+            rule = f"is all that is left, but {error.message}: remove it"
+            raise ApiError(409, f"{self.name}{NEXT} {rule}") from error
 
     def give_back(self, _: None, old: Found) -> None:
         """Start the old container again, which has lost its new one."""
         self.rename(old, "")
         self.set_restart(old, old.journal.restart)
-        self.change(old, "start")
+        start_container(self.engine, old.id)
         self.outcome = "rolled back"
 
     # Names that are there: which is the new container, which the old one, and what is done.
@@ -4501,9 +4502,11 @@ class Deployment:
         if ids.keys() <= {""}:
             return
         found = {suffix: self.find(container) for suffix, container in ids.items()}
-        if OLD in found and self.is_replaced(found[OLD], found.get("")):
-            self.outcome = "committed"
+        here, replaced = found.get(""), found.get(OLD)
+        owners = {replaced and replaced.journal.name, here and here.journal.replaces}
+        if replaced and owners & {self.name, replaced.id}:
             self.remove_old(found.pop(OLD))
+            self.outcome = "committed"
         if found.keys() <= {""}:
             return
         new_suffix, old_suffix, step = self.STATES.get(tuple(found), ("", "", None))
@@ -4513,10 +4516,6 @@ class Deployment:
             names = " and ".join(self.name + suffix for suffix in found if suffix)
             raise ApiError(409, f"no deploy of {self.name} has left {names}: remove or rename it")
         step(self, new, old)
-
-    def is_replaced(self, old: Found, here: Found | None) -> bool:
-        """Return whether a deploy has made of a container what OLD stands for."""
-        return self.name == old.journal.name or bool(here and here.journal.replaces == old.id)
 
     # The deploy
 
@@ -4530,8 +4529,10 @@ class Deployment:
         old = self.find_old(image, adopt=request.query.get("adopt", False))
         spec = {field: value for field, value in body.items() if field not in ("deploy", "pull")}
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
-        if old and self.is_current(old, digest, image):
-            return self.answer(old, image, None, changed=False)
+        if old and (old.journal.spec, old.container.get("Image")) == (digest, image.get("Id")):
+            running = old.container["State"].get("Status") == "running"
+            if running and health_of(old.container) != "unhealthy":
+                return self.answer(old, image, None, changed=False)
         replaced = self.describe(old) if old else None
         new, warnings = self.create(body, request.key, digest, old)
         self.warnings += warnings
@@ -4576,11 +4577,6 @@ class Deployment:
             rule = "remove it, or replace it with ?adopt=true"
             raise ApiError(409, f"{self.name} was not deployed by this agent; {rule}")
         return old
-
-    def is_current(self, old: Found, digest: str, image: Json) -> bool:
-        same = old.journal.spec == digest and old.container.get("Image") == image.get("Id")
-        running = old.container["State"].get("Status") == "running"
-        return same and running and health_of(old.container) != "unhealthy"
 
     def create(
         self, body: Json, key: Key, digest: str, old: Found | None
@@ -4754,10 +4750,12 @@ class Deploys:
             if isinstance(error, EngineError) and not error.members:  # nothing was touched
                 error.members = {"rolled_back": deployment.exists, **NO_EVIDENCE}
             end, fields["error"] = ("error", error), error.message
-            if what == "deploy" or error.status in UNREACHABLE:
+            if error.status in UNREACHABLE:
                 self._unfinished.set()
         except Exception as error:  # no request may be there any more to log it
             self._log("error", "bug", traceback=describe_bug(error), **fields)
+        if what == "deploy" and ("error" in fields or deployment.warnings):
+            self._unfinished.set()  # to look whether something is left
         fields.update(outcome=deployment.outcome + deployment.problem)
         self._log("warning" if end[0] == "error" else "info", what, **fields)
         with self._lock:
