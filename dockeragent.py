@@ -4244,7 +4244,6 @@ def log_ending(source: LogSource) -> Json:
 # NAME.prev and, which is the commit, NAME.old. Both have the restart policy "no" from the old one's
 # stop until the gate is passed, so that an Engine that restarts in between starts neither.
 NEXT, PREV, OLD = HELPER_NAMES
-HELPER_END = r"\.(next|prev|old)$"
 NO_RESTART = {"Name": "no", "MaximumRetryCount": 0}
 NEVER_STARTED = "0001-01-01T00:00:00Z"
 GATE = {"timeout": 60, "stable": 10}  # seconds
@@ -4323,6 +4322,7 @@ class Deployment:
         self.engine, self.name, self.stopping = engine, name, stopping
         self.told: Told = queue.SimpleQueue()
         self.exists = False  # a container with the name
+        self.is_unfinished = False  # recovery has something to do
         self.failed = False  # the new container is known to be bad
         self.outcome = ""  # "rolled back", "committed", ...
         self.problem = ""  # why the old container could not be started again
@@ -4375,6 +4375,7 @@ class Deployment:
         """Remove what was replaced, without its volumes; a failure is a warning."""
         try:  # not by force: if it runs, somebody has started it
             self.engine.call("DELETE", container_path(old.id), seconds=START_TIMEOUT)
+            self.is_unfinished = False
         except EngineError as error:
             self.warnings.append(f"{self.name}{OLD} could not be removed: {error.message}")
 
@@ -4427,7 +4428,7 @@ class Deployment:
         self.start(new)
         self.set_restart(new, new.journal.restart)
         self.rename(new, "")
-        self.outcome = "committed"
+        self.outcome, self.is_unfinished = "committed", False
 
     # Recovery
 
@@ -4453,7 +4454,7 @@ class Deployment:
                     raise
                 self.problem = f"; and the old container does not start: {error.message}"
         remove_container(self.engine, new.id)
-        self.outcome = "rolled back"
+        self.outcome, self.is_unfinished = "rolled back", False
 
     def judge(self, new: Found, old: Found) -> None:
         """Commit if the new container passes the gate, else roll back."""
@@ -4598,6 +4599,7 @@ class Deployment:
         host["RestartPolicy"] = NO_RESTART
         query["name"] = self.name + NEXT
         self.told.put(("step", {"step": "create"}))
+        self.is_unfinished = True
         try:
             made = self.engine.json("POST", "/containers/create", query, container, START_TIMEOUT)
             connect_networks(self.engine, container_id(made), body)
@@ -4610,6 +4612,7 @@ class Deployment:
             with contextlib.suppress(EngineError):  # it may be there even after a timeout
                 if made_id := self.look().get(NEXT):
                     remove_container(self.engine, made_id)
+                self.is_unfinished = False
             raise
         return new, made.get("Warnings") or []
 
@@ -4637,9 +4640,10 @@ class Deployment:
             ids = self.look()
             if ids.get("") == new.id and PREV not in ids:
                 return self.warnings.append(message)
-            self.failed = True
+            self.failed = not is_stop
             if not old:
                 remove_container(self.engine, new.id)
+                self.is_unfinished = False
             elif not is_stop:
                 self.recover()
         except ApiError as second:
@@ -4683,8 +4687,6 @@ class Deploys:
         self._engine, self._log = engine, log
         self._lock = threading.Lock()
         self._busy: set[str] = set()
-        self._unfinished = threading.Event()
-        self._unfinished.set()
 
     def active(self) -> bool:
         """Return whether the agent's stop should wait, within its grace."""
@@ -4695,12 +4697,12 @@ class Deploys:
 
         Raises ApiError (409) while a deploy changes it, and EngineError.
         """
-        name = re.sub(HELPER_END, "", name)
+        name = HELPER_NAME.sub("", name)
         self._check_free(name)
         deployment = Deployment(self._engine, name, self.stopping)
         if deployment.look().keys() - {""}:
             self._claim(name)
-            self._work(deployment, "recovery", deployment.recover)
+            self._run(deployment, functools.partial(self._recover, deployment, retries=False))
 
     def begin(self, request: Request, auth: str) -> Told:
         """Start a deploy, which goes on whatever its client does; return its events.
@@ -4708,24 +4710,22 @@ class Deploys:
         Raises ApiError (409) if the name is being deployed already.
         """
         deployment = Deployment(self._engine, request.name, self.stopping)
-        act = functools.partial(deployment.deploy, request, auth)
-        self._start(deployment, "deploy", act)
+        self._start(deployment, functools.partial(self._deploy, deployment, request, auth))
         return deployment.told
 
-    def watch(self) -> None:
-        """Recover what a killed agent has left; again and again while the Engine is unreachable."""
-        while not self.stopping.is_set():
-            self._unfinished.wait()
-            self._unfinished.clear()
+    def recover_all(self) -> None:
+        """Recover what a killed agent has left, as soon as the Engine can be reached."""
+        names, pattern = None, f"({'|'.join(map(re.escape, HELPER_NAMES))})$"
+        while names is None:
             try:
-                names = ids_by_name(self._engine, HELPER_END)
-                for name in {re.sub(HELPER_END, "", name) for name in names}:
-                    deployment = Deployment(self._engine, name, self.stopping)
-                    with contextlib.suppress(ApiError):  # it is being deployed
-                        self._start(deployment, "recovery", deployment.recover)
+                names = ids_by_name(self._engine, pattern)
             except EngineError:
-                self._unfinished.set()
-            self.stopping.wait(RECOVERY_INTERVAL)
+                if self.stopping.wait(RECOVERY_INTERVAL):
+                    return
+        for name in {HELPER_NAME.sub("", name) for name in names}:
+            deployment = Deployment(self._engine, name, self.stopping)
+            with contextlib.suppress(ApiError):  # it is being deployed
+                self._start(deployment, functools.partial(self._recover, deployment))
 
     def _check_free(self, name: str) -> None:
         if name in self._busy:
@@ -4736,31 +4736,52 @@ class Deploys:
             self._check_free(name)
             self._busy.add(name)
 
-    def _start(self, deployment: Deployment, *work: Any) -> None:
+    def _start(self, deployment: Deployment, act: Callable[[], Any]) -> None:
         self._claim(deployment.name)
-        threading.Thread(target=self._work, args=(deployment, *work), daemon=True).start()
+        threading.Thread(target=self._run, args=(deployment, act), daemon=True).start()
 
-    def _work(self, deployment: Deployment, what: str, act: Callable[[], Any]) -> None:
-        """Deploy or recover a name that was claimed; log how that ended, and tell it."""
-        fields: Json = {"container": deployment.name}
-        end: tuple[str, Any] = "error", ApiError(500, "an error of the agent's own; see its log")
+    def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
+        """Do what a name was claimed for."""
+        end: Any = "error", ApiError(500, "an error of the agent's own; see its log")
         try:
-            end = "done", act()
+            end = act()
+        except Exception as error:  # no request may be there any more to log it
+            self._log("error", "bug", traceback=describe_bug(error))
+        with self._lock:
+            self._busy.discard(deployment.name)
+        deployment.told.put(end)
+
+    def _deploy(self, deployment: Deployment, request: Request, auth: str) -> tuple[str, Any]:
+        """Return the event that tells how a deploy ended."""
+        fields: Json = {"container": deployment.name, "key": request.key.name}
+        end: tuple[str, Any]
+        try:
+            end = "done", deployment.deploy(request, auth)
         except ApiError as error:
             if isinstance(error, EngineError) and not error.members:  # nothing was touched
                 error.members = {"rolled_back": deployment.exists, **NO_EVIDENCE}
             end, fields["error"] = ("error", error), error.message
-            if error.status in UNREACHABLE:
-                self._unfinished.set()
-        except Exception as error:  # no request may be there any more to log it
-            self._log("error", "bug", traceback=describe_bug(error), **fields)
-        if what == "deploy" and ("error" in fields or deployment.warnings):
-            self._unfinished.set()  # to look whether something is left
-        fields.update(outcome=deployment.outcome + deployment.problem)
-        self._log("warning" if end[0] == "error" else "info", what, **fields)
-        with self._lock:
-            self._busy.discard(deployment.name)
-        deployment.told.put(end)
+        self._log("warning" if "error" in fields else "info", "deploy", **fields)
+        if deployment.is_unfinished:
+            deployment.told.put(end)
+            self._recover(deployment)
+        return end
+
+    def _recover(self, deployment: Deployment, *, retries: bool = True) -> None:
+        """Recover a name and log it. retries: while the Engine is unreachable."""
+        error = None
+        while not self.stopping.is_set():
+            try:
+                deployment.recover()
+            except ApiError as failure:
+                error = failure
+            if not (retries and error and error.status in UNREACHABLE):
+                break
+            self.stopping.wait(RECOVERY_INTERVAL)
+            error = None
+        message = error.message if error else "; ".join(deployment.warnings)
+        fields = {"container": deployment.name, "outcome": deployment.outcome, "error": message}
+        self._log("warning", "recovery", **fields)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5189,7 +5210,7 @@ def run(config: Config) -> int:
         notify("READY=1")
         # In a thread: an Engine that does not answer must not delay a stop.
         threading.Thread(target=start_up, args=(log, address, agent), daemon=True).start()
-        threading.Thread(target=agent.deploys.watch, daemon=True).start()
+        threading.Thread(target=agent.deploys.recover_all, daemon=True).start()
         signal.sigwait(STOP_SIGNALS)
         notify("STOPPING=1")
         log("info", "stopping")

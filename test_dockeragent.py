@@ -35,6 +35,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
+from urllib.parse import quote
 
 
 import pytest
