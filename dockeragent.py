@@ -3553,7 +3553,10 @@ def ids_by_name(engine: Engine, pattern: str) -> dict[str, str]:
     """Return the ids of the containers whose names match a regex, by name. Raises EngineError."""
     query = {"all": 1, "filters": json.dumps({"name": [pattern]})}
     rows = decode_response(engine.call("GET", "/containers/json", query), list)
-    return {n.removeprefix("/"): container_id(row) for row in rows for n in row.get("Names") or ()}
+    try:
+        return {name[1:]: container_id(row) for row in rows for name in row.get("Names") or ()}
+    except (AttributeError, TypeError) as error:
+        raise EngineError(502, "the Engine's response is no list of containers") from error
 
 
 def look_up_networks(engine: Engine, body: Json) -> None:
@@ -4534,8 +4537,8 @@ class Deployment:
             running = old.container["State"].get("Status") == "running"
             if running and health_of(old.container) != "unhealthy":
                 return self.answer(old, image, None, changed=False)
-        replaced = self.describe(old) if old else None
-        new, warnings = self.create(body, request.key, digest, old)
+        replaced = self.describe(old, image) if old else None
+        new, warnings = self.create(request, digest, image, old)
         self.warnings += warnings
         try:
             if old:
@@ -4580,9 +4583,10 @@ class Deployment:
         return old
 
     def create(
-        self, body: Json, key: Key, digest: str, old: Found | None
+        self, request: Request, digest: str, image: Json, old: Found | None
     ) -> tuple[Found, list[str]]:
         """Return the new container, created beside the old one, and warnings. Raises ApiError."""
+        key, body = request.key, request.body
         look_up_networks(self.engine, body)
         query, container = engine_container(self.engine, body)
         host, was = container["HostConfig"], NO_JOURNAL.was
@@ -4595,7 +4599,8 @@ class Deployment:
         texts = {
             k: v if isinstance(v, str) else json.dumps(v) for k, v in journal._asdict().items()
         }
-        container["Labels"] = {**container.get("Labels", {}), **agent_labels(key, **texts)}
+        labels = {**container.get("Labels", {}), **agent_labels(key, **texts)}
+        container["Labels"] = labels_for(key, labels, image)
         host["RestartPolicy"] = NO_RESTART
         query["name"] = self.name + NEXT
         self.told.put(("step", {"step": "create"}))
@@ -4606,6 +4611,8 @@ class Deployment:
             new = self.find(made["Id"])
             if new.journal != journal:
                 raise ApiError(409, f"the image must not carry labels that begin with {OWN_LABELS}")
+            if not key.master:
+                check_created(key, new.container, labels, 409)
             if self.stopping.is_set():
                 raise Stopping(503, "the agent is being stopped; try again later")
         except ApiError:
@@ -4669,12 +4676,17 @@ class Deployment:
         shown.update(gate=self.passed or None, warnings=self.warnings)
         return {**self.describe(found, image), **shown}
 
-    def describe(self, found: Found, image: Json | None = None) -> Json:
-        """Return a container's id, image, and that image by its digest, as a pull takes it."""
-        reference = found.container["Config"].get("Image") or ""
-        image = image or find_image(self.engine, found.container["Image"])
+    def describe(self, found: Found, image: Json) -> Json:
+        """Return a container's id, its image, and that image by the digest that a pull takes.
+
+        image: the one that the tag names now.
+        """
+        reference, own = found.container["Config"].get("Image") or "", found.container["Image"]
         repository, _ = split_image(reference)
-        digest = find_digest(image, repository)
+        current = image if image.get("Id") == own else find_image(self.engine, own)
+        digest = find_digest(current, repository)
+        if not digest and find_digest(image, repository) == image.get("Id"):
+            digest = own  # containerd's store: ids are digests, and go without names if a tag moves
         by_digest = f"{repository}@{digest}" if digest else None
         return {"id": found.id, "image": reference, "image_digest": by_digest}
 
@@ -4692,17 +4704,19 @@ class Deploys:
         """Return whether the agent's stop should wait, within its grace."""
         return bool(self._busy)
 
-    def before_write(self, name: str) -> None:
-        """Recover what a crash left of a container's name, before somebody changes the container.
+    def before_write(self, name: str) -> bool:
+        """Recover what a crash left of a name before its container is changed; return whether.
 
-        Raises ApiError (409) while a deploy changes it, and EngineError.
+        Raises ApiError (409) while it is being deployed, and EngineError.
         """
         name = HELPER_NAME.sub("", name)
         self._check_free(name)
         deployment = Deployment(self._engine, name, self.stopping)
-        if deployment.look().keys() - {""}:
-            self._claim(name)
-            self._run(deployment, functools.partial(self._recover, deployment, retries=False))
+        if deployment.look().keys() <= {""}:
+            return False
+        self._claim(name)
+        self._run(deployment, functools.partial(self._recover, deployment, retries=False))
+        return True
 
     def begin(self, request: Request, auth: str) -> Told:
         """Start a deploy, which goes on whatever its client does; return its events.
@@ -4826,6 +4840,17 @@ def find_container(request: Request, agent: Agent) -> Json:
     return inspect_container(request, agent)[1]
 
 
+def find_to_change(request: Request, agent: Agent) -> Json:
+    """Return the container in the path, once no deploy of its name is unfinished.
+
+    Raises ApiError (409) while it is being deployed, and EngineError.
+    """
+    found = find_container(request, agent)
+    if agent.deploys.before_write(request.target["name"]):
+        found = find_container(request, agent)  # its name may be another container's now
+    return found
+
+
 def health(request: Request, agent: Agent) -> Response:
     code, status, docker = 200, "ok", "connected"
     if agent.engine.problem():
@@ -4838,6 +4863,8 @@ def create(request: Request, agent: Agent) -> Response:
     engine, body = agent.engine, request.body
     interrupts = request.interrupts._replace(stop=None)
     pull = functools.partial(pull_image, engine, body, registry_auth(request), interrupts)
+    if "name" in body:
+        agent.deploys.before_write(body["name"])
     created = create_container(engine, body, pull)
     identity: str = created["Id"]
     request.target.update(id=identity, name=body.get("name", ""), image=body["image"])
@@ -4879,7 +4906,7 @@ def post_action(
     request: Request, agent: Agent, action: str, done: str, seconds: float = CALL_TIMEOUT
 ) -> Response:
     """Do something to a container, by its full id, with the signal in the body."""
-    container = container_id(find_container(request, agent))
+    container = container_id(find_to_change(request, agent))
     query = {name: signal_name(word) for name, word in request.body.items()}
     agent.engine.call("POST", container_path(container, action), query, seconds=seconds)
     return Response({"message": f"container {done}"})
@@ -4887,7 +4914,7 @@ def post_action(
 
 def stop_or_restart(request: Request, agent: Agent, action: str, done: str) -> Response:
     """Stop or restart a container, which may take its own time. Raises ApiError."""
-    found, query = find_container(request, agent), {}
+    found, query = find_to_change(request, agent), {}
     config = require(found, "Config", dict)
     if "signal" in request.body:
         query = stop_signal(agent.engine, request.body["signal"], config, action)
@@ -4930,7 +4957,7 @@ unpause = functools.partial(post_action, action="unpause", done="unpaused")
 
 def remove(request: Request, agent: Agent) -> Response:
     query = {name: int(value) for name, value in request.query.items()}
-    agent.engine.call("DELETE", container_path(container_id(find_container(request, agent))), query)
+    agent.engine.call("DELETE", container_path(container_id(find_to_change(request, agent))), query)
     return Response({"message": "container removed"})
 
 
