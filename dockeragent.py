@@ -117,6 +117,7 @@ VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded between two requests
 HEALTH_CACHE = 1.0  # seconds during which the Engine is not asked again
 GATE_INTERVAL = 0.2  # seconds between two looks at a new container
 MAX_GATE = 3600  # seconds
+MAX_DEPLOYS = 100  # at once, past which limited keys get no more
 RECOVERY_INTERVAL = 2.0  # seconds between two attempts while the Engine is unreachable
 MAX_PROGRESS = 1000  # events of a pull that are kept for a client that does not read them
 FAILED_LINES = 50  # of a failed deploy's log, in the response
@@ -2935,7 +2936,8 @@ CREATE = object_schema(
         master=True,
     ),
 )
-GATE_TIME = {**SECONDS, "minimum": 0, "maximum": MAX_GATE, "example": 10}
+GATE_TIME = {"type": "integer|number", "description": "a number of seconds", "example": 10}
+GATE_TIME.update(minimum=0, maximum=MAX_GATE)
 DEPLOY = object_schema(
     "image",
     example={"image": "nginx:1.27"},
@@ -4324,7 +4326,6 @@ class Deployment:
         """stopping: is set once no swap may begin."""
         self.engine, self.name, self.stopping = engine, name, stopping
         self.told: Told = queue.SimpleQueue()
-        self.exists = False  # a container with the name
         self.is_unfinished = False  # recovery has something to do
         self.failed = False  # the new container is known to be bad
         self.outcome = ""  # "rolled back", "committed", ...
@@ -4336,8 +4337,12 @@ class Deployment:
         """Return the ids of the containers with the name and its helper names, by suffix."""
         names = {self.name + suffix: suffix for suffix in ("", *HELPER_NAMES)}
         ids = ids_by_name(self.engine, f"^/?({'|'.join(map(re.escape, names))})$")
-        self.exists = self.name in ids
         return {suffix: ids[name] for name, suffix in names.items() if name in ids}
+
+    def exists(self) -> bool:
+        with contextlib.suppress(EngineError):
+            return "" in self.look()
+        return False
 
     def inspect(self, container: str) -> Json:
         inspected = self.engine.json("GET", container_path(container, "json"))
@@ -4393,7 +4398,7 @@ class Deployment:
 
     def pass_gate(self, new: Found) -> None:
         self.told.put(("step", {"step": "gate"}))
-        begun, since = time.monotonic(), None
+        self.passed, begun, since = "", time.monotonic(), None
         while not self.passed:
             container = self.inspect(new.id)
             state, health = container["State"], health_of(container)
@@ -4507,10 +4512,10 @@ class Deployment:
             return
         found = {suffix: self.find(container) for suffix, container in ids.items()}
         here, replaced = found.get(""), found.get(OLD)
-        owners = {replaced and replaced.journal.name, here and here.journal.replaces}
-        if replaced and owners & {self.name, replaced.id}:
-            self.remove_old(found.pop(OLD))
+        is_known = replaced and here and here.journal.replaces == replaced.id
+        if replaced and (is_known or replaced.journal.name == self.name):
             self.outcome = "committed"
+            self.remove_old(found.pop(OLD))
         if found.keys() <= {""}:
             return
         new_suffix, old_suffix, step = self.STATES.get(tuple(found), ("", "", None))
@@ -4526,9 +4531,10 @@ class Deployment:
     def deploy(self, request: Request, auth: str) -> Json:
         """Return the answer to a request. Raises ApiError."""
         body = request.body
-        self.recover()
-        if self.warnings:  # the commit needs the name
-            raise ApiError(409, f"{self.warnings[0]}; remove it first")
+        earlier = Deployment(self.engine, self.name, self.stopping)
+        earlier.recover()
+        if earlier.warnings:  # the commit needs the name
+            raise ApiError(409, f"{earlier.warnings[0]}; remove it first")
         image = self.get_image(body, auth, request.interrupts._replace(client=None))
         old = self.find_old(image, adopt=request.query.get("adopt", False))
         spec = {field: value for field, value in body.items() if field not in ("deploy", "pull")}
@@ -4604,7 +4610,7 @@ class Deployment:
         host["RestartPolicy"] = NO_RESTART
         query["name"] = self.name + NEXT
         self.told.put(("step", {"step": "create"}))
-        self.is_unfinished = True
+        self.is_unfinished, made = True, {}
         try:
             made = self.engine.json("POST", "/containers/create", query, container, START_TIMEOUT)
             connect_networks(self.engine, container_id(made), body)
@@ -4616,9 +4622,10 @@ class Deployment:
             if self.stopping.is_set():
                 raise Stopping(503, "the agent is being stopped; try again later")
         except ApiError:
-            with contextlib.suppress(EngineError):  # it may be there even after a timeout
-                if made_id := self.look().get(NEXT):
-                    remove_container(self.engine, made_id)
+            with contextlib.suppress(EngineError):
+                left = self.look().get(NEXT)  # it may be there even after a timeout
+                if left and (left == made.get("Id") or self.find(left).journal == journal):
+                    remove_container(self.engine, left)
                 self.is_unfinished = False
             raise
         return new, made.get("Warnings") or []
@@ -4666,8 +4673,9 @@ class Deployment:
             container = self.inspect(new.id)
             state, tty = container["State"], bool(container["Config"].get("Tty"))
             known["health"] = health_of(container) or None
-            if not state.get("Running") and state.get("Status") != "created":
-                known["exit_code"] = state.get("ExitCode")
+            code = state.get("ExitCode")
+            if not state.get("Running") and (code or state.get("Status") != "created"):
+                known["exit_code"] = code
             known["logs"] = last_lines(self.engine, new.id, tty, FAILED_LINES)
         return known
 
@@ -4681,7 +4689,8 @@ class Deployment:
 
         image: the one that the tag names now.
         """
-        reference, own = found.container["Config"].get("Image") or "", found.container["Image"]
+        reference = str(found.container["Config"].get("Image") or "")
+        own = require(found.container, "Image", str)
         repository, _ = split_image(reference)
         current = image if image.get("Id") == own else find_image(self.engine, own)
         digest = find_digest(current, repository)
@@ -4723,6 +4732,9 @@ class Deploys:
 
         Raises ApiError (409) if the name is being deployed already.
         """
+        # Invariant: a limited key starts no threads without bound; the master is never refused.
+        if not request.key.master and len(self._busy) >= MAX_DEPLOYS:
+            raise ApiError(503, "too many deploys at once; try again later", {"Retry-After": "5"})
         deployment = Deployment(self._engine, request.name, self.stopping)
         self._start(deployment, functools.partial(self._deploy, deployment, request, auth))
         return deployment.told
@@ -4752,7 +4764,11 @@ class Deploys:
 
     def _start(self, deployment: Deployment, act: Callable[[], Any]) -> None:
         self._claim(deployment.name)
-        threading.Thread(target=self._run, args=(deployment, act), daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(deployment, act), daemon=True).start()
+        except RuntimeError as error:  # no thread to be had
+            self._busy.discard(deployment.name)
+            raise ApiError(503, "the agent has no more threads; try again later") from error
 
     def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
         """Do what a name was claimed for."""
@@ -4773,7 +4789,7 @@ class Deploys:
             end = "done", deployment.deploy(request, auth)
         except ApiError as error:
             if isinstance(error, EngineError) and not error.members:  # nothing was touched
-                error.members = {"rolled_back": deployment.exists, **NO_EVIDENCE}
+                error.members = {"rolled_back": deployment.exists(), **NO_EVIDENCE}
             end, fields["error"] = ("error", error), error.message
         self._log("warning" if "error" in fields else "info", "deploy", **fields)
         if deployment.is_unfinished:
@@ -4795,7 +4811,8 @@ class Deploys:
             error = None
         message = error.message if error else "; ".join(deployment.warnings)
         fields = {"container": deployment.name, "outcome": deployment.outcome, "error": message}
-        self._log("warning", "recovery", **fields)
+        if deployment.outcome or message:
+            self._log("warning", "recovery", **fields)
 
 
 # --------------------------------------------------------------------------------------------------
