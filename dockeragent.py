@@ -49,6 +49,7 @@ import itertools
 import json
 import math
 import os
+import queue
 import re
 import resource
 import secrets
@@ -63,7 +64,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, NoReturn, Optional, Union
+from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, Union
 from urllib.parse import quote, unquote, urlencode
 
 # --------------------------------------------------------------------------------------------------
@@ -119,6 +120,12 @@ MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
 IDLE_CONNECTION = 2.0  # seconds that each is kept
 VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded between two requests
 HEALTH_CACHE = 1.0  # seconds during which the Engine is not asked again
+GATE_INTERVAL = 0.2  # seconds between two looks at a new container
+MAX_GATE = 3600  # seconds
+MAX_DEPLOYS = 100  # at once, past which limited keys get no more
+RECOVERY_INTERVAL = 2.0  # seconds between two attempts while the Engine is unreachable
+MAX_PROGRESS = 1000  # events of a pull that are kept for a client that does not read them
+FAILED_LINES = 50  # of a failed deploy's log, in the response
 HEALTH_KEPT = 4.0  # seconds during which a result is good enough while the Engine is asked
 METRICS_TIMEOUT = 5.0  # for the list of containers; less than a scrape may take
 
@@ -794,16 +801,21 @@ def labels_for(key: Key, labels: Mapping[str, str], image: Json) -> dict[str, st
 
 
 def check_created(key: Key, created: Json, labels: Mapping[str, str], status: int) -> None:
-    """Check a container, or an image, for what only its image can have brought.
+    """Check a new container for what only its image can have brought.
 
     created: the Engine's inspect JSON; labels: that were set on purpose. Raises ApiError with the
-    status: 403 before the container was created, 409 after.
+    status.
     """
     config = created.get("Config") or {}
     for label, value in (config.get("Labels") or {}).items():
         if value and labels.get(label) != value and not key.covers("labels", label):
             raise ApiError(status, f"key {key.name}: labels: the image's {label} is not allowed")
-    health = config.get("Healthcheck") or {}
+    check_health_times(key, created, status)
+
+
+def check_health_times(key: Key, inspected: Json, status: int) -> None:
+    """Refuse a container or an image that is checked too often. Raises ApiError."""
+    health = (inspected.get("Config") or {}).get("Healthcheck") or {}
     for name in "Interval", "StartInterval":
         if 0 < (health.get(name) or 0) < 10**9:  # nanoseconds
             message = "the image's own check is run more than once a second"
@@ -2697,6 +2709,13 @@ def check_subnet(subnet: str, path: str) -> str:
     return subnet
 
 
+def check_deploy(body: Json, path: str) -> Json:
+    if "auto_remove" in body:
+        refuse("auto_remove", "must be absent: nothing could bring the container back")
+    return check_create(body, path)
+
+
+# What becomes of a value in the Engine's body.
 def times(unit: int) -> Callable[[Any], int]:
     return lambda amount: round(amount * unit) if amount > 0 else int(amount)  # -1: no limit
 
@@ -2928,6 +2947,23 @@ RUN = object_schema(
     **CREATE["properties"],
     check=check_run,
 )
+GATE_TIME = {"type": "integer|number", "description": "a number of seconds", "example": 10}
+GATE_TIME.update(minimum=0, maximum=MAX_GATE)
+DEPLOY = object_schema(
+    "image",
+    example={"image": "nginx:1.27"},
+    check=check_deploy,
+    deploy=object_schema("", timeout=GATE_TIME, stable=GATE_TIME),
+    **{field: schema for field, schema in CREATE["properties"].items() if field != "name"},
+)
+DEPLOY_QUERY = object_schema("", adopt=BOOLEAN)
+POLICY = object_schema("Name", Name=STRING, MaximumRetryCount=integer_schema(0, 2**63 - 1))
+# What the labels that hold JSON hold.
+JOURNAL = {
+    "restart": POLICY,
+    "was": object_schema("running restart", running=BOOLEAN, restart=POLICY),
+    "gate": object_schema("timeout stable", timeout=GATE_TIME, stable=GATE_TIME),
+}
 PULL = object_schema(
     "image", {"image": "nginx:1.27"}, image=string_schema(IMAGE, IMAGE_RULE, 512), platform=PLATFORM
 )
@@ -3235,6 +3271,11 @@ class Engine:
         self._version, self._asked = "", -math.inf  # the one in use, and since when
         self.is_podman = False
         self._idle: Pool = []
+        # A create holds one of these; a removal of images or networks holds them all: the Engine
+        # removes one with which a container is just being created (seen with 20.10 and 28.5).
+        self.creates = threading.BoundedSemaphore(MAX_CREATES)
+        self.removal = threading.Lock()  # so that two removals do not share them
+        self.counting = threading.Lock()  # held while a limited key's containers are counted
         self._health_lock = threading.Lock()
         self._health: tuple[float, str] | None = None  # when asked, and what is wrong, "" if well
 
@@ -3303,6 +3344,18 @@ class Engine:
         except EngineError as error:
             return error.message
         return ""
+
+    @contextlib.contextmanager
+    def no_creates(self) -> Iterator[None]:
+        """Wait for the creates under way, and hold up new ones. Raises ApiError (503)."""
+        deadline = time.monotonic() + CALL_TIMEOUT
+        locks: list[Any] = [self.removal, *[self.creates] * MAX_CREATES]
+        with contextlib.ExitStack() as held:
+            for lock in locks:
+                if not lock.acquire(timeout=max(0, deadline - time.monotonic())):
+                    raise ApiError(503, "containers are being created meanwhile; try again")
+                held.callback(lock.release)
+            yield
 
     def close_idle(self, before: float = math.inf) -> None:
         """Close the connections that have been idle since before a time (monotonic)."""
@@ -3433,6 +3486,8 @@ def container_id(decoded: Json) -> str:
 LIST_FIELDS = {"id": "Id", "names": "Names", "image": "Image", "image_id": "ImageID"}
 LIST_FIELDS.update(command="Command", created="Created", state="State", status="Status")
 LIST_FIELDS.update(ports="Ports", labels="Labels")
+# The labels that the agent sets, after OWN_LABELS.
+AGENT_LABELS = ("key", "run", "name", "spec", "restart", "replaces", "was", "gate")
 PORT_FIELDS = {
     "ip": "IP",
     "private_port": "PrivatePort",
@@ -3459,6 +3514,22 @@ def container_path(name: str, action: str = "") -> str:
     if not re.fullmatch(CONTAINER, name):
         raise ApiError(400, f"a container's id or name is {NAME_RULE}")
     return f"/containers/{quote(name, safe='')}" + (f"/{action}" if action else "")
+
+
+def own_stop_timeout(config: Json) -> int:
+    """Return the seconds that a stop takes at most if none are given."""
+    wait = config.get("StopTimeout")
+    # Invariant: a container's own timeout makes no wait longer than a client could ask for.
+    return min(MAX_STOP, max(0, wait)) if wait and isinstance(wait, int) else DEFAULT_STOP
+
+
+def agent_labels(key: Key, **values: str) -> dict[str, str]:
+    """Return the labels that the agent sets on a container it creates for a key's holder.
+
+    values: those of a deploy or a run. The others are "", so that none of an image's counts.
+    """
+    labels = {**dict.fromkeys(AGENT_LABELS, ""), "key": "" if key.master else key.name, **values}
+    return {OWN_LABELS + name: value for name, value in labels.items()}
 
 
 def engine_fields(
@@ -3508,60 +3579,89 @@ def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
     return request.pop("query"), request
 
 
-# A create holds one of these; a removal holds them all, and REMOVAL so that two do not share them.
-# For the Engine lets an image or a network go while a container is being created with it (seen
-# with 20.10 and 28.5).
-CREATES = threading.BoundedSemaphore(MAX_CREATES)
-REMOVAL = threading.Lock()
+def image_path(image: str) -> str:
+    return f"/images/{quote(image)}/json"
 
 
-@contextlib.contextmanager
-def no_creates() -> Iterator[None]:
-    """Wait for the creates under way, and hold up new ones. Raises ApiError (503)."""
-    deadline = time.monotonic() + CALL_TIMEOUT
-    locks: list[Any] = [REMOVAL, *[CREATES] * MAX_CREATES]
+def find_image(engine: Engine, image: str) -> Json:
+    """Return an inspected image, {} if there is none. Raises EngineError."""
+    try:
+        return engine.json("GET", image_path(image))
+    except EngineError as error:
+        if error.status != 404:
+            raise
+        return {}
+
+
+def ids_by_name(engine: Engine, pattern: str) -> dict[str, str]:
+    """Return the ids of the containers whose names match a regex, by name. Raises EngineError."""
+    query = {"all": 1, "filters": json.dumps({"name": [pattern]})}
+    rows = decode_response(engine.call("GET", "/containers/json", query), list)
+    try:
+        return {name[1:]: container_id(row) for row in rows for name in row.get("Names") or ()}
+    except (AttributeError, TypeError) as error:
+        raise EngineError(502, "the Engine's response is no list of containers") from error
+
+
+def look_up_networks(engine: Engine, body: Json) -> None:
+    """Raise EngineError (404) for a network that is not there: the Engine notices at the start."""
+    names = [network["name"] for network in body.get("networks", ())]
+    for name in {*names, body.get("network_mode", "none")} - {"default", "bridge", "host", "none"}:
+        if name.startswith("container:"):
+            engine.call("GET", container_path(name.partition(":")[2], "json"))
+        else:
+            engine.call("GET", f"/networks/{quote(name, safe='')}")
+
+
+def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
+    """Send "Create a container" with the agent's own labels; return {"Id", "Warnings"}.
+
+    What a limited key's container is, its image included, is checked before it can start. Raises
+    ApiError; then the container is removed.
+    """
+    labels = {**agent_labels(key), **container.get("Labels", {})}
     with contextlib.ExitStack() as held:
-        for lock in locks:
-            if not lock.acquire(timeout=max(0, deadline - time.monotonic())):
-                raise ApiError(503, "containers are being created meanwhile; try again")
-            held.callback(lock.release)
-        yield
+        if not key.master:
+            image = find_image(engine, container["Image"])
+            labels = labels_for(key, labels, image)
+            if "Healthcheck" not in container:
+                check_health_times(key, image, 403)
+            held.enter_context(engine.counting)  # one create at a time, or the count is not true
+            check_count(key, query["name"], ids_by_name(engine, ""))
+        held.enter_context(engine.creates)
+        body = {**container, "Labels": labels}
+        created = engine.json("POST", "/containers/create", query, body, START_TIMEOUT)
+    path = container_path(container_id(created), "json")
+    if not key.master:
+        with removed_on_failure(engine, created["Id"]):
+            check_created(key, engine.json("GET", path), labels, 409)
+    return created
 
 
-def create_container(engine: Engine, body: Json, pull: Callable[[], object]) -> Json:
+def create_container(engine: Engine, key: Key, body: Json, pull: Callable[[], object]) -> Json:
     """Create a container, without starting it; return {"Id", "Warnings"}.
 
     pull: pulls the body's image; called when the body's own `pull` says so, as in docker run.
     """
     query, container = engine_container(engine, body)
-    create = ("POST", "/containers/create", query, container, START_TIMEOUT)
     rule = body.get("pull", "missing")
     if rule == "always":
         pull()
     try:
-        with CREATES:
-            created = engine.json(*create)
+        return send_create(engine, key, query, container)
     except EngineError as error:
         if error.status != 404 or rule != "missing" or has_image(engine, body):
             raise
-        pull()
-        with CREATES:
-            created = engine.json(*create)
-    container_id(created)
-    return created
+    pull()
+    return send_create(engine, key, query, container)
 
 
 def has_image(engine: Engine, body: Json) -> bool:
     """Return whether the body's image is there, for its platform if it names one."""
-    try:
-        image = engine.json("GET", f"/images/{quote(body['image'])}/json")
-    except EngineError as error:
-        if error.status != 404:
-            raise
-        return False
+    image = find_image(engine, body["image"])
     found = [str(image.get(name)) for name in ("Os", "Architecture", "Variant")]
     wanted = body["platform"].split("/") if "platform" in body else []
-    return found[: len(wanted)] == wanted
+    return bool(image) and found[: len(wanted)] == wanted
 
 
 @contextlib.contextmanager
@@ -3650,6 +3750,13 @@ def pull_message(line: bytes) -> Json:
     return word
 
 
+def pull_state(word: Json) -> Json:
+    """Return what a client is told of one object of a pull's stream."""
+    detail = word.get("progressDetail")
+    shown = {**detail, **word} if isinstance(detail, dict) else word
+    return {name: shown.get(name) for name in ("id", "status", "current", "total")}
+
+
 def pull_error(status: int, message: str) -> EngineError:
     """Return the error for a failed pull.
 
@@ -3684,13 +3791,18 @@ def pull_result(engine: Engine, image: str, digest: str) -> Json:
     full = image if image.endswith((f":{tag}", f"@{tag}")) else f"{name}:{tag}"
     if digest or ":" in tag:
         return {"image": full, "digest": digest or tag}
-    found = engine.json("GET", f"/images/{quote(full)}/json").get("RepoDigests")
+    return {"image": full, "digest": find_digest(engine.json("GET", image_path(full)), name)}
+
+
+def find_digest(image: Json, repository: str) -> str | None:
+    """Return the digest that an inspected image has in a repository, None if it has none there."""
+    found = image.get("RepoDigests")
     default = re.compile("^(?:(?:index[.])?docker[.]io/)?(?:library/)?")  # names may leave it out
     for entry in found if isinstance(found, list) else ():
-        repository, _, digest = str(entry).partition("@")
-        if default.sub("", repository) == default.sub("", name):
-            return {"image": full, "digest": digest}
-    return {"image": full, "digest": None}
+        name, _, digest = str(entry).partition("@")
+        if default.sub("", name) == default.sub("", repository):
+            return digest
+    return None
 
 
 def shape_list(found: list[Any], key: Key, query: Json) -> list[Json]:
@@ -3797,7 +3909,7 @@ def remove_reference(engine: Engine, reference: str) -> dict[str, list[str]]:
     """Untag an image, and remove it with its last tag; return {"untagged", "deleted"}."""
     path = f"/images/{quote(reference)}"
     # Invariant: never forced, so that the Engine itself refuses (409) an image in use.
-    with no_creates():
+    with engine.no_creates():
         body = engine.call("DELETE", path, seconds=START_TIMEOUT)
     records = decode_response(body, list)
     return {
@@ -3902,7 +4014,7 @@ def remove_network(engine: Engine, name: str) -> None:
     network = find_network(engine, name)
     if not network:
         raise ApiError(404, f"no such network: {name}")
-    with no_creates():
+    with engine.no_creates():
         users = count_users(engine)
         is_used = any(users["network", each] for each in (network["id"], network["id"][:12], name))
         # The Engine minds only running containers; a stopped one could not start again. It never
@@ -4348,6 +4460,15 @@ def event(name: str, data: Any) -> bytes:
     return f"event: {name}\ndata: ".encode() + encode_json(data) + b"\n\n"
 
 
+def last_lines(engine: Engine, container: str, tty: bool, count: int) -> list[str]:
+    """Return the last lines of a container's log. Raises EngineError."""
+    query: Json = {"stdout": 1, "stderr": 1, "follow": 0, "timestamps": 1}
+    source = LogSource(engine, container, tty, query, NEVER)
+    with contextlib.closing(read_tail(source, count)) as reader:
+        lines = [text for lines in reader.lines() for _, _, _, text in lines]
+    return [text.decode(errors="replace") for text in lines[-count:]]
+
+
 def log_document(reader: LogReader, render: Render) -> Stream:
     """Yield {"lines": [...]} as it is read. Raises EngineError, which leaves it broken off."""
     with contextlib.closing(reader):
@@ -4391,6 +4512,577 @@ def log_ending(source: LogSource) -> Json:
 
 
 # --------------------------------------------------------------------------------------------------
+# Deploy: the state machine, the gate, recovery
+# --------------------------------------------------------------------------------------------------
+
+# All state is in names and labels. The new container is created as NAME.next; the old one becomes
+# NAME.prev and, which is the commit, NAME.old. Both have the restart policy "no" from the old one's
+# stop until the gate is passed, so that an Engine that restarts in between starts neither.
+NEXT, PREV, OLD = HELPER_NAMES
+NO_RESTART = {"Name": "no", "MaximumRetryCount": 0}
+NEVER_STARTED = "0001-01-01T00:00:00Z"
+GATE = {"timeout": 60, "stable": 10}  # seconds
+NO_EVIDENCE: Json = {"exit_code": None, "health": None, "logs": []}
+UNREACHABLE = (502, 503, 504)  # statuses of an Engine that has to be waited for
+
+Told = queue.SimpleQueue[tuple[str, Any]]  # events: name and data; the last is "done" or "error"
+
+
+class Journal(NamedTuple):
+    """What a deploy wrote into the labels of the container that it created."""
+
+    name: str  # that was deployed; "" if no deploy created the container
+    spec: str  # the body's hash
+    restart: Json  # the container's own restart policy
+    replaces: str  # the id of the old container, "" for none
+    was: Json  # the old one: {"running": bool, "restart": policy}
+    gate: Json  # {"timeout": seconds, "stable": seconds}
+
+
+class Found(NamedTuple):
+    """A container, as inspected and with its journal."""
+
+    id: str
+    container: Json
+    journal: Journal
+
+
+class GateError(ApiError):
+    """The new container exited, is unhealthy, or did not become healthy in time."""
+
+
+NO_JOURNAL = Journal("", "", NO_RESTART, "", {"running": False, "restart": NO_RESTART}, GATE)
+
+
+def read_journal(labels: Json) -> Journal:
+    """Return what a deploy wrote, NO_JOURNAL if these are not the labels of a deploy."""
+    values: Json = {field: labels.get(OWN_LABELS + field, "") for field in Journal._fields}
+    with contextlib.suppress(ApiError):
+        for field, schema in JOURNAL.items():
+            values[field] = validate(schema, decode_json(values[field].encode()))
+        return Journal(**values)
+    return NO_JOURNAL
+
+
+def restart_policy(host_config: Json) -> Json:
+    policy: Json = host_config.get("RestartPolicy") or {}
+    return policy if policy.get("Name") else NO_RESTART  # an update to an empty name does nothing
+
+
+def health_of(container: Json) -> str:
+    """Return "healthy", "unhealthy" or "starting", "" without a health check."""
+    return str((container["State"].get("Health") or {}).get("Status") or "").replace("none", "")
+
+
+def own_container() -> str:
+    """Return the id of the container that this process runs in, "" for none.
+
+    The Engine mounts these files from a folder named by the id, whatever the network and hostname.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo") as file:
+        path = r"/([0-9a-f]{64})/\S* /etc/(?:hostname|hosts|resolv\.conf) "
+        if match := re.search(path, file.read()):
+            return match[1]
+    return ""
+
+
+class Deployment:
+    """The containers of one name, and the steps from one state of their names to the next.
+
+    Each step is one Engine call, and may be the last before a crash.
+    """
+
+    def __init__(self, engine: Engine, name: str, stopping: threading.Event) -> None:
+        """stopping: is set once no swap may begin."""
+        self.engine, self.name, self.stopping = engine, name, stopping
+        self.told: Told = queue.SimpleQueue()
+        self.is_unfinished = False  # recovery has something to do
+        self.failed = False  # the new container is known to be bad
+        self.outcome = ""  # "rolled back", "committed", ...
+        self.problem = ""  # why the old container could not be started again
+        self.passed = ""  # how the gate was passed: "healthy" or "stable"
+        self.warnings: list[str] = []
+
+    def look(self) -> dict[str, str]:
+        """Return the ids of the containers with the name and its helper names, by suffix."""
+        names = {self.name + suffix: suffix for suffix in ("", *HELPER_NAMES)}
+        ids = ids_by_name(self.engine, f"^/?({'|'.join(map(re.escape, names))})$")
+        return {suffix: ids[name] for name, suffix in names.items() if name in ids}
+
+    def exists(self) -> bool:
+        with contextlib.suppress(EngineError):
+            return "" in self.look()
+        return False
+
+    def inspect(self, container: str) -> Json:
+        inspected = self.engine.json("GET", container_path(container, "json"))
+        for member in ("State", "Config", "HostConfig"):
+            require(inspected, member, dict)
+        return inspected
+
+    def find(self, container: str, image: Json | None = None) -> Found:
+        """Return a container by its id or name. image: one that is at hand, as inspected."""
+        inspected = self.inspect(container)
+        labels = inspected["Config"].get("Labels") or {}
+        own = {name: text for name, text in labels.items() if name.startswith(OWN_LABELS)}
+        journal = read_journal(own)
+        if journal.name:
+            if not image or image.get("Id") != inspected.get("Image"):
+                image = find_image(self.engine, require(inspected, "Image", str))
+            # Invariant: no image can pass for a deploy. A container that the agent did not create
+            # has its image's labels with this prefix, and no others.
+            if own.items() <= ((image.get("Config") or {}).get("Labels") or {}).items():
+                journal = NO_JOURNAL
+        return Found(container_id(inspected), inspected, journal)
+
+    # The steps
+
+    def rename(self, found: Found, suffix: str) -> None:
+        query = {"name": self.name + suffix}
+        self.engine.call("POST", container_path(found.id, "rename"), query)
+
+    def set_restart(self, found: Found, policy: Json) -> None:
+        body = {"RestartPolicy": policy}
+        self.engine.call("POST", container_path(found.id, "update"), body=body)
+
+    def stop(self, found: Found) -> None:
+        seconds = own_stop_timeout(found.container["Config"]) + CALL_TIMEOUT
+        self.engine.call("POST", container_path(found.id, "stop"), seconds=seconds)
+
+    def remove_old(self, old: Found) -> None:
+        """Remove what was replaced, without its volumes; a failure is a warning."""
+        try:  # not by force: if it runs, somebody has started it
+            self.engine.call("DELETE", container_path(old.id), seconds=START_TIMEOUT)
+            self.is_unfinished = False
+        except EngineError as error:
+            self.warnings.append(f"{self.name}{OLD} could not be removed: {error.message}")
+
+    def start(self, new: Found) -> None:
+        """Start the new container and wait until it is healthy or has run long enough.
+
+        Raises GateError, EngineError, and Stopping if it runs while the agent is being stopped.
+        """
+        self.told.put(("step", {"step": "start"}))
+        start_container(self.engine, new.id)
+        self.pass_gate(new)
+
+    def pass_gate(self, new: Found) -> None:
+        self.told.put(("step", {"step": "gate"}))
+        self.passed, begun, since = "", time.monotonic(), None
+        while not self.passed:
+            container = self.inspect(new.id)
+            state, health = container["State"], health_of(container)
+            since = since or state.get("StartedAt")
+            if not state.get("Running"):
+                raise GateError(422, f"the new container exited with code {state.get('ExitCode')}")
+            if health == "unhealthy" or since != state.get("StartedAt"):
+                raise GateError(422, f"the new container {health or 'was restarted'}")
+            waited, gate = time.monotonic() - begun, new.journal.gate
+            if health == "healthy" or (not health and waited >= gate["stable"]):
+                self.passed = health or "stable"
+            elif health and waited >= gate["timeout"]:
+                raise GateError(422, f"the new container is not healthy after {gate['timeout']} s")
+            elif self.stopping.wait(GATE_INTERVAL):
+                raise Stopping(503, "the agent is being stopped; its next start ends this deploy")
+
+    def swap(self, new: Found, old: Found) -> None:
+        """Put the new container in the place of the old one."""
+        self.told.put(("step", {"step": "stop"}))
+        self.set_restart(old, NO_RESTART)
+        self.stop(old)
+        self.rename(old, PREV)
+        self.rename(new, "")
+        self.start(new)
+        self.commit(new, old)
+
+    def commit(self, new: Found, old: Found) -> None:
+        self.set_restart(new, new.journal.restart)
+        self.rename(old, OLD)  # the commit: from here on nothing brings the old one back
+        self.outcome = "committed"
+        self.remove_old(old)
+
+    def start_alone(self, new: Found) -> None:
+        """Start, gate and name a new container that replaces none."""
+        self.start(new)
+        self.set_restart(new, new.journal.restart)
+        self.rename(new, "")
+        self.outcome, self.is_unfinished = "committed", False
+
+    # Recovery
+
+    def roll_back(self, new: Found, old: Found) -> None:
+        """Give the old container back its name, policy and run; remove the new one.
+
+        The new one goes last, because its labels tell how the old one was.
+        """
+        self.told.put(("step", {"step": "rollback"}))
+        self.set_restart(new, NO_RESTART)  # a commit may have begun
+        self.stop(new)
+        if new.container["Name"] == f"/{self.name}":
+            self.rename(new, NEXT)
+        if old.container["Name"] != f"/{self.name}":
+            self.rename(old, "")
+        self.set_restart(old, new.journal.was["restart"])
+        self.stop(old)  # again: the first stop may still be under way in the Engine
+        if new.journal.was["running"]:
+            try:
+                start_container(self.engine, old.id)
+            except EngineError as error:
+                if error.status in UNREACHABLE:
+                    raise
+                self.problem = f"; and the old container does not start: {error.message}"
+        remove_container(self.engine, new.id)
+        self.outcome, self.is_unfinished = "rolled back", False
+
+    def judge(self, new: Found, old: Found) -> None:
+        """Commit if the new container passes the gate, else roll back."""
+        if self.failed or new.container["State"].get("StartedAt") == NEVER_STARTED:
+            return self.roll_back(new, old)
+        try:
+            self.pass_gate(new)
+        except GateError:
+            return self.roll_back(new, old)
+        return self.commit(new, old)
+
+    def finish(self, new: Found, _: None) -> None:
+        """Remove what a first deploy left; start a container that has lost its old one."""
+        if not new.journal.replaces:
+            remove_container(self.engine, new.id)
+            self.outcome = "removed"
+            return
+        try:
+            self.start_alone(new)
+        except GateError as error:
+            rule = f"is all that is left, but {error.message}: remove it"
+            raise ApiError(409, f"{self.name}{NEXT} {rule}") from error
+
+    def give_back(self, _: None, old: Found) -> None:
+        """Start the old container again, which has lost its new one."""
+        self.rename(old, "")
+        self.set_restart(old, old.journal.restart)
+        start_container(self.engine, old.id)
+        self.outcome = "rolled back"
+
+    # Names that are there: which is the new container, which the old one, and what is done.
+    STATES: ClassVar[dict[tuple[str, ...], tuple[str, str, Callable[..., None]]]] = {
+        ("", NEXT): (NEXT, "", roll_back),  # crashed before the swap, or in a rollback
+        (NEXT, PREV): (NEXT, PREV, roll_back),  # between the renames
+        ("", PREV): ("", PREV, judge),  # after the swap
+        (NEXT,): (NEXT, "", finish),  # in a first deploy; or somebody removed the old one
+        (PREV,): ("", PREV, give_back),  # somebody removed the new one
+    }
+
+    def recover(self) -> None:
+        """Finish or undo what the names show to be unfinished.
+
+        Raises ApiError (409) for what no deploy has left, and EngineError.
+        """
+        ids = self.look()
+        if ids.keys() <= {""}:
+            return
+        found = {suffix: self.find(container) for suffix, container in ids.items()}
+        here, replaced = found.get(""), found.get(OLD)
+        is_known = replaced and here and here.journal.replaces == replaced.id
+        if replaced and (is_known or replaced.journal.name == self.name):
+            self.outcome = "committed"
+            self.remove_old(found.pop(OLD))
+        if found.keys() <= {""}:
+            return
+        new_suffix, old_suffix, step = self.STATES.get(tuple(found), ("", "", None))
+        new, old = found.get(new_suffix), found.get(old_suffix)
+        owner = new.journal if new else old.journal if old else NO_JOURNAL
+        if not step or owner.name != self.name or (new and old and owner.replaces != old.id):
+            names = " and ".join(self.name + suffix for suffix in found if suffix)
+            raise ApiError(409, f"no deploy of {self.name} has left {names}: remove or rename it")
+        step(self, new, old)
+
+    # The deploy
+
+    def deploy(self, request: Request, auth: str) -> Json:
+        """Return the answer to a request. Raises ApiError."""
+        body = request.body
+        earlier = Deployment(self.engine, self.name, self.stopping)
+        earlier.recover()
+        if earlier.warnings:  # the commit needs the name
+            raise ApiError(409, f"{earlier.warnings[0]}; remove it first")
+        image = self.get_image(body, auth, request.interrupts._replace(client=None))
+        old = self.find_old(image, adopt=request.query.get("adopt", False))
+        spec = {field: value for field, value in body.items() if field not in ("deploy", "pull")}
+        digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
+        if old and (old.journal.spec, old.container.get("Image")) == (digest, image.get("Id")):
+            running = old.container["State"].get("Status") == "running"
+            if running and health_of(old.container) != "unhealthy":
+                return self.answer(old, image, None, changed=False)
+        replaced = self.describe(old, image) if old else None
+        new, warnings = self.create(request, digest, image, old)
+        self.warnings += warnings
+        try:
+            if old:
+                self.swap(new, old)
+            else:
+                self.start_alone(new)
+        except ApiError as error:
+            self.undo(new, old, error)
+        self.told.put(("step", {"step": "done"}))
+        return self.answer(new, image, replaced, changed=True)
+
+    def get_image(self, body: Json, auth: str, interrupts: Interrupts) -> Json:
+        """Return the inspected image, pulled if the body says so. Raises EngineError."""
+        name = body["image"]
+        is_fixed = "@" in name or re.fullmatch("(sha256:)?[0-9a-f]{64}", name)
+        pull = body.get("pull", "missing" if is_fixed else "always")
+        if pull == "always" or (pull == "missing" and not has_image(self.engine, body)):
+            self.told.put(("step", {"step": "pull"}))
+            for word in filter(None, pull_progress(self.engine, body, auth, interrupts)):
+                # Invariant: what a client does not read is bounded; all other events are few.
+                if self.told.qsize() < MAX_PROGRESS:
+                    self.told.put(("progress", pull_state(word)))
+        return self.engine.json("GET", image_path(name))
+
+    def find_old(self, image: Json, *, adopt: bool) -> Found | None:
+        """Return the container that has the name. Raises ApiError (409) if it must stay."""
+        try:
+            old = self.find(self.name, image)
+        except EngineError as error:
+            if error.status != 404:
+                raise
+            return None
+        if old.container.get("Name") != f"/{self.name}":  # the name begins another's id
+            return None
+        if old.id == own_container():
+            raise ApiError(409, f"{self.name} is the container that the agent itself runs in")
+        if old.container["HostConfig"].get("AutoRemove"):
+            raise ApiError(409, f"{self.name} has auto_remove: nothing could bring it back")
+        if old.journal.name != self.name and not adopt:
+            rule = "remove it, or replace it with ?adopt=true"
+            raise ApiError(409, f"{self.name} was not deployed by this agent; {rule}")
+        return old
+
+    def create(
+        self, request: Request, digest: str, image: Json, old: Found | None
+    ) -> tuple[Found, list[str]]:
+        """Return the new container, created beside the old one, and warnings. Raises ApiError."""
+        key, body = request.key, request.body
+        look_up_networks(self.engine, body)
+        query, container = engine_container(self.engine, body)
+        host, was = container["HostConfig"], NO_JOURNAL.was
+        if old:
+            running = bool(old.container["State"].get("Running"))
+            was = {"running": running, "restart": restart_policy(old.container["HostConfig"])}
+            host["Mounts"] = self.carry_volumes(old, host.get("Mounts", []))
+        gate, replaces = {**GATE, **body.get("deploy", {})}, old.id if old else ""
+        journal = Journal(self.name, digest, restart_policy(host), replaces, was, gate)
+        texts = {
+            k: v if isinstance(v, str) else json.dumps(v) for k, v in journal._asdict().items()
+        }
+        container["Labels"] = {**container.get("Labels", {}), **agent_labels(key, **texts)}
+        host["RestartPolicy"] = NO_RESTART
+        query["name"] = self.name + NEXT
+        self.told.put(("step", {"step": "create"}))
+        self.is_unfinished, made = True, {}
+        try:
+            made = send_create(self.engine, key, query, container)
+            connect_networks(self.engine, container_id(made), body)
+            new = self.find(made["Id"])
+            if new.journal != journal:
+                raise ApiError(409, f"the image must not carry labels that begin with {OWN_LABELS}")
+            if self.stopping.is_set():
+                raise Stopping(503, "the agent is being stopped; try again later")
+        except ApiError:
+            with contextlib.suppress(EngineError):
+                left = self.look().get(NEXT)  # it may be there even after a timeout
+                if left and (left == made.get("Id") or self.find(left).journal == journal):
+                    remove_container(self.engine, left)
+                self.is_unfinished = False
+            raise
+        return new, made.get("Warnings") or []
+
+    def carry_volumes(self, old: Found, mounts: list[Json]) -> list[Json]:
+        """Return mounts, with the old container's anonymous volumes at their targets."""
+        result = {os.path.normpath(mount["Target"].lstrip("/")): mount for mount in mounts}
+        for mount in old.container.get("Mounts") or ():
+            name, target = mount.get("Name") or "", mount.get("Destination") or ""
+            if mount.get("Type") != "volume" or not re.fullmatch("[0-9a-f]{64}", name):
+                continue
+            volume = self.engine.json("GET", f"/volumes/{name}")
+            if volume.get("Driver") == "local" and not volume.get("Options"):
+                # By its name, so that a rollback's removal of the new container leaves it.
+                carried = {"Type": "volume", "Target": target, "ReadOnly": not mount.get("RW")}
+                carried = result.setdefault(os.path.normpath(target.lstrip("/")), carried)
+                if carried["Type"] == "volume" and not carried.get("Source"):
+                    carried["Source"] = name
+        return list(result.values())
+
+    def undo(self, new: Found, old: Found | None, error: ApiError) -> None:
+        """Put back what was there and raise error. Returns if the commit happened all the same."""
+        known = self.evidence(new)
+        is_stop, message = isinstance(error, Stopping), error.message
+        try:
+            ids = self.look()
+            if ids.get("") == new.id and PREV not in ids:
+                return self.warnings.append(message)
+            self.failed = not is_stop
+            if not old:
+                remove_container(self.engine, new.id)
+                self.is_unfinished = False
+            elif not is_stop:
+                self.recover()
+        except ApiError as second:
+            message = f"{message}; and this could not be undone yet: {second.message}"
+            raise ApiError(second.status, message, members=known) from error
+        known["rolled_back"] = self.outcome == "rolled back" and not self.problem
+        raise ApiError(503 if is_stop else 422, message + self.problem, members=known) from error
+
+    def evidence(self, new: Found) -> Json:
+        """Return what the Engine knows of a container that failed."""
+        known: Json = {"rolled_back": False, **NO_EVIDENCE}
+        with contextlib.suppress(ApiError):
+            container = self.inspect(new.id)
+            state, tty = container["State"], bool(container["Config"].get("Tty"))
+            known["health"] = health_of(container) or None
+            code = state.get("ExitCode")
+            if not state.get("Running") and (code or state.get("Status") != "created"):
+                known["exit_code"] = code
+            known["logs"] = last_lines(self.engine, new.id, tty, FAILED_LINES)
+        return known
+
+    def answer(self, found: Found, image: Json, replaced: Json | None, *, changed: bool) -> Json:
+        shown = {"name": self.name, "changed": changed, "replaced": replaced}
+        shown.update(gate=self.passed or None, warnings=self.warnings)
+        return {**self.describe(found, image), **shown}
+
+    def describe(self, found: Found, image: Json) -> Json:
+        """Return a container's id, its image, and that image by the digest that a pull takes.
+
+        image: the one that the tag names now.
+        """
+        reference = str(found.container["Config"].get("Image") or "")
+        own = require(found.container, "Image", str)
+        repository, _ = split_image(reference)
+        current = image if image.get("Id") == own else find_image(self.engine, own)
+        digest = find_digest(current, repository)
+        if not digest and find_digest(image, repository) == image.get("Id"):
+            digest = own  # containerd's store: ids are digests, and go without names if a tag moves
+        by_digest = f"{repository}@{digest}" if digest else None
+        return {"id": found.id, "image": reference, "image_digest": by_digest}
+
+
+class Deploys:
+    """The names that are being deployed or recovered, each in a thread of its own."""
+
+    def __init__(self, engine: Engine, log: Log) -> None:
+        self.stopping = threading.Event()  # to be set when the agent is stopped
+        self._engine, self._log = engine, log
+        self._lock = threading.Lock()
+        self._busy: set[str] = set()
+
+    def active(self) -> bool:
+        """Return whether the agent's stop should wait, within its grace."""
+        return bool(self._busy)
+
+    def before_write(self, name: str) -> bool:
+        """Recover what a crash left of a name before its container is changed; return whether.
+
+        Raises ApiError (409) while it is being deployed, and EngineError.
+        """
+        name = HELPER_NAME.sub("", name)
+        self._check_free(name)
+        deployment = Deployment(self._engine, name, self.stopping)
+        if deployment.look().keys() <= {""}:
+            return False
+        self._claim(name)
+        self._run(deployment, functools.partial(self._recover, deployment, retries=False))
+        return True
+
+    def begin(self, request: Request, auth: str) -> Told:
+        """Start a deploy, which goes on whatever its client does; return its events.
+
+        Raises ApiError (409) if the name is being deployed already.
+        """
+        # Invariant: a limited key starts no threads without bound; the master is never refused.
+        if not request.key.master and len(self._busy) >= MAX_DEPLOYS:
+            raise ApiError(503, "too many deploys at once; try again later", {"Retry-After": "5"})
+        deployment = Deployment(self._engine, request.name, self.stopping)
+        self._start(deployment, functools.partial(self._deploy, deployment, request, auth))
+        return deployment.told
+
+    def recover_all(self) -> None:
+        """Recover what a killed agent has left, as soon as the Engine can be reached."""
+        names, pattern = None, f"({'|'.join(map(re.escape, HELPER_NAMES))})$"
+        while names is None:
+            try:
+                names = ids_by_name(self._engine, pattern)
+            except EngineError:
+                if self.stopping.wait(RECOVERY_INTERVAL):
+                    return
+        for name in {HELPER_NAME.sub("", name) for name in names}:
+            deployment = Deployment(self._engine, name, self.stopping)
+            with contextlib.suppress(ApiError):  # it is being deployed
+                self._start(deployment, functools.partial(self._recover, deployment))
+
+    def _check_free(self, name: str) -> None:
+        if name in self._busy:
+            raise ApiError(409, f"{name} is being deployed; try again later", {"Retry-After": "5"})
+
+    def _claim(self, name: str) -> None:
+        with self._lock:
+            self._check_free(name)
+            self._busy.add(name)
+
+    def _start(self, deployment: Deployment, act: Callable[[], Any]) -> None:
+        self._claim(deployment.name)
+        try:
+            threading.Thread(target=self._run, args=(deployment, act), daemon=True).start()
+        except RuntimeError as error:  # no thread to be had
+            self._busy.discard(deployment.name)
+            raise ApiError(503, "the agent has no more threads; try again later") from error
+
+    def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
+        """Do what a name was claimed for."""
+        end: Any = "error", ApiError(500, "an error of the agent's own; see its log")
+        try:
+            end = act()
+        except Exception as error:  # no request may be there any more to log it
+            self._log("error", "bug", traceback=describe_bug(error))
+        with self._lock:
+            self._busy.discard(deployment.name)
+        deployment.told.put(end)
+
+    def _deploy(self, deployment: Deployment, request: Request, auth: str) -> tuple[str, Any]:
+        """Return the event that tells how a deploy ended."""
+        fields: Json = {"container": deployment.name, "key": request.key.name}
+        end: tuple[str, Any]
+        try:
+            end = "done", deployment.deploy(request, auth)
+        except ApiError as error:
+            if isinstance(error, EngineError) and not error.members:  # nothing was touched
+                error.members = {"rolled_back": deployment.exists(), **NO_EVIDENCE}
+            end, fields["error"] = ("error", error), error.message
+        self._log("warning" if "error" in fields else "info", "deploy", **fields)
+        if deployment.is_unfinished:
+            deployment.told.put(end)
+            self._recover(deployment)
+        return end
+
+    def _recover(self, deployment: Deployment, *, retries: bool = True) -> None:
+        """Recover a name and log it. retries: while the Engine is unreachable."""
+        error = None
+        while not self.stopping.is_set():
+            try:
+                deployment.recover()
+            except ApiError as failure:
+                error = failure
+            if not (retries and error and error.status in UNREACHABLE):
+                break
+            self.stopping.wait(RECOVERY_INTERVAL)
+            error = None
+        message = error.message if error else "; ".join(deployment.warnings)
+        fields = {"container": deployment.name, "outcome": deployment.outcome, "error": message}
+        if deployment.outcome or message:
+            self._log("warning", "recovery", **fields)
+
+
+# --------------------------------------------------------------------------------------------------
 # One-off runs: a container that lives no longer than its request
 # --------------------------------------------------------------------------------------------------
 
@@ -4420,7 +5112,7 @@ def run_stream(
         removal.callback(live.discard, token)
         # By its label, which it has even if the response with its id was lost.
         removal.callback(remove_run, engine, token)
-        container = create_container(engine, body, pull)["Id"]
+        container = create_container(engine, request.key, body, pull)["Id"]
         request.target.update(id=container)
         connect_networks(engine, container, body)
         start_container(engine, container)
@@ -4804,6 +5496,7 @@ class Agent(NamedTuple):
     file_locks: dict[int, threading.RLock]  # held by Walk
     metrics: Metrics
     runs: set[str]  # the tokens of one-off runs that go on
+    deploys: Deploys
 
     def ask(self, path: str) -> Json | None:
         """Return the Engine's JSON for a path, None if there is no such thing."""
@@ -4835,6 +5528,17 @@ def find_container(request: Request, agent: Agent) -> Json:
     return inspect_container(request, agent)[1]
 
 
+def find_to_change(request: Request, agent: Agent) -> Json:
+    """Return the container in the path, once no deploy of its name is unfinished.
+
+    Raises ApiError (409) while it is being deployed, and EngineError.
+    """
+    found = find_container(request, agent)
+    if agent.deploys.before_write(request.target["name"]):
+        found = find_container(request, agent)  # its name may be another container's now
+    return found
+
+
 def health(request: Request, agent: Agent) -> Response:
     code, status, docker = 200, "ok", "connected"
     if agent.engine.problem():
@@ -4848,7 +5552,9 @@ def create(request: Request, agent: Agent) -> Response:
     interrupts = request.interrupts._replace(stop=None)
     pull = functools.partial(pull_image, engine, body, registry_auth(request), interrupts)
     request.target.update(name=body.get("name", ""), image=body["image"])
-    created = create_container(engine, body, pull)
+    if "name" in body:
+        agent.deploys.before_write(body["name"])
+    created = create_container(engine, request.key, body, pull)
     identity: str = created["Id"]
     request.target.update(id=identity)
     with removed_on_failure(engine, identity):
@@ -4890,7 +5596,7 @@ def post_action(
     request: Request, agent: Agent, action: str, done: str, seconds: float = CALL_TIMEOUT
 ) -> Response:
     """Do something to a container, by its full id, with the signal in the body."""
-    container = container_id(find_container(request, agent))
+    container = container_id(find_to_change(request, agent))
     query = {name: signal_name(word) for name, word in request.body.items()}
     agent.engine.call("POST", container_path(container, action), query, seconds=seconds)
     return Response({"message": f"container {done}"})
@@ -4898,13 +5604,11 @@ def post_action(
 
 def stop_or_restart(request: Request, agent: Agent, action: str, done: str) -> Response:
     """Stop or restart a container, which may take its own time. Raises ApiError."""
-    found, query = find_container(request, agent), {}
+    found, query = find_to_change(request, agent), {}
     config = require(found, "Config", dict)
     if "signal" in request.body:
         query = stop_signal(agent.engine, request.body["signal"], config, action)
-    wait = config.get("StopTimeout")
-    # Invariant: a container's own timeout makes no wait longer than a client could ask for.
-    wait = min(MAX_STOP, max(0, wait)) if wait and isinstance(wait, int) else DEFAULT_STOP
+    wait = own_stop_timeout(config)
     if "timeout" in request.body:
         wait = query["t"] = request.body["timeout"]
     path = container_path(container_id(found), action)
@@ -4946,7 +5650,7 @@ unpause = functools.partial(post_action, action="unpause", done="unpaused")
 
 def remove(request: Request, agent: Agent) -> Response:
     query = {name: int(value) for name, value in request.query.items()}
-    agent.engine.call("DELETE", container_path(container_id(find_container(request, agent))), query)
+    agent.engine.call("DELETE", container_path(container_id(find_to_change(request, agent))), query)
     return Response({"message": "container removed"})
 
 
@@ -4984,12 +5688,42 @@ EVENT_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
 EVENT_HEADERS["Cache-Control"] = "no-cache, no-transform"
 
 
-def event_stream(events: Stream) -> Response:
-    return Response(stream=with_ending(events), headers=EVENT_HEADERS)
+def deploy(request: Request, agent: Agent) -> Response:
+    name = request.name
+    validate(CREATE["properties"]["name"], name, "name")
+    request.target.update(name=name, image=request.body["image"])
+    told = agent.deploys.begin(request, registry_auth(request))
+    if wants_events(request):
+        return event_stream(deploy_events(told))
+    kind = ""
+    while kind not in ("done", "error"):
+        kind, data = told.get()
+    if kind == "error":
+        raise data
+    return Response(data, 201 if data["changed"] and not data["replaced"] else 200)
+
+
+def deploy_events(told: Told) -> Stream:
+    """Yield the event stream of a deploy."""
+    yield STREAM_START
+    kind = ""
+    while kind not in ("done", "error"):
+        try:
+            kind, data = told.get(timeout=PING_INTERVAL)
+        except queue.Empty:
+            yield PING
+            continue
+        if kind == "error":
+            data = envelope(data)
+        yield event(kind, data)
 
 
 def wants_events(request: Request) -> bool:
     return "text/event-stream" in ",".join(request.fields.get("accept", [])).lower()
+
+
+def event_stream(events: Stream) -> Response:
+    return Response(stream=with_ending(events), headers=EVENT_HEADERS)
 
 
 def with_ending(events: Stream) -> Stream:
@@ -5021,10 +5755,7 @@ def pull_events(request: Request, agent: Agent, auth: str) -> Stream:
             yield PING
             continue
         digest = digest_in(word) or digest
-        detail = word.get("progressDetail")
-        shown = {**detail, **word} if isinstance(detail, dict) else word
-        names = ("id", "status", "current", "total")
-        yield event("progress", {name: shown.get(name) for name in names})
+        yield event("progress", pull_state(word))
     yield event("done", pull_result(agent.engine, request.body["image"], digest))
 
 
@@ -5190,6 +5921,7 @@ ROUTES = check_routes(
     Route("GET", "/health", health, PUBLIC),
     Route("POST", f"{API}/containers", create, "create", body=CREATE),
     Route("GET", f"{API}/containers", list_containers, "read", query=LIST_QUERY),
+    Route("PUT", f"{API}/containers/{{name}}", deploy, "deploy", body=DEPLOY, query=DEPLOY_QUERY),
     Route("GET", f"{API}/containers/{{id}}", inspect, "inspect"),
     Route("DELETE", f"{API}/containers/{{id}}", remove, "remove", query=REMOVE_QUERY),
     Route("GET", f"{API}/containers/{{id}}/logs", logs, "logs", query=LOGS_QUERY),
@@ -5350,18 +6082,20 @@ def run(config: Config) -> int:
         log("warning", f"MAX_CONNECTIONS: lowered to {allowed} by the limit on open files")
     config = config._replace(max_connections=allowed)
     engine = Engine(config.docker_host, config.engine_tls, config.docker_api_version)
-    agent = Agent(engine, config.host_root, {}, Metrics(), set())
+    agent = Agent(engine, config.host_root, {}, Metrics(), set(), Deploys(engine, log))
     with Server(config, log, listener, ROUTES, agent, agent.metrics.observe) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         notify("READY=1")
         # In a thread: an Engine that does not answer must not delay a stop.
         threading.Thread(target=start_up, args=(log, address, agent), daemon=True).start()
+        threading.Thread(target=agent.deploys.recover_all, daemon=True).start()
         signal.sigwait(STOP_SIGNALS)
         notify("STOPPING=1")
         log("info", "stopping")
+        agent.deploys.stopping.set()
         server.stop()
         deadline = time.monotonic() + GRACE
-        while server.slots and time.monotonic() < deadline:
+        while (server.slots or agent.deploys.active()) and time.monotonic() < deadline:
             if signal.sigtimedwait(STOP_SIGNALS, 0.05):
                 log("warning", "stopped at once")
                 os._exit(1)

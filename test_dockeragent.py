@@ -221,6 +221,9 @@ class Seen(NamedTuple):
     body: bytes
 
 
+LOOK = "/containers/json?all=1&filters=%7B%22name"  # for the helper names of deploys
+
+
 class FakeEngine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     """An Engine as seen from its socket: scripted answers, every request recorded.
 
@@ -248,12 +251,16 @@ class FakeEngine(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.server_close()
 
     def requests(self) -> list[Seen]:
-        """What was asked since the last call, but pings and an agent's look for left runs."""
+        """What was asked since the last call, but pings and what an agent looks for by itself."""
         found = []
         while not self.seen.empty():
             found.append(self.seen.get())
         left_runs = "%22dockeragent.run%22"  # without a token: what an agent looks for at its start
-        return [s for s in found if s.target != "/_ping" and left_runs not in s.target]
+        return [
+            seen
+            for seen in found
+            if not seen.target.startswith(("/_ping", LOOK)) and left_runs not in seen.target
+        ]
 
     def changes(self) -> list[Seen]:
         """What was to change something, since the last call."""
@@ -273,6 +280,8 @@ class FakeEngineHandler(socketserver.StreamRequestHandler):
         target = re.sub(r"^/v1\.[0-9]+/", "/", target)
         self.server.seen.put(Seen(method, target, headers, body))
         answer = self.server.script.get(f"{method} {target.partition('?')[0]}")
+        if target.startswith(LOOK):
+            answer = http_answer([])
         if answer is None and target == "/_ping":
             answer = http_answer(b"OK", extra="Api-Version: 1.41\r\n", content_type="text/plain")
         if answer is None:
@@ -7590,6 +7599,587 @@ def test_prometheus_scrapes_it(engine, tmp_path):
             process.kill()
             process.wait()
     assert result["value"][1] == "1"
+
+
+# Deploy
+# --------------------------------------------------------------------------------------------------
+
+LOOP = ["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 0.05; done"]
+HELPERS = (".next", ".prev", ".old")
+
+
+class FaultyProxy(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
+    """Stands between an agent and the real Engine, and harms one call that changes something.
+
+    arm(k, harm): the k-th from now on is given to harm(forward, sock); forward() sends it to the
+    Engine and returns the response, sock is the agent's connection. `seen` has all calls.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, path: Path, engine: RealEngine) -> None:
+        self.engine_path, self.url = engine.path, f"unix://{path}"
+        self.lock = threading.Lock()
+        self.seen: list[str] = []
+        self.calls: list[str] = []  # that changed something, since it was armed
+        self.fault: tuple[int, Callable[..., None]] | None = None
+        super().__init__(str(path), FaultyProxyHandler)
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def __enter__(self) -> FaultyProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def arm(self, number: int, harm: Callable[..., None]) -> None:
+        with self.lock:
+            self.calls, self.fault = [], (number, harm)
+
+    def disarm(self) -> list[str]:
+        """Do no more harm; return the calls since it was armed."""
+        with self.lock:
+            self.fault = None
+            return self.calls
+
+    def harm_to(self, method: str, target: str) -> Callable[..., None] | None:
+        with self.lock:
+            self.seen.append(f"{method} {target}")
+            if method == "GET" or self.fault is None:
+                return None
+            self.calls.append(f"{method} {target}")
+            number, harm = self.fault
+            return harm if len(self.calls) == number + 1 else None
+
+
+class FaultyProxyHandler(socketserver.StreamRequestHandler):
+    server: FaultyProxy
+
+    def handle(self) -> None:
+        head = b""
+        while not head.endswith(b"\r\n\r\n"):
+            if not (line := self.rfile.readline()):
+                return
+            head += line
+        length = re.search(rb"(?i)content-length: ([0-9]+)", head)
+        body = self.rfile.read(int(length[1]) if length else 0)
+        head = head.replace(b"\r\n", b"\r\nConnection: close\r\n", 1)
+        method, target, _ = head.decode().split(" ", 2)
+
+        def forward() -> bytes:
+            with socket.socket(socket.AF_UNIX) as there:
+                there.connect(self.server.engine_path)
+                there.sendall(head + body)
+                return read_to_end(there)
+
+        harm = self.server.harm_to(method, target)
+        with contextlib.suppress(OSError):
+            if harm:
+                harm(forward, self.connection)
+            else:
+                self.connection.sendall(forward())
+
+
+def names_of(engine: RealEngine, name: str) -> dict[str, Any]:
+    """The containers with a name and its helper names, as inspected, by name."""
+    filters = quote(json.dumps({"name": [f"^/{name}"]}))
+    found = engine.call("GET", f"/containers/json?all=1&filters={filters}")[1]
+    return {row["Names"][0][1:]: engine.inspect(row["Id"]) for row in found}
+
+
+@pytest.fixture
+def site(engine: RealEngine) -> Iterator[str]:
+    """A name to deploy; it and its helper names are free again after the test."""
+    chosen = "da-" + secrets.token_hex(6)
+    yield chosen
+    for helper in ("", *HELPERS):
+        engine.remove(chosen + helper)
+
+
+def spec(*cmd: str, **fields: Any) -> dict[str, Any]:
+    """The body of a deploy that takes no longer than it must."""
+    quick = {"image": IMAGE, "cmd": list(cmd) or LOOP, "pull": "never", "network_mode": "none"}
+    quick.update(restart_policy={"name": "always"}, stop_timeout=1, deploy={"stable": 0.2})
+    return {**quick, **fields}
+
+
+def put(agent: Agent, name: str, body: Any, query: str = "", **kwargs: Any) -> Reply:
+    return agent.request("PUT", f"/api/v1/containers/{name}{query}", body, **kwargs)
+
+
+def put_steps(agent: Agent, name: str, body: Any) -> list[tuple[str, Any]]:
+    """The events of a deploy, steps as their names."""
+    found = events(put(agent, name, body, headers={"Accept": "text/event-stream"}).body)
+    return [(kind, data["step"] if kind == "step" else data) for kind, data in found]
+
+
+GOOD, BAD = spec(env=["NEW=1"]), spec("sh", "-c", "echo broken; exit 3")
+# The calls of a deploy that change something, in their order.
+SWAP = ["create", "update", "stop", "rename", "rename", "start"]
+BACK = ["update", "stop", "rename", "rename", "update", "stop", "start", "DELETE"]
+CALLS = {"good": [*SWAP, "update", "rename", "DELETE"], "bad": [*SWAP, *BACK]}
+EACH_CALL = [(kind, number) for kind, calls in CALLS.items() for number in range(len(calls))]
+
+
+def settled(engine: RealEngine, site: str) -> Any:
+    """The one container of a name, if there is one only and it runs."""
+    found = names_of(engine, site)
+    return found.keys() == {site} and found[site]["State"]["Running"] and found[site]
+
+
+def assert_settled(engine: RealEngine, site: str, old: str, kind: str) -> None:
+    """One container runs, with the restart policy asked for; the old one if the new one is bad."""
+    current = until(lambda: settled(engine, site), "one container that runs")
+    assert current["HostConfig"]["RestartPolicy"]["Name"] == "always"
+    assert kind == "good" or current["Id"] == old
+
+
+Harm = Callable[[Callable[[], bytes], socket.socket], None]
+
+
+def crash(agent: Agent, *, after: bool = False) -> Harm:
+    """Kill the agent before a call, or after the Engine has done it."""
+
+    def harm(forward: Callable[[], bytes], sock: socket.socket) -> None:
+        if after:
+            forward()
+        agent.process.kill()
+        agent.process.wait()
+
+    return harm
+
+
+def deploy_and_crash(proxy: FaultyProxy, site: str, kind: str, number: int, *, after: bool) -> str:
+    """Kill an agent in a deploy; return the id of the old container."""
+    with Agent(DOCKER_HOST=proxy.url) as agent:
+        old = put(agent, site, spec()).json()["id"]
+        proxy.arm(number, crash(agent, after=after))
+        with pytest.raises((OSError, http.client.HTTPException)):
+            put(agent, site, GOOD if kind == "good" else BAD)
+    calls = proxy.disarm()
+    assert len(calls) == number + 1
+    assert CALLS[kind][number] in calls[-1]
+    return old
+
+
+@pytest.mark.parametrize(
+    "kind, number, after",
+    [(*call, False) for call in EACH_CALL]
+    + [("good", 0, True), ("good", 2, True), ("good", 5, True), ("good", 7, True)]
+    + [("bad", 6, True), ("bad", 9, True), ("bad", 11, True), ("bad", 13, True)],
+)
+def test_killed_agent_leaves_one_container_that_runs(engine, site, tmp_path, kind, number, after):
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        old = deploy_and_crash(proxy, site, kind, number, after=after)
+        with Agent(DOCKER_HOST=proxy.url):
+            assert_settled(engine, site, old, kind)
+
+
+@pytest.mark.parametrize(
+    "kind, first, second",
+    [("good", 3, 0), ("good", 4, 2), ("good", 6, 0), ("good", 7, 1)]
+    + [("bad", 2, 5), ("bad", 4, 5), ("bad", 6, 3), ("bad", 9, 2)],
+)
+def test_agent_killed_again_while_it_recovers(engine, site, tmp_path, kind, first, second):
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        old = deploy_and_crash(proxy, site, kind, first, after=False)
+        agents: queue.Queue[Agent] = queue.Queue()
+        proxy.arm(second, lambda forward, sock: crash(agents.get(timeout=WAIT))(forward, sock))
+        with Agent(DOCKER_HOST=proxy.url) as agent:
+            agents.put(agent)
+            assert agent.process.wait(WAIT) == -signal.SIGKILL
+        proxy.disarm()
+        with Agent(DOCKER_HOST=proxy.url):
+            assert_settled(engine, site, old, kind)
+
+
+@pytest.fixture(scope="module")
+def fragile(
+    engine: RealEngine, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[FaultyProxy, Agent]]:
+    """A faulty proxy, and an agent behind it."""
+    path = tmp_path_factory.mktemp("proxy") / "p.sock"
+    with FaultyProxy(path, engine) as proxy, Agent(DOCKER_HOST=proxy.url) as agent:
+        yield proxy, agent
+
+
+def refuse_call(forward: Callable[[], bytes], sock: socket.socket) -> None:
+    sock.sendall(http_answer({"message": "harm"}, 500))
+
+
+def cut_after_call(forward: Callable[[], bytes], sock: socket.socket) -> None:
+    forward()
+
+
+@pytest.mark.parametrize(
+    "kind, number, harm",
+    [(*call, refuse_call) for call in EACH_CALL]
+    + [("good", number, cut_after_call) for number in (0, 2, 3, 4, 5, 7, 8)]
+    + [("bad", number, cut_after_call) for number in (5, 7, 12, 13)],
+)
+def test_failing_call_leaves_one_container_that_runs(engine, fragile, site, kind, number, harm):
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+    proxy.arm(number, harm)
+    reply = put(agent, site, GOOD if kind == "good" else BAD)
+    if (kind, number, harm) == ("bad", 12, refuse_call):  # the old one cannot be started again
+        current = names_of(engine, site)[site]
+        assert (current["Id"], current["State"]["Running"]) == (old, False)
+        assert current["HostConfig"]["RestartPolicy"]["Name"] == "always"
+        assert "harm" in reply.json()["message"]
+        assert not reply.json()["rolled_back"]
+        return
+    assert_settled(engine, site, old, kind)
+    is_old = engine.inspect(site)["Id"] == old
+    assert is_old == (reply.status != 200)
+    if kind == "good" and number not in (0, 8):
+        assert reply.json().get("rolled_back", False) == is_old
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_killed_first_deploy_leaves_no_helper(engine, site, tmp_path, number):
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        with Agent(DOCKER_HOST=proxy.url) as agent:
+            proxy.arm(number, crash(agent))
+            with pytest.raises((OSError, http.client.HTTPException)):
+                put(agent, site, spec())
+        assert len(proxy.disarm()) == number + 1
+        with Agent(DOCKER_HOST=proxy.url) as agent:
+            until(lambda: not names_of(engine, site), "its removal")
+            assert put(agent, site, spec()).status == 201
+    assert engine.inspect(site)["HostConfig"]["RestartPolicy"]["Name"] == "always"
+
+
+def test_first_then_unchanged_then_replaced(engine, fragile, site):
+    proxy, agent = fragile
+    reply = put(agent, site, spec())
+    first = reply.json()
+    assert reply.status == 201
+    assert set(first) == {
+        *("id", "name", "changed", "image", "image_digest", "replaced", "gate", "warnings")
+    }
+    assert (first["changed"], first["replaced"], first["gate"]) == (True, None, "stable")
+    started = engine.inspect(site)["State"]["StartedAt"]
+    proxy.seen.clear()
+    reply = put(agent, site, spec(deploy={"stable": 1}))
+    assert (reply.status, reply.json()["changed"], reply.json()["id"]) == (200, False, first["id"])
+    assert len(proxy.seen) <= 4
+    assert engine.inspect(site)["State"]["StartedAt"] == started
+    reply = put(agent, site, GOOD)
+    assert (reply.status, reply.json()["changed"]) == (200, True)
+    assert reply.json()["replaced"]["id"] == first["id"]
+    assert names_of(engine, site).keys() == {site}
+
+
+def test_steps_are_told(agent, site):
+    assert [kind for kind, _ in put_steps(agent, site, spec())][-1] == "done"
+    good, bad = put_steps(agent, site, GOOD), put_steps(agent, site, BAD)
+    assert [data for _, data in good[:-1]] == ["create", "stop", "start", "gate", "done"]
+    assert good[-1][1]["changed"]
+    assert [data for _, data in bad[:-1]] == ["create", "stop", "start", "gate", "rollback"]
+    assert bad[-1][0] == "error"
+    assert bad[-1][1]["logs"] == ["broken"]
+
+
+def check(command: str, **more: Any) -> dict[str, Any]:
+    return {"shell": command, "interval": 0.1, "timeout": 5, **more}
+
+
+@pytest.mark.parametrize(
+    "fields, gate, word, health",
+    cases(
+        ("healthy", {"healthcheck": check("true")}, "healthy", "", None),
+        (
+            "unhealthy fails at once",
+            {"healthcheck": check("false", retries=1), "deploy": {"timeout": 3600}},
+            *(None, "unhealthy", "unhealthy"),
+        ),
+        (
+            "not healthy in time",
+            {"healthcheck": check("false", start_period=60), "deploy": {"timeout": 0.3}},
+            *(None, "not healthy after 0.3 s", "starting"),
+        ),
+        ("no check", {"healthcheck": {"disable": True}}, "stable", "", None),
+        ("exit 0", {"cmd": ["true"], "healthcheck": check("true")}, None, "code 0", None),
+        ("exit in the time", {"cmd": ["sh", "-c", "sleep 0.1"]}, None, "code 0", None),
+    ),
+)
+def test_gate(agent, engine, site, fields, gate, word, health):
+    old = put(agent, site, spec()).json()["id"]
+    reply = put(agent, site, spec(**{"env": ["B=1"], **fields}))
+    if gate:
+        assert (reply.status, reply.json()["gate"]) == (200, gate)
+        return
+    assert reply.status == 422
+    assert word in reply.json()["message"]
+    assert reply.json()["rolled_back"]
+    assert health in (None, reply.json()["health"])
+    assert_settled(engine, site, old, "bad")
+
+
+def test_failure_tells_the_exit_code_and_the_last_lines(agent, engine, site):
+    lines = "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo $i; done; exit 7"
+    reply = put(agent, site, spec("sh", "-c", lines))
+    assert reply.status == 422
+    told = reply.json()
+    assert (told["rolled_back"], told["exit_code"], told["health"]) == (False, 7, None)
+    assert told["logs"] == [str(i) for i in range(11, 61)]
+    assert not names_of(engine, site)
+
+
+def test_stopped_container_stays_stopped_after_a_rollback(agent, engine, site):
+    old = put(agent, site, spec()).json()["id"]
+    engine.call("POST", f"/containers/{old}/stop")
+    assert put(agent, site, BAD).json()["rolled_back"]
+    current = names_of(engine, site)[site]
+    assert (current["Id"], current["State"]["Running"]) == (old, False)
+    assert current["HostConfig"]["RestartPolicy"]["Name"] == "always"
+
+
+@pytest.mark.parametrize(
+    "fields, status",
+    cases(
+        ("image is not there", {"image": "da-no-such:1"}, 404),
+        ("network is not there", {"network_mode": None, "networks": ["da-no-such"]}, 404),
+        ("peer is not there", {"network_mode": "container:da-no-such"}, 404),
+        ("bind's source is not there", {"volumes": [{"source": "/da/no", "target": "/a"}]}, 400),
+    ),
+)
+def test_what_fails_before_the_swap_touches_nothing(agent, engine, site, fields, status):
+    old = put(agent, site, spec()).json()["id"]
+    started = engine.inspect(old)["State"]["StartedAt"]
+    assert put(agent, site, spec(**fields)).status == status
+    assert names_of(engine, site).keys() == {site}
+    assert engine.inspect(site)["State"]["StartedAt"] == started
+
+
+@pytest.mark.parametrize(
+    "path, fields, word",
+    cases(
+        ("helper name of another", "da-x.next", {}, "name: must not end in"),
+        ("name that a rename refuses", "x", {}, "name: must be"),
+        ("container that removes itself", "da-x", {"auto_remove": True}, "auto_remove"),
+        ("gate of days", "da-x", {"deploy": {"timeout": 3601}}, "deploy.timeout"),
+        ("name in the body", "da-x", {"name": "da-y"}, "name: is unknown"),
+        ("label of the agent's", "da-x", {"labels": {"dockeragent.name": "a"}}, "labels"),
+        ("adopt in the body", "da-x", {"adopt": True}, "adopt"),
+    ),
+)
+def test_refused_deploy_reaches_nothing(pair, path, fields, word):
+    assert_envelope(put(pair.agent, path, spec(**fields)), 400, word)
+    assert not pair.engine.requests()
+
+
+def run_by_hand(engine: RealEngine, name: str, **config: Any) -> str:
+    """Start a container that the agent knows nothing of; return its id."""
+    identity = engine.run(*LOOP, wait=False, **config)
+    engine.call("POST", f"/containers/{identity}/rename?name={name}")
+    return identity
+
+
+def test_container_of_another_is_adopted_only_on_request(agent, engine, site):
+    other = run_by_hand(engine, site)
+    assert_envelope(put(agent, site, GOOD), 409, "adopt=true")
+    assert names_of(engine, site)[site]["Id"] == other
+    assert put(agent, site, BAD, "?adopt=true").json()["rolled_back"]
+    current = names_of(engine, site)
+    assert current.keys() == {site}
+    assert (current[site]["Id"], current[site]["State"]["Running"]) == (other, True)
+    assert put(agent, site, GOOD, "?adopt=true").json()["replaced"]["id"] == other
+    assert names_of(engine, site).keys() == {site}
+
+
+def test_container_that_removes_itself_is_not_replaced(agent, engine, site):
+    host = {"NetworkMode": "none", "AutoRemove": True}
+    other = run_by_hand(engine, site, HostConfig=host)
+    assert_envelope(put(agent, site, GOOD, "?adopt=true"), 409, "auto_remove")
+    assert names_of(engine, site)[site]["Id"] == other
+
+
+def test_agent_knows_its_own_container(tmp_path):
+    identity = secrets.token_hex(32)
+    (tmp_path / identity).mkdir()
+    (tmp_path / identity / "hostname").write_text("any\n")
+    script = (
+        f"mount --bind {tmp_path}/{identity}/hostname /etc/hostname && exec {sys.executable} -c"
+    )
+    code = "import dockeragent; print(dockeragent.own_container())"
+    inside = ["unshare", "-m", "sh", "-c", f'{script} "$0"', code]
+    found = subprocess.run(inside, cwd=HERE, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == identity
+
+
+@pytest.fixture
+def labelled(engine: RealEngine, agent: Agent, site: str) -> Iterator[str]:
+    """An image with all labels of a deploy of `site`."""
+    deployed = put(agent, site, spec()).json()["id"]
+    image = f"{site}:labelled"
+    query = f"container={deployed}&repo={site}&tag=labelled"
+    assert engine.call("POST", f"/commit?{query}", {})[0] == 201
+    engine.remove(site)
+    yield image
+    for helper in ("", *HELPERS):
+        engine.remove(site + helper)
+    forget(engine, image)
+
+
+def test_image_cannot_pass_for_a_deploy(agent, engine, labelled, site):
+    current = run_by_hand(engine, site, Image=labelled)
+    old = run_by_hand(engine, f"{site}.old", Image=labelled)
+    engine.call("POST", f"/containers/{old}/kill")
+    for query in ("", "?adopt=true"):
+        assert_envelope(put(agent, site, GOOD, query), 409, f"{site}.old")
+    engine.remove(old)
+    assert_envelope(put(agent, site, GOOD), 409, "adopt=true")
+    assert names_of(engine, site)[site]["Id"] == current
+    engine.remove(current)
+    assert put(agent, site, spec(image=labelled)).status == 201
+    assert put(agent, site, BAD).json()["rolled_back"]
+
+
+def test_what_no_deploy_has_left_is_not_touched(agent, engine, site):
+    current = put(agent, site, spec()).json()["id"]
+    other = run_by_hand(engine, f"{site}.next")
+    assert_envelope(put(agent, site, GOOD), 409, f"{site}.next")
+    made = {container["Id"] for container in names_of(engine, site).values()}
+    assert made == {current, other}
+    assert engine.inspect(current)["State"]["Running"]
+
+
+@pytest.mark.parametrize("helper", [".prev", ".next"])
+def test_container_whose_other_half_was_removed_by_hand(engine, site, tmp_path, helper):
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        old = deploy_and_crash(proxy, site, "good", 4, after=False)
+    removed = ".next" if helper == ".prev" else ".prev"
+    left = names_of(engine, site)[site + helper]["Id"]
+    engine.remove(site + removed)
+    with Agent():
+        assert_settled(engine, site, left, "bad")
+    assert (left == old) == (helper == ".prev")
+
+
+def test_anonymous_volumes_are_carried_over(agent, engine, site):
+    keep = {"type": "volume", "target": "/keep"}
+    write = spec("sh", "-c", f"date +%N > /keep/a; {LOOP[2]}", volumes=[keep])
+    first = put(agent, site, write).json()["id"]
+    volume = engine.inspect(first)["Mounts"][0]["Name"]
+    own = [{"type": "volume", "target": "/own"}]
+    reply = put(agent, site, {**BAD, "volumes": own})
+    assert reply.json()["rolled_back"]
+    assert engine.call("GET", f"/volumes/{volume}")[0] == 200
+    for body in spec(volumes=own), spec(env=["C=1"]), spec(volumes=[{**keep, "target": "/keep/"}]):
+        assert put(agent, site, body).status == 200
+        mounts = engine.inspect(site)["Mounts"]
+        assert volume in {mount["Name"] for mount in mounts if mount["Destination"] == "/keep"}
+    tmpfs = {"type": "tmpfs", "target": "/keep"}
+    assert put(agent, site, spec(volumes=[tmpfs])).status == 200
+    mounts = engine.inspect(site)["Mounts"]
+    assert volume not in {mount.get("Name") for mount in mounts}
+    assert engine.call("DELETE", f"/volumes/{volume}")[0] == 204  # it was kept, and is free
+    engine.call("DELETE", f"/containers/{site}?force=1&v=1")
+    for mount in filter(None, (mount.get("Name") for mount in mounts)):
+        engine.call("DELETE", f"/volumes/{mount}")
+
+
+def test_same_tag_with_a_new_image_is_a_change_and_its_digest_the_way_back(
+    agent, engine, registries, site
+):
+    tag = f"{registries.plain}:{site}"
+    body = {**spec(image=tag), "pull": "always"}
+
+    def push(source: str) -> None:
+        engine.call("POST", f"/images/{source}/tag?repo={registries.plain}&tag={site}")
+        query = f"/images/{registries.plain}/push?tag={site}"
+        with contextlib.closing(UnixConnection(engine.path)) as connection:
+            connection.request("POST", query, headers={"X-Registry-Auth": "e30="})
+            assert b"digest: sha256:" in connection.getresponse().read()
+
+    push(IMAGE)
+    first = put(agent, site, body).json()
+    assert not put(agent, site, body).json()["changed"]
+    assert first["image_digest"].startswith(f"{registries.plain}@sha256:")
+    assert engine.call("POST", f"/commit?container={first['id']}&repo={site}&tag=2", {})[0] == 201
+    push(f"{site}:2")
+    second = put(agent, site, body).json()
+    assert second["changed"]
+    assert second["image_digest"] != first["image_digest"]
+    assert second["replaced"] == {name: first[name] for name in ("id", "image", "image_digest")}
+    reply = put(agent, site, {**GOOD, "pull": "missing", "image": first["image_digest"]})
+    assert (reply.status, reply.json().get("image_digest")) == (200, first["image_digest"])
+    for image in (f"{site}:2", tag):
+        forget(engine, image)
+
+
+def begin(agent: Agent, site: str, body: Any) -> Any:
+    """The connection of a PUT that nobody waits for."""
+    connection = http.client.HTTPConnection("127.0.0.1", agent.port, timeout=WAIT)
+    path = f"/api/v1/containers/{site}"
+    connection.request("PUT", path, json.dumps(body), {"X-API-Key": KEY})
+    return connection
+
+
+def test_second_deploy_of_a_name_waits_and_another_name_does_not(agent, engine, site, name):
+    put(agent, site, spec())
+    with contextlib.closing(begin(agent, site, {**GOOD, "deploy": {"stable": 3}})) as first:
+        until(lambda: f"{site}.prev" in names_of(engine, site), "the swap")
+        reply = put(agent, site, spec())
+        assert_envelope(reply, 409, "is being deployed")
+        assert reply.headers["retry-after"].isdigit()
+        for method, path, body in (
+            ("POST", f"/{site}/stop", None),
+            ("DELETE", f"/{site}.prev?force=true", None),
+            ("POST", "", {"image": IMAGE, "name": site}),
+        ):
+            reply = agent.request(method, f"/api/v1/containers{path}", body)
+            assert_envelope(reply, 409, "is being deployed")
+        assert put(agent, name, spec()).status == 201
+        assert f"{site}.prev" in names_of(engine, site)
+        assert first.getresponse().status == 200
+
+
+def test_client_that_hangs_up_does_not_stop_a_deploy(agent, engine, site):
+    old = put(agent, site, spec()).json()["id"]
+    with contextlib.closing(begin(agent, site, GOOD)):
+        until(lambda: f"{site}.next" in names_of(engine, site), "the new one")
+    until(lambda: settled(engine, site), "the end of the deploy")
+    assert engine.inspect(site)["Id"] != old
+
+
+def test_stopped_agent_leaves_a_deploy_to_its_next_start(engine, site):
+    with Agent() as agent:
+        old = put(agent, site, spec()).json()["id"]
+        with contextlib.closing(begin(agent, site, {**GOOD, "deploy": {"stable": 4}})) as waiting:
+            until(lambda: f"{site}.prev" in names_of(engine, site), "the swap")
+            new = until(
+                lambda: engine.inspect(site)["State"]["Running"] and engine.inspect(site)["Id"],
+                "its start",
+            )
+            agent.process.send_signal(signal.SIGTERM)
+            assert waiting.getresponse().status == 503
+        assert agent.process.wait(WAIT) == 0
+    assert engine.inspect(new)["State"]["Running"]
+    with Agent():
+        assert_settled(engine, site, old, "good")
+    assert engine.inspect(site)["Id"] == new
+
+
+def test_recovery_waits_for_the_engine(engine, site, tmp_path):
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        old = deploy_and_crash(proxy, site, "good", 3, after=False)
+    with Agent(DOCKER_HOST=f"unix://{tmp_path}/q.sock") as agent:
+        assert agent.get("/health").status == 503
+        with FaultyProxy(tmp_path / "q.sock", engine):
+            assert_settled(engine, site, old, "bad")
+        assert until(lambda: agent.lines("recovery"), "a log line")[0]["container"] == site
+
+
+def test_write_recovers_the_name_first(engine, site, tmp_path):
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy, Agent() as agent:
+        old = deploy_and_crash(proxy, site, "good", 5, after=False)
+        assert names_of(engine, site).keys() == {site, f"{site}.prev"}
+        assert agent.post(f"/api/v1/containers/{site}/restart").status == 200
+        assert_settled(engine, site, old, "bad")
 
 
 # --------------------------------------------------------------------------------------------------
