@@ -1367,7 +1367,7 @@ class RateLimiter:
 
 
 # --------------------------------------------------------------------------------------------------
-# Sockets: waits with a deadline, and the framing and bodies of requests
+# Sockets: waits with a deadline
 # --------------------------------------------------------------------------------------------------
 
 Fields = dict[str, list[str]]  # header values by lower-case name
@@ -1406,6 +1406,78 @@ def body_length(fields: Fields) -> int | None:
         raise ApiError(400, "Content-Length must be plain digits")
     # 18 digits are past every limit here; int() of thousands would take its time.
     return int(lengths[0].lstrip("0")[:18] or "0")
+
+
+class Interrupts(NamedTuple):
+    """What ends a wait early: the client disconnecting, or the agent stopping."""
+
+    client: Optional[socket.socket] = None
+    stop: Optional[socket.socket] = None  # becomes readable when the agent stops
+
+    def wait_readable(self, sock: socket.socket, deadline: float) -> bool:
+        """Return whether sock can be read by deadline (monotonic). Raises ClientGone, Stopping."""
+        if isinstance(sock, ssl.SSLSocket) and sock.pending():
+            return True
+        poll = select.poll()  # select() cannot take descriptors past 1023
+        poll.register(sock, select.POLLIN)
+        if self.client:  # reported even while there is something to be read from it
+            poll.register(self.client, select.POLLRDHUP)
+        if self.stop:
+            poll.register(self.stop, select.POLLIN)
+        seconds = deadline - time.monotonic()
+        ready = {descriptor for descriptor, _ in poll.poll(max(0, math.ceil(seconds * 1000)))}
+        if self.stop and self.stop.fileno() in ready:
+            raise Stopping(503, "the agent is stopping; try again later")
+        if sock.fileno() in ready or not ready:
+            return bool(ready)
+        # The client has disconnected, or has shut down only its own half of the connection (as
+        # nc -N does) and still waits for the response. So it gets what comes soon.
+        patience = time.monotonic() + HALF_CLOSED
+        is_readable = self._replace(client=None).wait_readable(sock, min(deadline, patience))
+        if not is_readable and patience <= deadline:
+            raise ClientGone
+        return is_readable
+
+
+NEVER = Interrupts()
+
+
+def receive(
+    sock: socket.socket, deadline: float, interrupts: Interrupts = NEVER, size: int = RECV_SIZE
+) -> bytes:
+    """Return the next bytes of a non-blocking socket, b"" at the end.
+
+    Raises socket.timeout past deadline (monotonic), OSError, ClientGone and Stopping.
+    """
+    # Invariant: a peer that never stops sending is held to the deadline, too.
+    while interrupts.wait_readable(sock, deadline) and time.monotonic() < deadline:
+        # A TLS socket can be readable with nothing in it for us.
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+            return sock.recv(size)
+    raise socket.timeout("timed out")
+
+
+def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
+    """Send a first part of data on a non-blocking socket; return its size in bytes.
+
+    Raises socket.timeout if the peer takes nothing until deadline (monotonic), and OSError.
+    """
+    while True:
+        try:
+            return sock.send(data)
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            events = select.POLLOUT
+        except ssl.SSLWantReadError:  # a TLS peer changes its keys
+            events = select.POLLIN
+        poll = select.poll()
+        poll.register(sock, events)
+        if not poll.poll(max(0, math.ceil((deadline - time.monotonic()) * 1000))):
+            raise socket.timeout("timed out")
+
+
+# --------------------------------------------------------------------------------------------------
+# Requests: what is known of one, of its route and its response; its body
+# --------------------------------------------------------------------------------------------------
 
 
 class LengthReader:
@@ -1482,78 +1554,6 @@ def chunk_size(line: bytes) -> int | None:
     return int(match[1], 16) if match else None
 
 
-class Interrupts(NamedTuple):
-    """What ends a wait early: the client disconnecting, or the agent stopping."""
-
-    client: Optional[socket.socket] = None
-    stop: Optional[socket.socket] = None  # becomes readable when the agent stops
-
-    def wait_readable(self, sock: socket.socket, deadline: float) -> bool:
-        """Return whether sock can be read by deadline (monotonic). Raises ClientGone, Stopping."""
-        if isinstance(sock, ssl.SSLSocket) and sock.pending():
-            return True
-        poll = select.poll()  # select() cannot take descriptors past 1023
-        poll.register(sock, select.POLLIN)
-        if self.client:  # reported even while there is something to be read from it
-            poll.register(self.client, select.POLLRDHUP)
-        if self.stop:
-            poll.register(self.stop, select.POLLIN)
-        seconds = deadline - time.monotonic()
-        ready = {descriptor for descriptor, _ in poll.poll(max(0, math.ceil(seconds * 1000)))}
-        if self.stop and self.stop.fileno() in ready:
-            raise Stopping(503, "the agent is stopping; try again later")
-        if sock.fileno() in ready or not ready:
-            return bool(ready)
-        # The client has disconnected, or has shut down only its own half of the connection (as
-        # nc -N does) and still waits for the response. So it gets what comes soon.
-        patience = time.monotonic() + HALF_CLOSED
-        is_readable = self._replace(client=None).wait_readable(sock, min(deadline, patience))
-        if not is_readable and patience <= deadline:
-            raise ClientGone
-        return is_readable
-
-
-NEVER = Interrupts()
-
-
-def receive(
-    sock: socket.socket, deadline: float, interrupts: Interrupts = NEVER, size: int = RECV_SIZE
-) -> bytes:
-    """Return the next bytes of a non-blocking socket, b"" at the end.
-
-    Raises socket.timeout past deadline (monotonic), OSError, ClientGone and Stopping.
-    """
-    # Invariant: a peer that never stops sending is held to the deadline, too.
-    while interrupts.wait_readable(sock, deadline) and time.monotonic() < deadline:
-        # A TLS socket can be readable with nothing in it for us.
-        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
-            return sock.recv(size)
-    raise socket.timeout("timed out")
-
-
-def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
-    """Send a first part of data on a non-blocking socket; return its size in bytes.
-
-    Raises socket.timeout if the peer takes nothing until deadline (monotonic), and OSError.
-    """
-    while True:
-        try:
-            return sock.send(data)
-        except (BlockingIOError, ssl.SSLWantWriteError):
-            events = select.POLLOUT
-        except ssl.SSLWantReadError:  # a TLS peer changes its keys
-            events = select.POLLIN
-        poll = select.poll()
-        poll.register(sock, events)
-        if not poll.poll(max(0, math.ceil((deadline - time.monotonic()) * 1000))):
-            raise socket.timeout("timed out")
-
-
-# --------------------------------------------------------------------------------------------------
-# HTTP handler: read the head, limit, authorise, route, read the body, respond
-# --------------------------------------------------------------------------------------------------
-
-
 class Request:
     """One request, and what becomes of it; set step by step, in the order of Connection.answer."""
 
@@ -1624,11 +1624,37 @@ def check_routes(*routes: Route) -> tuple[Route, ...]:
     return routes
 
 
-def split_path_and_query(path: str) -> tuple[list[str], str]:
-    """Return the segments of a request's path, percent-decoded once, and its query."""
-    path = ABSOLUTE_FORM.sub("", path)
-    path, _, query = path.partition("?")
-    return [unquote(segment, errors="replace") for segment in path.split("/")], query
+def read_body(connection: Connection, request: Request, route: Route) -> None:
+    """Read and check the JSON of the body. Raises ApiError or ClientGone."""
+    expected = [value.lower() for value in request.fields.get("expect", ()) if request.minor]
+    if expected not in ([], ["100-continue"]):
+        raise ApiError(417, "Expect: only 100-continue is understood")
+    if request.length is not None and request.length > MAX_BODY:
+        raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
+    if route.body is None:
+        if request.length != 0:
+            raise ApiError(400, "body: none is taken here")
+        return
+    if expected and request.length != 0 and not connection.buffer:
+        connection.write(request, b"HTTP/1.1 100 Continue\r\n\r\n")
+    deadline = time.monotonic() + BODY_TIMEOUT
+    length = request.length
+    reader = ChunkedReader() if length is None else LengthReader(length)
+    received = bytearray(reader.take(connection.buffer))
+    while len(received) <= MAX_BODY and not reader.is_done:
+        connection.receive_more(deadline, "body", NEVER)
+        received += reader.take(connection.buffer)
+    if len(received) > MAX_BODY:
+        raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
+    request.is_unread = False
+    data = bytes(received)
+    if route.body["required"] or data.strip(b" \t\r\n") not in (b"", b"null"):
+        request.body = validate(route.body, decode_json(data))
+
+
+# --------------------------------------------------------------------------------------------------
+# HTTP handler: read the head, limit, authorise, route, read the body, respond
+# --------------------------------------------------------------------------------------------------
 
 
 def find_route(routes: Iterable[Route], method: str, segments: list[str]) -> tuple[Route, str]:
@@ -1754,7 +1780,7 @@ class Connection(socketserver.BaseRequestHandler):
             with contextlib.suppress(ClientGone):
                 self.respond_error(request, ApiError(500, error))
         finally:
-            self.server.end_answer(self.slot)
+            self.slot.is_answering = self.slot.is_streaming = False
         seconds = time.monotonic() - request.started
         fields = {**request.log_fields(), "latency_ms": round(seconds * 1000, 3)}
         fields["bytes"] = max(0, request.sent)
@@ -1764,7 +1790,6 @@ class Connection(socketserver.BaseRequestHandler):
         self.server.observe(request, seconds)
 
     def receive_more(self, deadline: float, what: str, interrupts: Interrupts) -> None:
-        """Add more of the request to the buffer. Raises ApiError (400, 408) or ClientGone."""
         try:
             data = receive(self.sock, deadline, interrupts)
         except socket.timeout as error:
@@ -1845,7 +1870,8 @@ class Connection(socketserver.BaseRequestHandler):
         self.read_head(request)
         self.check_head(request)
         self.server.begin_answer(self.slot)
-        segments, query = split_path_and_query(request.path)
+        path, _, query = ABSOLUTE_FORM.sub("", request.path).partition("?")
+        segments = [unquote(segment, errors="replace") for segment in path.split("/")]
         is_public = segments[:3] != API.split("/") and segments != ["", "metrics"]
         if not is_public:
             self.authorise(request)
@@ -1857,7 +1883,7 @@ class Connection(socketserver.BaseRequestHandler):
             return request.route.endpoint(request, self.server.agent)
         permit(request.key, request.route.permission)
         request.query = decode_query(query, request.route.query, request.route.body)
-        self.read_body(request, request.route)
+        read_body(self, request, request.route)
         decide(request, request.route.permission, self.server.agent.ask)
         return request.route.endpoint(request, self.server.agent)
 
@@ -1872,49 +1898,19 @@ class Connection(socketserver.BaseRequestHandler):
             request.key = find_key(self.server.config.keys, shown[0].encode("latin-1"))
         request.limit_headers = self.server.limiter.admit(request.client, request.key.name)
         if request.key is STRANGER:
-            problem = "the key is wrong" if shown else "a key is needed"
-            if len(shown) > 1:
-                problem = "the key is given more than once; send it once"
-            message = f"{problem}: X-API-Key: KEY, or Authorization: Bearer KEY"
+            problems = ("a key is needed", "the key is wrong", "the key is given more than once")
+            message = f"{problems[min(len(shown), 2)]}; send X-API-Key: KEY, or Bearer KEY"
             raise ApiError(401, message, {"WWW-Authenticate": 'Bearer realm="dockeragent"'})
         if not self.server.note_key(self.slot, request.key):
             self.is_kept = False
             message = f"key {request.key.name} has too many connections; close some of them"
             raise ApiError(503, message, {"Retry-After": "1"})
 
-    def read_body(self, request: Request, route: Route) -> None:
-        """Read and check the JSON of the body. Raises ApiError or ClientGone."""
-        expected = [value.lower() for value in request.fields.get("expect", ()) if request.minor]
-        if expected not in ([], ["100-continue"]):
-            raise ApiError(417, "Expect: only 100-continue is understood")
-        if request.length is not None and request.length > MAX_BODY:
-            raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
-        if route.body is None:
-            if request.length != 0:
-                raise ApiError(400, "body: none is taken here")
-            return
-        if expected and request.length != 0 and not self.buffer:
-            self.write(request, b"HTTP/1.1 100 Continue\r\n\r\n")
-        deadline = time.monotonic() + BODY_TIMEOUT
-        length = request.length
-        reader = ChunkedReader() if length is None else LengthReader(length)
-        received = bytearray(reader.take(self.buffer))
-        while len(received) <= MAX_BODY and not reader.is_done:
-            self.receive_more(deadline, "body", NEVER)
-            received += reader.take(self.buffer)
-        if len(received) > MAX_BODY:
-            raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
-        request.is_unread = False
-        data = bytes(received)
-        if route.body["required"] or data.strip(b" \t\r\n") not in (b"", b"null"):
-            request.body = validate(route.body, decode_json(data))
-
     def respond_error(self, request: Request, error: ApiError) -> None:
         if request.status:  # the head was sent: only the missing end of the body can tell now
             self.is_kept = False
-            return
-        body = envelope(error)
-        self.respond(request, Response(body, error.status, error.headers))
+        else:
+            self.respond(request, Response(envelope(error), error.status, error.headers))
 
     def respond(self, request: Request, response: Response) -> None:
         """Send a response. Raises ClientGone, and ApiError from within a stream."""
@@ -2085,9 +2081,6 @@ class Server(http.server.ThreadingHTTPServer):
             if slot.is_revoked:
                 raise ClientGone
 
-    def end_answer(self, slot: Slot) -> None:
-        slot.is_answering = slot.is_streaming = False
-
     def note_key(self, slot: Slot, key: Key) -> bool:
         """Note that a valid key was shown on a connection; return whether the key may have it.
 
@@ -2118,9 +2111,10 @@ class Server(http.server.ThreadingHTTPServer):
                 request.send(head.encode() + body)
             request.shutdown(socket.SHUT_WR)
         self._refused.append((time.monotonic() + 1, request))
-        fields = {"method": "", "route": "", "status": 503, "latency_ms": 0, "bytes": len(body)}
-        fields.update(request_id=request_id, client_ip=client, error=message)
-        self.log("warning", "request", **fields)
+        refused = Request(client, NEVER, self.slots)
+        refused.id, refused.status = request_id, 503
+        fields = {"latency_ms": 0, "bytes": len(body), "error": message}
+        self.log("warning", "request", **refused.log_fields(), **fields)
 
     def service_actions(self) -> None:
         """Close refused connections and the Engine's idle ones; also called twice a second."""
