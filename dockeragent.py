@@ -123,6 +123,7 @@ HEALTH_CACHE = 1.0  # seconds during which the Engine is not asked again
 GATE_INTERVAL = 0.2  # seconds between two looks at a new container
 MAX_GATE = 3600  # seconds
 MAX_DEPLOYS = 100  # at once, past which limited keys get no more
+LATE_CREATE = 5.0  # seconds after a start, when most creates of a killed agent are done
 RECOVERY_INTERVAL = 2.0  # seconds between two attempts while the Engine is unreachable
 MAX_PROGRESS = 1000  # events of a pull that are kept for a client that does not read them
 FAILED_LINES = 50  # of a failed deploy's log, in the response
@@ -826,7 +827,7 @@ def check_count(key: Key, name: str, names: Iterable[str]) -> None:
     """Refuse one more container in the key's scope. names: of all containers there are."""
     others = {HELPER_NAME.sub("", other) for other in names if key.covers("containers", other)}
     most = key.limits.get("containers", math.inf)
-    if len(others - {name}) >= most:
+    if len(others - {HELPER_NAME.sub("", name)}) >= most:
         raise ApiError(403, f"key {key.name}: limits: more than {most} containers is not allowed")
 
 
@@ -3587,9 +3588,13 @@ def find_image(engine: Engine, image: str) -> Json:
         return {}
 
 
-def ids_by_name(engine: Engine, pattern: str) -> dict[str, str]:
-    """Return the ids of the containers whose names match a regex, by name. Raises EngineError."""
-    query = {"all": 1, "filters": json.dumps({"name": [pattern]})}
+def ids_by_name(engine: Engine, pattern: str, status: str = "") -> dict[str, str]:
+    """Return the ids of containers whose names match a regex, by name; in one state or in any.
+
+    Raises EngineError.
+    """
+    filters = {"name": [pattern], **({"status": [status]} if status else {})}
+    query = {"all": 1, "filters": json.dumps(filters)}
     rows = decode_response(engine.call("GET", "/containers/json", query), list)
     try:
         return {name[1:]: container_id(row) for row in rows for name in row.get("Names") or ()}
@@ -5002,17 +5007,20 @@ class Deploys:
 
     def recover_all(self) -> None:
         """Recover what a killed agent has left, as soon as the Engine can be reached."""
-        names, pattern = None, f"({'|'.join(map(re.escape, HELPER_NAMES))})$"
-        while names is None:
+        pattern = f"({'|'.join(map(re.escape, HELPER_NAMES))})$"
+        # The Engine may still be working on a create that the killed agent has sent.
+        looks = [(0.0, ""), (LATE_CREATE, "created"), (START_TIMEOUT, "created")]
+        while looks and not self.stopping.wait(looks[0][0]):
             try:
-                names = ids_by_name(self._engine, pattern)
+                names = ids_by_name(self._engine, pattern, looks[0][1])
             except EngineError:
-                if self.stopping.wait(RECOVERY_INTERVAL):
-                    return
-        for name in {HELPER_NAME.sub("", name) for name in names}:
-            deployment = Deployment(self._engine, name, self.stopping)
-            with contextlib.suppress(ApiError):  # it is being deployed
-                self._start(deployment, functools.partial(self._recover, deployment))
+                looks[0] = (RECOVERY_INTERVAL, looks[0][1])
+                continue
+            looks.pop(0)
+            for name in {HELPER_NAME.sub("", name) for name in names}:
+                deployment = Deployment(self._engine, name, self.stopping)
+                with contextlib.suppress(ApiError):  # it is being deployed
+                    self._start(deployment, functools.partial(self._recover, deployment))
 
     def _check_free(self, name: str) -> None:
         if name in self._busy:

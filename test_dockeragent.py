@@ -8124,6 +8124,8 @@ def test_second_deploy_of_a_name_waits_and_another_name_does_not(agent, engine, 
     put(agent, site, spec())
     with contextlib.closing(begin(agent, site, {**GOOD, "deploy": {"stable": 3}})) as first:
         until(lambda: f"{site}.prev" in names_of(engine, site), "the swap")
+        for container in names_of(engine, site).values():  # an Engine that restarts starts neither
+            assert container["HostConfig"]["RestartPolicy"]["Name"] == "no"
         reply = put(agent, site, spec())
         assert_envelope(reply, 409, "is being deployed")
         assert reply.headers["retry-after"].isdigit()
@@ -8173,6 +8175,66 @@ def test_recovery_waits_for_the_engine(engine, site, tmp_path):
         with FaultyProxy(tmp_path / "q.sock", engine):
             assert_settled(engine, site, old, "bad")
         assert until(lambda: agent.lines("recovery"), "a log line")[0]["container"] == site
+
+
+def test_stop_that_outlasts_the_agent_does_not_end_the_old_container(engine, site, tmp_path):
+    stubborn = spec("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done", stop_timeout=2)
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        with Agent(DOCKER_HOST=proxy.url) as agent:
+            old = put(agent, site, stubborn).json()["id"]
+
+            def kill_while_it_stops(forward: Callable[[], bytes], sock: socket.socket) -> None:
+                threading.Thread(target=forward, daemon=True).start()
+                time.sleep(0.3)  # until the Engine has begun
+                crash(agent)(forward, sock)
+
+            proxy.arm(2, kill_while_it_stops)
+            with pytest.raises((OSError, http.client.HTTPException)):
+                put(agent, site, GOOD)
+        with Agent(DOCKER_HOST=proxy.url) as agent:
+            until(lambda: agent.lines("recovery"), "the recovery")
+            assert_settled(engine, site, old, "bad")
+            finished = engine.inspect(old)["State"]["FinishedAt"]
+    assert finished > "0002"  # the first stop came to its end
+
+
+def test_create_that_the_engine_does_after_the_kill_is_removed(engine, site, tmp_path):
+    restarted, created = threading.Event(), threading.Event()
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        with Agent(DOCKER_HOST=proxy.url) as agent:
+            old = put(agent, site, spec()).json()["id"]
+
+            def kill_and_create_later(forward: Callable[[], bytes], sock: socket.socket) -> None:
+                crash(agent)(forward, sock)
+                restarted.wait(WAIT)
+                forward()
+                created.set()
+
+            proxy.arm(0, kill_and_create_later)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                put(agent, site, GOOD, timeout=1)
+        proxy.seen.clear()
+        with Agent(DOCKER_HOST=proxy.url):
+            until(lambda: any("filters" in call for call in proxy.seen), "its first look")
+            restarted.set()
+            assert created.wait(WAIT)
+            assert f"{site}.next" in names_of(engine, site)
+            assert_settled(engine, site, old, "bad")
+
+
+def test_limited_key_deploys_within_its_limits(engine, site, name, tmp_path):
+    entry = {"name": "ci", "sha256": digest("limited"), "allow": ["deploy"], "cache": True}
+    entry.update(containers=["da-*"], images=[f"docker.io/library/{IMAGE}"], limits={})
+    entry["limits"] = {"containers": 1 + len(names_of(engine, "da-"))}
+    with Agent(KEYS_FILE=keys_file(tmp_path, entry)) as agent:
+        assert put(agent, site, spec(), key="limited").status == 201
+        assert put(agent, site, GOOD, key="limited").status == 200
+        assert engine.inspect(site)["Config"]["Labels"]["dockeragent.key"] == "ci"
+        assert_envelope(put(agent, name, spec(), key="limited"), 403, "containers is not allowed")
+        assert_envelope(put(agent, site, BAD, "?adopt=true", key="limited"), 403, "adopt")
+        assert_envelope(put(agent, "other", spec(), key="limited"), 403, "other is not allowed")
+    assert not names_of(engine, name)
+    assert "NEW=1" in engine.inspect(site)["Config"]["Env"]
 
 
 def test_write_recovers_the_name_first(engine, site, tmp_path):
