@@ -3929,18 +3929,18 @@ def is_removed(engine: Engine, reference: str) -> bool:
 
 
 @expected_shape()
-def creation_key(ask: Ask, image: Json) -> tuple[int, str, str, str]:
+def creation_key(engine: Engine, image: Json) -> tuple[int, str, str, str]:
     """Return a sort key: when an image was created, to the nanosecond, then when it was tagged.
 
     The tagging decides between reproducible builds, which all have the same time of creation.
     """
-    found = ask(f"/images/{quote(image['id'])}/json") or {}  # removed since it was listed
+    found = find_image(engine, image["id"])
     fraction = re.sub(r"^[^.]*\.?([0-9]*).*", r"\1", str(found.get("Created")))
     tagged = str((found.get("Metadata") or {}).get("LastTagTime")).rstrip("Z")
     return image["created"], fraction, tagged, image["id"]
 
 
-def prune_images(agent: Agent, key: Key, repository: str, keep: int, *, dry_run: bool) -> Json:
+def prune_images(engine: Engine, key: Key, repository: str, keep: int, *, dry_run: bool) -> Json:
     """Remove old images; return {"removed", "reclaimed"}. Raises EngineError.
 
     Of each repository that the key's patterns cover (or the named one alone) the newest `keep`
@@ -3950,8 +3950,8 @@ def prune_images(agent: Agent, key: Key, repository: str, keep: int, *, dry_run:
     removed: list[Json] = []
     reclaimed = 0  # bytes of the images that lost their last reference
     counts: collections.Counter[str] = collections.Counter()  # images of a repository so far
-    images = read_images(agent.engine)
-    for image in sorted(images, key=functools.partial(creation_key, agent.ask), reverse=True):
+    images = read_images(engine)
+    for image in sorted(images, key=functools.partial(creation_key, engine), reverse=True):
         own = image["tags"] or image["digests"]
         counts.update({full_repository(reference) for reference in own})
         if image["containers"] or not (image["tags"] or key.master):
@@ -3962,7 +3962,7 @@ def prune_images(agent: Agent, key: Key, repository: str, keep: int, *, dry_run:
         going = [reference for reference in own if full_repository(reference) in names]
         if not (own or repository):
             going = [image["id"]]
-        gone = [reference for reference in going if dry_run or is_removed(agent.engine, reference)]
+        gone = [reference for reference in going if dry_run or is_removed(engine, reference)]
         removed += [{"image": name, "id": image["id"], "size": image["size"]} for name in gone]
         every = {full_repository(reference) for reference in image["tags"] + image["digests"]}
         if gone and gone == going and names == every:
@@ -5245,11 +5245,15 @@ def remove_left_runs(engine: Engine, log: Log, live: Collection[str], status: st
         if not token or token in live:  # other containers of the agent's have it empty
             continue
         # A label of the image's own says nothing: anybody may have put it there.
-        image = engine.json("GET", f"/images/{quote(container['ImageID'])}/json")
-        if label_of(image, RUN_LABEL) != token:
+        image = find_image(engine, container["ImageID"])
+        if not image or label_of(image, RUN_LABEL) == token:
+            continue
+        target = {"id": container["Id"], "name": container["Names"][0].lstrip("/")}
+        try:
             remove_container(engine, container_id(container))
-            target = {"id": container["Id"], "name": container["Names"][0].lstrip("/")}
             log("warning", "removed what a killed agent left of a run", target=target)
+        except EngineError as error:
+            log("error", "cannot remove what a killed agent left of a run", error=error.message)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5823,6 +5827,8 @@ def post_run(request: Request, agent: Agent) -> Response:
     request.target.update(name=body.get("name", ""), image=body["image"])
     interrupts = request.interrupts._replace(stop=None)
     pull = functools.partial(pull_image, engine, body, registry_auth(request), interrupts)
+    if "name" in body:
+        agent.deploys.before_write(body["name"])
     stream = run_stream(engine, agent.runs, request, pull, events=events)
     return Response(stream=stream, headers=EVENT_HEADERS if events else {})
 
@@ -5852,7 +5858,7 @@ def prune(request: Request, agent: Agent) -> Response:
         request.target.update(image=repository)
         repository = full_repository(repository)
     dry_run = request.body.get("dry_run", False)
-    return Response(prune_images(agent, request.key, repository, keep, dry_run=dry_run))
+    return Response(prune_images(agent.engine, request.key, repository, keep, dry_run=dry_run))
 
 
 def list_networks(request: Request, agent: Agent) -> Response:
