@@ -7874,6 +7874,17 @@ def test_first_then_unchanged_then_replaced(engine, fragile, site):
     assert names_of(engine, site).keys() == {site}
 
 
+@pytest.mark.parametrize("kind", CALLS)
+def test_order_of_the_calls_that_change_something(fragile, site, kind):
+    proxy, agent = fragile
+    put(agent, site, spec())
+    proxy.arm(99, refuse_call)
+    put(agent, site, GOOD if kind == "good" else BAD)
+    calls = proxy.disarm()
+    assert len(calls) == len(CALLS[kind])
+    assert all(word in call for word, call in zip(CALLS[kind], calls)), calls
+
+
 def test_steps_are_told(agent, site):
     assert [kind for kind, _ in put_steps(agent, site, spec())][-1] == "done"
     good, bad = put_steps(agent, site, GOOD), put_steps(agent, site, BAD)
@@ -8047,6 +8058,20 @@ def test_what_no_deploy_has_left_is_not_touched(agent, engine, site):
     made = {container["Id"] for container in names_of(engine, site).values()}
     assert made == {current, other}
     assert engine.inspect(current)["State"]["Running"]
+
+
+def test_deploy_of_another_old_container_is_not_rolled_back(engine, site, tmp_path):
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        deploy_and_crash(proxy, site, "good", 1, after=False)
+    engine.remove(site)
+    run_by_hand(engine, site)
+    before = {name: found["Id"] for name, found in names_of(engine, site).items()}
+    assert before.keys() == {site, f"{site}.next"}
+    with Agent() as agent:
+        until(lambda: agent.lines("recovery"), "the recovery")
+        assert_envelope(put(agent, site, GOOD, "?adopt=true"), 409, f"{site}.next")
+    assert {name: found["Id"] for name, found in names_of(engine, site).items()} == before
+    assert engine.inspect(site)["State"]["Running"]
 
 
 @pytest.mark.parametrize("helper", [".prev", ".next"])
