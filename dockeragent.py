@@ -4882,7 +4882,7 @@ class Deployment:
         try:
             made = send_create(self.engine, key, query, container)
             connect_networks(self.engine, container_id(made), body)
-            new = self.find(made["Id"])
+            new = self.find(made["Id"], image)
             if new.journal != journal:
                 raise ApiError(409, f"the image must not carry labels that begin with {OWN_LABELS}")
             if self.stopping.is_set():
