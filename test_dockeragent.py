@@ -301,6 +301,8 @@ def frame(kind: int, text: bytes, stamp: bytes = b"2026-02-21T10:00:00.000000001
 class RealEngine:
     """The real Engine, spoken to without the agent."""
 
+    logs_fail = False  # whether the last log ended with the Engine's own complaint
+
     def __init__(self, url: str) -> None:
         self.path = url[len("unix://") :]
 
@@ -320,12 +322,13 @@ class RealEngine:
     def inspect(self, name: str) -> Any:
         return self.call("GET", f"/containers/{name}/json")[1]
 
-    def logs(self, name: str) -> bytes:
+    def logs(self, name: str, query: str = "") -> bytes:
         """The log of a container without a terminal, stdout and stderr as they come."""
-        data, text = self.call("GET", f"/containers/{name}/logs?stdout=1&stderr=1")[1], b""
+        data, text = self.call("GET", f"/containers/{name}/logs?stdout=1&stderr=1{query}")[1], b""
         while data:
-            size = struct.unpack(">xxxxL", data[:8])[0]
+            kind, size = struct.unpack(">BxxxL", data[:8])
             text, data = text + data[8 : 8 + size], data[8 + size :]
+            self.logs_fail = kind == 3
         return text
 
     def run(self, *cmd: str, tty: bool = False, wait: bool = True, **config: Any) -> str:
@@ -3787,7 +3790,7 @@ def follow(agent: Agent, name: str, *query: str, **kwargs: Any) -> list[Event]:
     assert reply.headers["content-type"] == "text/event-stream"
     assert reply.headers["cache-control"] == "no-cache, no-transform"
     assert reply.headers["x-accel-buffering"] == "no"
-    assert reply.body.startswith(b"retry: 3000\n\n")
+    assert reply.body.startswith(b"retry: 3000\n")
     *events, end = parse_events(reply.body)
     assert (end.type, json.loads(end.data)) == ("end", {"reason": "exited", "exit_code": 0})
     assert {event.type for event in events} <= {"message"}
@@ -3931,6 +3934,203 @@ def test_tail_of_a_container_that_goes_on_writing_is_no_longer(agent, engine):
     assert written == list(range(1, len(written) + 1))
     events = parse_events(agent.get(logs_path(name, "follow=1", "tail=7")).body)
     assert [event.data for event in events[:-1]] == [str(n) for n in written[-7:]]
+
+
+class Entry(NamedTuple):
+    """One entry of a log, as the Engine stores it."""
+
+    at: int  # nanoseconds after START
+    text: str  # without a newline at its end: the line goes on in the stream's next entry
+    stream: str = "stdout"
+
+
+STREAMS = ("stdout", "stderr")
+START = 1_771_668_000 * 10**9  # 2026-02-21T10:00:00Z
+MS, SECOND, HOUR = 10**6, 10**9, 3600 * 10**9
+
+
+def stored_log(engine: RealEngine, entries: list[Entry | bytes], tty: bool = False) -> str:
+    """A stopped container whose log is made of these entries, or of bytes as they are."""
+    name = engine.run("true", tty=tty, HostConfig={"NetworkMode": "none", "LogConfig": JSON_FILE})
+    lines = []
+    for entry in entries:
+        if isinstance(entry, Entry):
+            second, fraction = divmod(START + entry.at, 10**9)
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f".{fraction:09d}Z"
+            data = json.dumps({"log": entry.text, "stream": entry.stream, "time": stamp})
+            entry = data.encode() + b"\n"
+        lines.append(entry)
+    log_file(engine, name).write_bytes(b"".join(lines))
+    return name
+
+
+def log_file(engine: RealEngine, name: str) -> Path:
+    root = engine.call("GET", "/info")[1]["DockerRootDir"]
+    path = Path(root, "containers", name, f"{name}-json.log")
+    if not os.access(path.parent, os.W_OK):
+        pytest.skip(f"the Engine's logs cannot be edited here: {path}")
+    return path
+
+
+JSON_FILE = {"Type": "json-file", "Config": {}}
+
+
+def lines_of(entries: list[Entry], *streams: str) -> list[str]:
+    """The lines of a log, in the order in which they ended."""
+    lines: list[tuple[str, str]] = []
+    begun: dict[str, str] = {}
+    for entry in entries:
+        text = begun.pop(entry.stream, "")
+        if text and len(text) % 16384:  # the container ended there, and ran again
+            lines.append((entry.stream, text))
+            text = ""
+        text += entry.text
+        if text.endswith("\n"):
+            lines.append((entry.stream, text[:-1].removesuffix("\r")))
+        else:
+            begun[entry.stream] = text
+    return [text for stream, text in [*lines, *begun.items()] if stream in (streams or STREAMS)]
+
+
+def numbered(*times: int, stream: str = "stdout") -> list[Entry]:
+    return [Entry(at, f"{stream} {n}\n", stream) for n, at in enumerate(times)]
+
+
+def stepping(step: int, *, at: int = 50, lines: int = 60) -> list[Entry]:
+    """A line a millisecond; the clock is set by `step` nanoseconds before line `at`."""
+    return numbered(*(n * MS + (step if n >= at else 0) for n in range(lines)))
+
+
+def two_writers(late: int) -> list[Entry]:
+    """Two streams, a line a millisecond each, of which one is stored `late` lines after the other."""
+    out = numbered(*range(0, 60 * MS, MS))
+    err = numbered(*range(MS // 2, 60 * MS, MS), stream="stderr")
+    pairs = itertools.zip_longest(out, [None] * late + err)
+    return [entry for pair in pairs for entry in pair if entry]
+
+
+def pieces(at: int, letter: str, size: int, stream: str = "stdout") -> list[Entry]:
+    """A line of 16 KiB pieces, which have the stamp of the first."""
+    text = letter * size + "\n"
+    return [Entry(at, text[n : n + 16384], stream) for n in range(0, len(text), 16384)]
+
+
+def mixed_pieces() -> list[Entry]:
+    out = numbered(*range(0, 5 * MS, MS)) + pieces(7 * MS, "o", 70_000) + pieces(9 * MS, "p", 16384)
+    err = pieces(2 * MS, "e", 40_000, "stderr") + pieces(2 * MS, "f", 16383, "stderr")
+    short = [Entry(8 * MS, f"short {n}\n", "stderr") for n in range(8)]
+    pairs = itertools.zip_longest(out, err + short)
+    return [entry for pair in pairs for entry in pair if entry] + numbered(10 * MS, 11 * MS)
+
+
+STAMP_PATTERNS = {
+    **{
+        f"clock set {word} {name}": stepping(sign * step)
+        for name, step in {"50 ms": 50 * MS, "1 s": SECOND, "2 h": 2 * HOUR, "a day": 24 * HOUR}.items()
+        for word, sign in {"back": -1, "forward": 1}.items()
+    },
+    "clock set back twice": stepping(-600 * SECOND, at=20) + stepping(-1200 * SECOND, at=0, lines=30),
+    "host boots in 1970": stepping(0, lines=30) + stepping(5 * SECOND - START, at=0, lines=30),
+    "all lines of one stamp": numbered(*[0] * 40),
+    "five lines of each stamp": numbered(*(n // 5 * MS for n in range(60))),
+    "the stamps of ten lines again and again": numbered(*(n % 10 * MS for n in range(60))),
+    "streams stored 20 lines apart": two_writers(20),
+    "pieces of two streams mixed": mixed_pieces(),
+    "a line begun 50 lines before its end": [
+        Entry(0, "x" * 16384, "stderr"), *stepping(0), Entry(0, "end\n", "stderr"), *stepping(SECOND)
+    ],
+    "no newline at the end": [*stepping(0, lines=20), Entry(SECOND, "prompt> ")],
+    "a run that ended without a newline": [
+        *stepping(0, lines=20), Entry(SECOND, "prompt> "), *stepping(2 * SECOND, at=0, lines=20)
+    ],
+    "no lines": [],
+    "more lines than one look has": stepping(-3 * SECOND, at=5900, lines=6000),
+    "a stream silent for longer than one look": [
+        *pieces(HOUR, "x", 16384, "stderr")[:1],
+        *stepping(0, lines=5500),
+        *pieces(HOUR, "x", 16384, "stderr")[1:],
+        *stepping(2 * HOUR, at=0, lines=3),
+    ],
+}
+
+
+
+
+def some(count: int) -> list[int]:
+    """The indices of a list of this length, or of a long one its ends and some between."""
+    if count < 150:
+        return list(range(count))
+    return [0, 1, count // 3, count // 2, *range(count - 30, count)]
+
+
+@pytest.mark.parametrize("entries", STAMP_PATTERNS.values(), ids=STAMP_PATTERNS)
+def test_log_is_read_in_its_own_order_whatever_its_stamps(agent, engine, entries):
+    name, lines = stored_log(engine, entries), lines_of(entries)
+    assert read_lines(agent, name) == lines
+    for stream in STREAMS:
+        asked = f"{({*STREAMS} - {stream}).pop()}=0"
+        own = lines_of(entries, stream)
+        assert read_lines(agent, name, asked) == follow_lines(agent, name, asked) == own
+        assert read_lines(agent, name, asked, "tail=3") == own[-3:]
+        assert follow_lines(agent, name, asked, "tail=3") == own[-3:]
+    events = follow(agent, name)
+    assert [event.data for event in events] == lines
+    assert len({event.id for event in events}) == len(lines)
+    for wanted in {0, 1, 2, 10, 59, len(lines) // 2, max(0, len(lines) - 1), len(lines), 10_000}:
+        last = events[max(0, len(lines) - wanted) :]
+        assert read_lines(agent, name, f"tail={wanted}") == [event.data for event in last], wanted
+        assert follow(agent, name, f"tail={wanted}") == last, wanted
+    for index in some(len(lines)):
+        header = {"Last-Event-ID": events[index].id}
+        assert follow(agent, name, headers=header) == events[index + 1 :], index
+    if lines:
+        query = (f"last_event_id={events[0].id}", "stdout=0")
+        assert set(follow_lines(agent, name, *query)) == set(lines_of(entries, "stderr")) - {lines[0]}
+
+
+
+def test_terminals_log_is_read_in_its_own_order(agent, engine):
+    entries = [
+        entry._replace(text=entry.text.replace("\n", "\r\n"))
+        for entry in [*stepping(-SECOND, lines=55), *pieces(SECOND, "x", 70_000), *numbered(5, 6, 6, 6)]
+    ]
+    name, lines = stored_log(engine, entries, tty=True), lines_of(entries)
+    events = follow(agent, name)
+    assert read_lines(agent, name) == [event.data for event in events] == lines
+    for index in range(len(lines)):
+        assert follow(agent, name, f"last_event_id={events[index].id}") == events[index + 1 :]
+        assert follow(agent, name, f"tail={index}") == events[len(lines) - index :]
+        assert read_lines(agent, name, f"tail={index}") == lines[len(lines) - index :]
+
+
+DAMAGES = {
+    "half an entry": lambda line: line[:40],
+    "NULs before an entry": lambda line: b"\0" * 60 + line,
+    "a line of NULs": lambda line: b"\0" * 60 + b"\n",
+    "an entry that is no JSON": lambda line: b'{"log":"x\n',
+}
+
+
+@pytest.mark.parametrize("distance", [2, 10, 11, 50])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_log_gives_what_the_engine_gives(agent, engine, damage, distance):
+    """An Engine ends a read at the damage, some of them with an error."""
+    entries: list[Any] = stepping(0, lines=100)
+    name = stored_log(engine, entries)
+    path = log_file(engine, name)
+    stored = path.read_bytes().splitlines(keepends=True)
+    stored[-distance] = damage(stored[-distance])
+    path.write_bytes(b"".join(stored))
+    for wanted in (1, 4, 10, 49, 60):
+        theirs = engine.logs(name, f"&tail={wanted}").decode().splitlines()
+        if not engine.logs_fail:
+            lines = read_lines(agent, name, f"tail={wanted}")
+            assert lines[len(lines) - len(theirs) :] == theirs
+            events = follow(agent, name, f"tail={wanted}")
+            assert [event.data for event in events] == lines
+            for index in {0, len(events) // 2, len(events) - 1} if events else ():
+                header = {"Last-Event-ID": events[index].id}
+                assert follow(agent, name, headers=header) == events[index + 1 :]
 
 
 @pytest.fixture(scope="module")
