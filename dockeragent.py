@@ -125,7 +125,7 @@ PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event strea
 # finds some 200 together, which takes a third off the time of the whole log.
 BURST_PAUSE = 0.0004  # seconds
 LOOK = NUMBERED + 1024  # entries at a log's end, among which a line is looked for first
-MAX_KEPT = 1024 * 1024  # bytes of lines that one request keeps, to find the last so many
+MAX_KEPT = 256 * 1024  # bytes of lines that one request keeps, to find the last so many
 LINE_COST = 200  # bytes that Python needs for a line, its text aside
 
 MAX_PATH_RETRIES = (
@@ -2631,14 +2631,6 @@ class LogSource(NamedTuple):
         options = {"http10": True, "interrupts": self.interrupts, **options}
         return self.engine.open("GET", path, query, **options)
 
-    def last_entry(self) -> bytes:
-        """Return the log's last entry as the Engine sends it, b"" if there is none.
-
-        A response to a later request that has it was neither cut short nor ended by damage.
-        """
-        with contextlib.closing(self.open(1, http10=False)) as response:
-            return response.read_all()
-
     def inspect(self) -> Json | None:
         """Return the container's inspect JSON, None if it was removed. Raises EngineError."""
         try:
@@ -2664,13 +2656,17 @@ class LogReading:
         unknown: int,
         point: Point = None,
         whole: Iterable[int] = (),  # streams that had no unfinished line at the point
+        mark: Entry | None = None,
     ) -> None:
         self.entries = 0  # that came
         self.done = self.doubtful = False
         self.met = point is None  # whether the point came
         self.rest: list[Line] = []  # what the end left without a newline
         self._response, self._point, self._at_point = response, point, whole
-        self._end = b""  # the last bytes that came
+        self.first: Optional[Entry] = None
+        self.final: Optional[Entry] = None
+        self.marked = 0  # entries from `mark` on; from the first on without one
+        self._mark = mark
         self._begun = set(() if unknown else STREAMS)  # streams of which a line began in here
         self._demultiplexer = TtyDemultiplexer() if tty else Demultiplexer()
         self._assembler = LineAssembler(unknown)
@@ -2690,17 +2686,23 @@ class LogReading:
         if data is None:
             return None
         self.done = not data
-        self._end = (self._end + data)[-4 * ENTRY_SIZE :]
         entries = self._demultiplexer.feed(data) if data else self._demultiplexer.end()
         self.entries += len(entries)
+        if entries:
+            self.first, self.final = self.first or entries[0], entries[-1]
+        if self.marked or not self._mark:
+            self.marked += len(entries)
+        elif self._mark in entries:
+            self.marked = len(entries) - entries.index(self._mark)
         lines = self._known(self._after(self._assembler.feed(entries)))
         if self.done:
             self.rest = self._known(self._after(self._assembler.end()))
         return lines
 
-    def has(self, entry: bytes) -> bool:
-        """Return whether an entry, as the Engine sends it, is among the last that came."""
-        return entry in self._end
+    def exhaust(self) -> LogReading:
+        for _ in self:
+            continue
+        return self
 
     def unfinished(self) -> Iterator[list[Line]]:
         yield self.rest
@@ -2731,6 +2733,17 @@ class LogReading:
         return lines[start:]
 
 
+class LogTail(NamedTuple):
+    """The last lines of a reading, and where they leave a cursor; see LogCursor."""
+
+    found: int  # lines in the reading that were asked for
+    lines: Optional[list[Line]]  # None: too large to be kept; the cursor stands before them
+    last: Point
+    whole: set[int]
+    skip: int
+    reach: int
+
+
 class LogCursor:
     """A place in a log, behind the line `last`; it moves on as lines are handed out."""
 
@@ -2749,6 +2762,8 @@ class LogCursor:
         """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
         if wanted is not None and not self.last:
             lines = self._tail(wanted, unknown=1, unfinished=True)
+            if lines is None:
+                lines = self._tail(wanted, unknown=NUMBERED, unfinished=True)
             if lines is not None:
                 yield lines
                 return
@@ -2764,18 +2779,20 @@ class LogCursor:
         found: the container. wanted: how many of its last lines to begin with; None: all.
         """
         started = require(found, "State", dict).get("StartedAt")
-        ending = log_ending(found, started)
+        ending, lines = log_ending(found, started), None
         if wanted is not None and not self.last:
-            yield self._tail(wanted, unknown=NUMBERED, unfinished=bool(ending)) or []
+            lines = self._tail(wanted, unknown=NUMBERED, unfinished=bool(ending))
+            yield lines or []
         elif not (ending or self.last):
             yield from self._find()
         while not (ending or self._is_over()):
+            lines = None
             yield from self._find(follow=True)
             ending = log_ending(self._source.inspect(), started)
             if self._dropped and not (ending or self._is_over()):
                 raise EngineError(502, "the Engine ended the log of a running container; reconnect")
         self.ending = ending or ("end", {"reason": "until", "exit_code": None})
-        if self.ending[1].get("reason") != "removed":
+        if lines is None and self.ending[1].get("reason") != "removed":
             yield from self._stored(unfinished=self.ending[0] == "end")
 
     def _stored(self, *, unfinished: bool) -> Iterator[list[Line]]:
@@ -2787,9 +2804,9 @@ class LogCursor:
         while True:
             before = self.last
             reading = yield from self._find(http10=http10)
-            # The Engine gives no more than it gave twice, be its log damaged; in HTTP/1.1 the end
-            # of a response is told from a cut; else what was cut off, or written since, is left.
-            if before == self.last or not http10 or self._is_at_end(reading):
+            # What was cut off, or written since, is left. In HTTP/1.1 a cut is an error; and what
+            # the Engine did not give twice, because its log is damaged, it will not give.
+            if before == self.last or not http10 or reading.final == self._final():
                 yield self._hand_out(reading, reading.rest if unfinished else [])
                 return
             http10 = False
@@ -2816,7 +2833,7 @@ class LogCursor:
                 except LogDamaged as error:
                     damage = error
                     continue
-                self._is_short = reading.entries < (tail or LOOK)
+                self._is_short = reading.done and reading.entries < (tail or LOOK)
                 if reading.doubtful or not reading.met:
                     continue
                 if follower:
@@ -2832,7 +2849,7 @@ class LogCursor:
         if self.last and not self._is_short:
             yield self._reach
             if not self._is_short:
-                yield 16 * self._reach
+                yield 4 * self._reach
         yield None
         if not self.last:
             return
@@ -2840,9 +2857,9 @@ class LogCursor:
         low, high = 0, LOOK
         while high - low > 1:
             middle = (low + high) // 2
-            reading = LogReading(self._open(middle), self._source.tty, 1)
+            reading = LogReading(self._open(middle), self._source.tty, 0)
             with contextlib.suppress(LogDamaged):
-                collections.deque(reading, 0)
+                reading.exhaust()
             low, high = (middle, high) if reading.entries >= middle else (low, middle)
         if high < LOOK:
             yield low
@@ -2887,9 +2904,10 @@ class LogCursor:
         """Return the lines of a response that come after `last`."""
         return LogReading(response, self._source.tty, unknown, self.last, self._whole)
 
-    def _is_at_end(self, reading: LogReading) -> bool:
-        """Return whether a reading was neither cut short nor ended by damage, and nothing came."""
-        return reading.has(self._source.last_entry())
+    def _final(self) -> Entry | None:
+        """Return the log's last entry, None if there is none."""
+        response = self._source.open(1, http10=False)
+        return LogReading(response, self._source.tty, 0).exhaust().final
 
     def _is_over(self) -> bool:
         return bool(self._source.until) and time.time_ns() >= self._source.until
@@ -2904,38 +2922,34 @@ class LogCursor:
         """Go behind the last `wanted` lines and return them; before them, and None, if too many.
 
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
+        So a larger one is asked for, too, unless it ended by damage: it must have all of the first.
         """
-        entries = wanted + wanted // 8 + 64 + unknown
+        collect = functools.partial(self._collect, wanted, unfinished)
+        theirs, found = collect(wanted, 0)
+        tail: int | None = wanted + wanted // 8 + 64 + unknown
         with contextlib.suppress(LogDamaged):
-            while True:
-                reading = LogReading(self._source.open(entries), self._source.tty, unknown)
-                count, lines = self._collect(reading, wanted, unfinished)
-                is_full = reading.entries >= entries
-                if count >= wanted and self.last and (is_full or self._is_at_end(reading)):
-                    return lines
-                if not is_full:
+            while theirs.entries in (0, wanted) or self._source.until:
+                reading, larger = collect(tail, unknown if tail else 0, theirs.first)
+                is_full = tail is not None and reading.entries >= tail
+                if not is_full and reading.marked < theirs.entries:
                     break
-                entries *= 16
-            last_entry = self._source.last_entry()
-            reading = LogReading(self._source.open(None), self._source.tty, 0)
-            _, lines = self._collect(reading, wanted, unfinished)
-            if reading.has(last_entry):
-                return lines
-        # It is damaged, or rotates meanwhile: what the Engine gives for the very question, if any.
-        for tail in (wanted, None):
-            reading = LogReading(self._source.open(tail), self._source.tty, 0)
-            count, lines = self._collect(reading, wanted, unfinished)
-            if count:
-                break
+                if tail is None or (is_full and larger.found >= wanted and larger.last):
+                    found = larger
+                    break
+                tail = 16 * tail if is_full else None
+        _, lines, self.last, self._whole, self._skip, self._reach = found
         return lines
 
     def _collect(
-        self, reading: LogReading, wanted: int, unfinished: bool
-    ) -> tuple[int, list[Line] | None]:
-        """Return how many lines a reading has, and the last `wanted` of them, and move behind them.
-
-        If those are too large to be kept, return None, and move so that they come next.
-        """
+        self,
+        wanted: int,
+        unfinished: bool,
+        tail: int | None,
+        unknown: int,
+        mark: Entry | None = None,
+    ) -> tuple[LogReading, LogTail]:
+        """Return a reading that was read to its end, and the last `wanted` lines in it."""
+        reading = LogReading(self._source.open(tail), self._source.tty, unknown, mark=mark)
         kept: collections.deque[Line] = collections.deque()
         size = count = 0
         first: Optional[Line] = None
@@ -2952,14 +2966,13 @@ class LogCursor:
             size += sum(LINE_COST + len(line[3]) for line in asked)
             while size > MAX_KEPT:
                 size -= LINE_COST + len(kept.popleft()[3])
-        self.last, self._whole = last, reading.whole()
         if len(kept) >= min(wanted, count):
-            return count, list(kept)[max(0, len(kept) - wanted) :]
+            lines = list(kept)[max(0, len(kept) - wanted) :]
+            return reading, LogTail(count, lines, last, reading.whole(), 0, LOOK)
         following = count - (first is not None and first[2] in self._source.kinds)
-        self.last = first[:2] if first and following >= wanted else None
-        self._skip, self._whole = max(0, following - wanted), set()
-        self._reach = reading.entries + LOOK
-        return count, None
+        point = first[:2] if first and following >= wanted else None
+        skip, reach = max(0, following - wanted), reading.entries + LOOK
+        return reading, LogTail(count, None, point, set(), skip, reach)
 
 
 def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
