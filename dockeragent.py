@@ -2489,11 +2489,11 @@ class LineAssembler:
     have been others before; they are numbered 0.
     """
 
-    def __init__(self, unknown: int = 0) -> None:
+    def __init__(self, unknown: int = 0, *, is_podman: bool = False) -> None:
         self.unfinished: dict[int, tuple[bytes, bytearray, bool]] = {}
         self.seen: dict[bytes, tuple[int, int]] = {}  # stamp: when it came last, and its number
         self._count = 0  # lines so far
-        self._unknown = unknown
+        self._unknown, self._is_podman = unknown, is_podman
 
     def feed(self, entries: list[Entry]) -> list[Line]:
         """Return the complete lines. Raises EngineError for an entry without a stamp."""
@@ -2534,7 +2534,9 @@ class LineAssembler:
         """Add an entry to its line; return the line if complete, and what exceeds MAX_LINE."""
         held_stamp, held, goes_on = self.unfinished.pop(kind, (stamp, bytearray(), True))
         lines = []
-        if stamp != held_stamp and not goes_on:  # the container ended there, and ran again
+        # Docker's entries of one line have one stamp, or are full, as the log driver journald's;
+        # else the container ended there, and ran again. podman stamps each entry.
+        if stamp != held_stamp and not (goes_on or self._is_podman):
             lines.append((held_stamp, self._number(held_stamp), kind, bytes(held)))
             held_stamp, held = stamp, bytearray()
         held += text
@@ -2651,8 +2653,8 @@ class LogReading:
 
     def __init__(
         self,
+        source: LogSource,
         response: EngineResponse,
-        tty: bool,
         unknown: int,
         point: Point = None,
         whole: Iterable[int] = (),  # streams that had no unfinished line at the point
@@ -2668,8 +2670,8 @@ class LogReading:
         self.marked = 0  # entries from `mark` on; from the first on without one
         self._mark = mark
         self._begun = set(() if unknown else STREAMS)  # streams of which a line began in here
-        self._demultiplexer = TtyDemultiplexer() if tty else Demultiplexer()
-        self._assembler = LineAssembler(unknown)
+        self._demultiplexer = TtyDemultiplexer() if source.tty else Demultiplexer()
+        self._assembler = LineAssembler(unknown, is_podman=source.engine.is_podman)
 
     def __iter__(self) -> Iterator[list[Line]]:
         """Yield lines, [] at times, until the response ends. Raises EngineError."""
@@ -2857,7 +2859,7 @@ class LogCursor:
         low, high = 0, LOOK
         while high - low > 1:
             middle = (low + high) // 2
-            reading = LogReading(self._open(middle), self._source.tty, 0)
+            reading = LogReading(self._source, self._open(middle), 0)
             with contextlib.suppress(LogDamaged):
                 reading.exhaust()
             low, high = (middle, high) if reading.entries >= middle else (low, middle)
@@ -2902,12 +2904,12 @@ class LogCursor:
 
     def _reading(self, response: EngineResponse, unknown: int) -> LogReading:
         """Return the lines of a response that come after `last`."""
-        return LogReading(response, self._source.tty, unknown, self.last, self._whole)
+        return LogReading(self._source, response, unknown, self.last, self._whole)
 
     def _final(self) -> Entry | None:
         """Return the log's last entry, None if there is none."""
         response = self._source.open(1, http10=False)
-        return LogReading(response, self._source.tty, 0).exhaust().final
+        return LogReading(self._source, response, 0).exhaust().final
 
     def _is_over(self) -> bool:
         return bool(self._source.until) and time.time_ns() >= self._source.until
@@ -2949,7 +2951,7 @@ class LogCursor:
         mark: Entry | None = None,
     ) -> tuple[LogReading, LogTail]:
         """Return a reading that was read to its end, and the last `wanted` lines in it."""
-        reading = LogReading(self._source.open(tail), self._source.tty, unknown, mark=mark)
+        reading = LogReading(self._source, self._source.open(tail), unknown, mark=mark)
         kept: collections.deque[Line] = collections.deque()
         size = count = 0
         first: Optional[Line] = None
