@@ -124,6 +124,7 @@ PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event strea
 # The Engine writes each log entry by itself. In a burst, a read this long after the one before
 # finds some 200 together, which takes a third off the time of the whole log.
 BURST_PAUSE = 0.0004  # seconds
+HEAD_WAIT = 1.0  # seconds for the Engine to refuse a log, before an event stream begins
 LOOK = NUMBERED + 1024  # entries at a log's end, among which a line is looked for first
 MAX_KEPT = 256 * 1024  # bytes of lines that one request keeps, to find the last so many
 LINE_COST = 200  # bytes that Python needs for a line, its text aside
@@ -157,7 +158,6 @@ TIMESTAMP = (
     r"([Zz]|[+-][0-9]{2}:[0-9]{2})"
 )
 LOG_STAMP = TIMESTAMP.encode() + b" "
-DOCKER_STAMP = rb"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}\.[0-9]{9}Z "
 UNIX_TIME = r"([0-9]{1,11})(?:\.([0-9]{1,9}))?"
 DURATION = r"(?=\.?[0-9])([0-9]{0,15})(?:\.([0-9]{0,15}))?(ns|us|µs|μs|ms|s|m|h)"
 UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9}  # nanoseconds
@@ -2485,27 +2485,31 @@ class LineAssembler:
     """Joins entries to lines, stdout and stderr apart, and numbers the lines of each stamp.
 
     A stamp that the last NUMBERED lines did not have counts anew: so wherever in a log reading
-    begins, a line has the same number. unknown: lines at the beginning of whose stamps there may
-    have been others before; they are numbered 0.
+    begins, a line has the same number. unknown: of how many lines at the beginning the numbers are
+    not known, as there may be others of their stamps before; they are numbered 0.
     """
 
     def __init__(self, unknown: int = 0, *, is_podman: bool = False) -> None:
         self.unfinished: dict[int, tuple[bytes, bytearray, bool]] = {}
-        self.seen: dict[bytes, tuple[int, int]] = {}  # stamp: when it came last, and its number
+        self.seen: dict[bytes, int] = {}  # stamp: how many lines there were when it came last
+        self._numbers: dict[bytes, int] = {}  # stamp: the number it had then, if not 1
         self._count = 0  # lines so far
         self._unknown, self._is_podman = unknown, is_podman
+        self._second = b""  # of the stamp before: its first 20 bytes
 
     def feed(self, entries: list[Entry]) -> list[Line]:
         """Return the complete lines. Raises EngineError for an entry without a stamp."""
         if len(self.seen) > NUMBERED + NUMBERED // 2:
             oldest = self._count - NUMBERED
-            self.seen = {stamp: at for stamp, at in self.seen.items() if at[0] >= oldest}
+            self.seen = {stamp: at for stamp, at in self.seen.items() if at >= oldest}
+            self._numbers = {stamp: n for stamp, n in self._numbers.items() if stamp in self.seen}
         lines: list[Line] = []
-        unfinished, is_stamped = self.unfinished, re.compile(DOCKER_STAMP).match
+        unfinished, second = self.unfinished, self._second
         for kind, payload in entries:
             # Invariant: a stamp is matched in full before any byte of it is used.
-            if not is_stamped(payload):
+            if payload[:20] != second or payload[29:31] != b"Z " or not payload[20:29].isdigit():
                 payload = restamp(payload)
+                self._second = second = payload[:20]
             stamp = payload[:STAMP_SIZE]
             if payload[-1] != NEWLINE or kind in unfinished or len(payload) > MAX_LINE:
                 lines += self._join(kind, stamp, payload[STAMP_SIZE + 1 :])
@@ -2522,12 +2526,16 @@ class LineAssembler:
     def _number(self, stamp: bytes) -> int:
         """Count a line of this stamp, and return its number."""
         self._count = count = self._count + 1
-        at, number = self.seen.get(stamp, (-NUMBERED, 0))
-        if count - at > NUMBERED:
+        at = self.seen.get(stamp)
+        self.seen[stamp] = count
+        if at is None or count - at > NUMBERED:
             number = 1 if count > self._unknown else 0
-        elif number:
-            number += 1
-        self.seen[stamp] = count, number
+            self._numbers.pop(stamp, None)
+        else:
+            number = self._numbers.get(stamp, 1)
+            number += number > 0
+        if number != 1:
+            self._numbers[stamp] = number
         return number
 
     def _join(self, kind: int, stamp: bytes, text: bytes) -> list[Line]:
@@ -2557,7 +2565,10 @@ class LineAssembler:
 
 
 def restamp(payload: bytes) -> bytes:
-    """Return an entry with its stamp in Docker's form: podman's has a zone, and fewer digits."""
+    """Return an entry with its stamp in Docker's form: podman's has a zone, and fewer digits.
+
+    Raises EngineError for one without a stamp.
+    """
     stamp = re.match(LOG_STAMP, payload)
     if not stamp:
         raise EngineError(502, "the Engine's log has no timestamps")
@@ -2608,6 +2619,12 @@ def parse_moment(name: str, value: str) -> int:
     refuse(name, "must be Unix seconds, an RFC 3339 time such as 2026-02-21T10:00:00Z, or 10m")
 
 
+def moment_asked(name: str, value: str) -> int:
+    """Return since or until as Unix nanoseconds; 0 is no limit, as in Docker's own API."""
+    moment = parse_moment(name, value)
+    return moment if value.strip("0.") else 0
+
+
 class LogSource(NamedTuple):
     """One container's log, as a request asked for it."""
 
@@ -2633,6 +2650,17 @@ class LogSource(NamedTuple):
         options = {"http10": True, "interrupts": self.interrupts, **options}
         return self.engine.open("GET", path, query, **options)
 
+    def check(self) -> None:
+        """Raise EngineError if the Engine refuses at once: with a status, before the stream begins.
+
+        The stream does not wait for an Engine that takes longer.
+        """
+        try:
+            self.open(0, seconds=HEAD_WAIT).close()
+        except EngineError as error:
+            if error.status != 504:
+                raise
+
     def inspect(self) -> Json | None:
         """Return the container's inspect JSON, None if it was removed. Raises EngineError."""
         try:
@@ -2655,7 +2683,7 @@ class LogReading:
         self,
         source: LogSource,
         response: EngineResponse,
-        unknown: int,
+        unknown: int | None,
         point: Point = None,
         whole: Iterable[int] = (),  # streams that had no unfinished line at the point
         mark: Entry | None = None,
@@ -2669,9 +2697,11 @@ class LogReading:
         self.final: Optional[Entry] = None
         self.marked = 0  # entries from `mark` on; from the first on without one
         self._mark = mark
-        self._begun = set(() if unknown else STREAMS)  # streams of which a line began in here
+        self._begun = set(
+            STREAMS if unknown is None else ()
+        )  # streams of which a line began in here
         self._demultiplexer = TtyDemultiplexer() if source.tty else Demultiplexer()
-        self._assembler = LineAssembler(unknown, is_podman=source.engine.is_podman)
+        self._assembler = LineAssembler(unknown or 0, is_podman=source.engine.is_podman)
 
     def __iter__(self) -> Iterator[list[Line]]:
         """Yield lines, [] at times, until the response ends. Raises EngineError."""
@@ -2763,12 +2793,12 @@ class LogCursor:
     def read(self, wanted: int | None) -> Iterator[list[Line]]:
         """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
         if wanted is not None and not self.last:
-            lines = self._tail(wanted, unknown=1, unfinished=True)
-            if lines is None:
-                lines = self._tail(wanted, unknown=NUMBERED, unfinished=True)
-            if lines is not None:
-                yield lines
-                return
+            # The numbers matter only where `last` has to be found again, since lines are too many.
+            for unknown in (0, NUMBERED) if wanted < LOOK else (NUMBERED,):
+                lines = self._tail(wanted, unknown=unknown, unfinished=True)
+                if lines is not None:
+                    yield lines
+                    return
             self._limit = wanted
         for lines in self._stored(unfinished=True):
             yield lines
@@ -2794,8 +2824,13 @@ class LogCursor:
             if self._dropped and not (ending or self._is_over()):
                 raise EngineError(502, "the Engine ended the log of a running container; reconnect")
         self.ending = ending or ("end", {"reason": "until", "exit_code": None})
-        if lines is None and self.ending[1].get("reason") != "removed":
+        if lines is not None:
+            return
+        try:
             yield from self._stored(unfinished=self.ending[0] == "end")
+        except EngineError as error:
+            if error.status not in (404, 409):  # the container is removed, or being removed
+                raise
 
     def _stored(self, *, unfinished: bool) -> Iterator[list[Line]]:
         """Yield the lines after `last` that the log has by now, [] at times. Raises EngineError.
@@ -2822,7 +2857,7 @@ class LogCursor:
         """
         damage, self._dropped = None, False
         for tail in self._tails():
-            unknown = NUMBERED if tail and tail >= LOOK else 0
+            unknown = NUMBERED if tail and tail >= LOOK else None
             with contextlib.ExitStack() as stack:
                 # The follower comes first: what the reading has, or will have, is then in it, too.
                 follower = self._open_follower(tail) if follow else None
@@ -2839,7 +2874,7 @@ class LogCursor:
                 if reading.doubtful or not reading.met:
                     continue
                 if follower:
-                    yield from self._arriving(self._reading(follower, min(unknown, 1)))
+                    yield from self._arriving(self._reading(follower, unknown and 1))
                 return reading
         if damage:
             raise damage
@@ -2859,7 +2894,7 @@ class LogCursor:
         low, high = 0, LOOK
         while high - low > 1:
             middle = (low + high) // 2
-            reading = LogReading(self._source, self._open(middle), 0)
+            reading = LogReading(self._source, self._open(middle), None)
             with contextlib.suppress(LogDamaged):
                 reading.exhaust()
             low, high = (middle, high) if reading.entries >= middle else (low, middle)
@@ -2902,14 +2937,14 @@ class LogCursor:
                 raise
             return None
 
-    def _reading(self, response: EngineResponse, unknown: int) -> LogReading:
+    def _reading(self, response: EngineResponse, unknown: int | None) -> LogReading:
         """Return the lines of a response that come after `last`."""
         return LogReading(self._source, response, unknown, self.last, self._whole)
 
     def _final(self) -> Entry | None:
         """Return the log's last entry, None if there is none."""
         response = self._source.open(1, http10=False)
-        return LogReading(self._source, response, 0).exhaust().final
+        return LogReading(self._source, response, None).exhaust().final
 
     def _is_over(self) -> bool:
         return bool(self._source.until) and time.time_ns() >= self._source.until
@@ -2927,18 +2962,20 @@ class LogCursor:
         So a larger one is asked for, too, unless it ended by damage: it must have all of the first.
         """
         collect = functools.partial(self._collect, wanted, unfinished)
-        theirs, found = collect(wanted, 0)
+        theirs, found = collect(wanted, None)
         tail: int | None = wanted + wanted // 8 + 64 + unknown
         with contextlib.suppress(LogDamaged):
             while theirs.entries in (0, wanted) or self._source.until:
-                reading, larger = collect(tail, unknown if tail else 0, theirs.first)
+                reading, larger = collect(tail, unknown if tail else None, theirs.first)
                 is_full = tail is not None and reading.entries >= tail
                 if not is_full and reading.marked < theirs.entries:
                     break
                 if tail is None or (is_full and larger.found >= wanted and larger.last):
                     found = larger
                     break
-                tail = 16 * tail if is_full else None
+                # podman takes longer for a large tail than for the whole log.
+                is_larger = is_full and not self._source.engine.is_podman
+                tail = 16 * tail if tail and is_larger else None
         _, lines, self.last, self._whole, self._skip, self._reach = found
         return lines
 
@@ -2947,7 +2984,7 @@ class LogCursor:
         wanted: int,
         unfinished: bool,
         tail: int | None,
-        unknown: int,
+        unknown: int | None,
         mark: Entry | None = None,
     ) -> tuple[LogReading, LogTail]:
         """Return a reading that was read to its end, and the last `wanted` lines in it."""
@@ -3170,12 +3207,7 @@ def logs(request: Request, agent: Agent) -> Response:
     if not (asked["stdout"] or asked["stderr"]):
         refuse("stdout", "and stderr cannot both be false")
     kinds = frozenset(k for k, name in STREAMS.items() if asked.get(name, asked["stdout"]))
-    moments = [asked.get(name, "0") for name in ("since", "until")]
-    # 0 is no limit, as in Docker's own API.
-    since, until = (
-        parse_moment(name, value) if value.strip("0.") or not value else 0
-        for name, value in zip(("since", "until"), moments)
-    )
+    since, until = (moment_asked(name, asked.get(name, "0")) for name in ("since", "until"))
     # The header first: a browser that reconnects sends it beside the URL it began with.
     event_id = request.header("Last-Event-ID") or asked.get("last_event_id", "")
     match = re.fullmatch(EVENT_ID, event_id)
@@ -3190,6 +3222,7 @@ def logs(request: Request, agent: Agent) -> Response:
     wanted = None if asked["tail"] == "all" else int(asked["tail"])
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
     if asked["follow"]:
+        source.check()
         render = functools.partial(render_events, **shape)
         return event_stream(log_events(cursor, cursor.follow(found, wanted), render))
     return Response(
