@@ -5379,16 +5379,15 @@ def run_stream(
         connect_networks(engine, container, body)
         start_container(engine, container)
         deadline = time.monotonic() + body.get("timeout", RUN_TIMEOUT)
-        query = {"stdout": 1, "stderr": 1, "follow": 1, "timestamps": 1}
         client = request.interrupts._replace(stop=None)  # being stopped, the run has time to end
-        reader = LogReader(LogSource(engine, container, body.get("tty", False), query, client))
-        removal.callback(reader.close)
-        parts = run_parts(reader, deadline, request.interrupts.stop, removal)
+        kinds = frozenset(STREAMS)
+        source = LogSource(engine, container, body.get("tty", False), kinds, 0, 0, client)
+        parts = run_parts(source, deadline, request.interrupts.stop, removal)
         yield from with_ending(run_events(parts)) if events else run_document(parts)
 
 
 def run_parts(
-    reader: LogReader, deadline: float, stop: socket.socket | None, removal: contextlib.ExitStack
+    source: LogSource, deadline: float, stop: socket.socket | None, removal: contextlib.ExitStack
 ) -> Iterator[RunPart]:
     """Yield a run's lines, [] after PING_INTERVAL of silence, and at last how it ended.
 
@@ -5397,27 +5396,28 @@ def run_parts(
     """
     timed_out, due = False, time.monotonic() + PING_INTERVAL
     with removal:
-        while not reader.done:
-            lines = reader.read(min(due, deadline, time.monotonic() + STOP_POLL))
+        cursor = LogCursor(source, None)
+        cursor.due = min(deadline, time.monotonic() + STOP_POLL)
+        for lines in cursor.follow(source.inspect() or {}, None):
             if lines or time.monotonic() >= due:
-                yield lines or []
+                yield lines
                 due = time.monotonic() + PING_INTERVAL
             is_stopping = stop and NEVER.wait_readable(stop, 0)
             if is_stopping:
                 deadline = min(deadline, time.monotonic() + GRACE / 2)
-            if time.monotonic() < deadline:
-                continue
-            if is_stopping:
-                raise Stopping(503, "the agent is being stopped; the run was killed")
-            if timed_out:
-                break
-            timed_out = kill_run(reader.source)
-            deadline = time.monotonic() + CALL_TIMEOUT  # for the lines from before the kill
-        if reader.done:
-            yield from filter(None, reader.rest())
-        killed: Json = {"exit_code": None, "timed_out": True}
-        ending = killed if timed_out else run_ending(reader.source)
-    yield ending
+            if time.monotonic() >= deadline:
+                if is_stopping:
+                    raise Stopping(503, "the agent is being stopped; the run was killed")
+                if timed_out:
+                    break
+                timed_out = kill_run(source)
+                deadline = time.monotonic() + CALL_TIMEOUT  # for the lines from before the kill
+            cursor.due = min(due, deadline, time.monotonic() + STOP_POLL)
+        _, ending = cursor.ending
+        if not timed_out and ending.get("reason") != "exited":
+            raise EngineError(502, "the container was removed or started again by somebody else")
+    killed: Json = {"exit_code": None, "timed_out": True}
+    yield killed if timed_out else {"exit_code": ending["exit_code"]}
 
 
 def kill_run(source: LogSource) -> bool:
@@ -5429,15 +5429,6 @@ def kill_run(source: LogSource) -> bool:
             raise
         return False
     return True
-
-
-def run_ending(source: LogSource) -> Json:
-    """Return {"exit_code"} of a container whose log has ended. Raises EngineError."""
-    found = source.engine.json("GET", container_path(source.container, "json"))
-    state = require(found, "State", dict)
-    if state.get("Running"):
-        raise EngineError(502, "the Engine ended the log of a container that runs")
-    return {"exit_code": require(state, "ExitCode", int)}
 
 
 def run_items(lines: list[Line]) -> list[bytes]:
