@@ -4720,14 +4720,11 @@ def event(name: str, data: Any) -> bytes:
 
 def last_lines(engine: Engine, container: str, tty: bool, count: int) -> list[str]:
     """Return the last lines of a container's log. Raises EngineError."""
-    query: Json = {"stdout": 1, "stderr": 1, "follow": 0, "timestamps": 1}
-    source = LogSource(engine, container, tty, query, NEVER)
-    with contextlib.closing(read_tail(source, count)) as reader:
-        lines = [text for lines in reader.lines() for _, _, _, text in lines]
-    return [text.decode(errors="replace") for text in lines[-count:]]
+    source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, NEVER)
+    batches = LogCursor(source, None).read(count)
+    return [text.decode(errors="replace") for lines in batches for _, _, _, text in lines]
 
 
-def log_document(reader: LogReader, render: Render) -> Stream:
 def log_document(batches: Iterator[list[Line]], render: Render) -> Stream:
     """Yield {"lines": [...]} as it is read. Raises EngineError, which leaves it broken off."""
     separator = b'{"lines":['
