@@ -2828,6 +2828,7 @@ def test_interim_answers_are_skipped(fakes):
 def test_full_backlog_of_the_engine_is_waited_for(tmp_path):
     """Linux refuses a connect that must not block at once, where others would wait for room."""
     with FakeEngine(tmp_path / "engine.sock") as fake, Agent(DOCKER_HOST=fake.url) as agent:
+        fake.script["GET /containers/c1/json"] = http_answer({"Id": "c1", "Name": "/c1"})
         fake.script["POST /containers/c1/kill"] = http_answer(b"", 204)
         assert agent.post(f"{ONE}/kill").status == 200
         fake.socket.listen(0)
@@ -2860,11 +2861,11 @@ def test_post_is_sent_once_whatever_becomes_of_it(fake_engine, fake_agent):
 
 
 class VersionHandler(FakeEngineHandler):
-    """As FakeEngineHandler; also notes the version in each target."""
+    """As FakeEngineHandler; also notes the version in each target but of an agent's own looks."""
 
     def setup(self) -> None:
         first = self.request.recv(4096, socket.MSG_PEEK).decode()
-        found = re.match(r"\w+ /v([0-9.]+)/", first)
+        found = re.match(r"\w+ /v([0-9.]+)/(?!\S+filters=)", first)
         if found:
             self.server.versions.append(found[1])
         super().setup()
