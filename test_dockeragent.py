@@ -3052,6 +3052,7 @@ def test_health_asks_the_engine_once_a_second(fake_engine, fake_agent):
 # --------------------------------------------------------------------------------------------------
 
 TEST_LABEL = {LABEL: "1"}
+AGENT_LABELS = dict.fromkeys((da.OWN_LABELS + name for name in da.AGENT_LABELS), "")
 
 
 def dig(value: Any, path: str) -> Any:
@@ -3150,7 +3151,7 @@ def test_every_field_reaches_the_engine(agent, engine, network, name, tmp_path):
         "Config.WorkingDir": "/srv",
         "Config.User": "1000:1001",
         "Config.Hostname": "web.example",
-        "Config.Labels": {**TEST_LABEL, "a.b/c": 'ü "quoted"'},
+        "Config.Labels": {**TEST_LABEL, **AGENT_LABELS, "a.b/c": 'ü "quoted"'},
         "Config.ExposedPorts": {"8080/tcp": {}, "53/udp": {}},
         "HostConfig.PortBindings": {
             "8080/tcp": [
@@ -3468,7 +3469,7 @@ def test_list_has_its_documented_shape(agent, engine, network, name):
         "command": "sleep 600",
         "state": "running",
         "ports": [{"ip": "127.0.0.1", "private_port": 80, "public_port": port, "type": "tcp"}],
-        "labels": TEST_LABEL,
+        "labels": {**TEST_LABEL, **AGENT_LABELS},
     }
     engine.call("POST", f"/containers/{name}/kill")
     engine.call("POST", f"/containers/{name}/wait")
@@ -7969,7 +7970,7 @@ def test_what_fails_before_the_swap_touches_nothing(agent, engine, site, fields,
 @pytest.mark.parametrize(
     "path, fields, word",
     cases(
-        ("helper name of another", "da-x.next", {}, "name: must not end in"),
+        ("helper name of another", "da-x.next", {}, "not end in .next"),
         ("name that a rename refuses", "x", {}, "name: must be"),
         ("container that removes itself", "da-x", {"auto_remove": True}, "auto_remove"),
         ("gate of days", "da-x", {"deploy": {"timeout": 3601}}, "deploy.timeout"),
