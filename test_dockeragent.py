@@ -2835,6 +2835,7 @@ def test_interim_answers_are_skipped(fakes):
 def test_full_backlog_of_the_engine_is_waited_for(tmp_path):
     """Linux refuses a connect that must not block at once, where others would wait for room."""
     with FakeEngine(tmp_path / "engine.sock") as fake, Agent(DOCKER_HOST=fake.url) as agent:
+        fake.script["GET /containers/c1/json"] = http_answer({"Id": "c1", "Name": "/c1"})
         fake.script["POST /containers/c1/kill"] = http_answer(b"", 204)
         fake.script[INSPECT] = http_answer({"Id": "c1", "Name": "/c1"})
         assert agent.post(f"{ONE}/kill").status == 200
@@ -2868,7 +2869,7 @@ def test_post_is_sent_once_whatever_becomes_of_it(fake_engine, fake_agent):
 
 
 class VersionHandler(FakeEngineHandler):
-    """As FakeEngineHandler; also notes the version in each target."""
+    """As FakeEngineHandler; also notes the version in each target but of an agent's own looks."""
 
     def setup(self) -> None:
         first = self.request.recv(4096, socket.MSG_PEEK).decode()
@@ -3059,6 +3060,7 @@ def test_health_asks_the_engine_once_a_second(fake_engine, fake_agent):
 # --------------------------------------------------------------------------------------------------
 
 TEST_LABEL = {LABEL: "1"}
+AGENT_LABELS = dict.fromkeys((da.OWN_LABELS + name for name in da.AGENT_LABELS), "")
 
 
 def dig(value: Any, path: str) -> Any:
@@ -6672,7 +6674,8 @@ def test_stream_begins_before_the_engine_answers(fake_agent, fake_engine):
         sock.sendall(message(f"GET {logs_path('x', 'follow=1')}"))
         seen = b""
         while b"retry: 3000\n" not in seen:
-            assert (data := sock.recv(65536))
+            data = sock.recv(65536)
+            assert data
             seen += data
 
 
