@@ -131,7 +131,7 @@ METRICS_TIMEOUT = 5.0  # for the list of containers; less than a scrape may take
 
 MAX_LINE = 1024 * 1024  # bytes of one log line; the rest goes on as the next
 MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own hold up to 16 KiB and a timestamp
-RECENT_STAMPS = 2000  # whose lines are counted, for the ids
+NUMBERED = 4096  # lines; a stamp that none of so many had counts anew, for the ids
 ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into entries of this size
 # Sent at the start of an event stream, with the milliseconds before its client reconnects. No empty
 # line follows it or a ping: some clients would dispatch that as an empty message.
@@ -141,12 +141,10 @@ PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event strea
 # The Engine writes each log entry by itself. In a burst, a read this long after the one before
 # finds some 200 together, which takes a third off the time of the whole log.
 BURST_PAUSE = 0.0004  # seconds
-# Resuming reads the log again from this long before the last line: an entry that was begun earlier
-# may have been finished later, and is stamped with its beginning.
-RESUME_MARGIN = 3600  # seconds
-REST_ENTRIES = 500  # read again at the end of a followed log
-TAIL_MARGIN = 1000  # entries that may be written between two looks at a log's tail
-RESUME_JITTER = 10_000_000  # nanoseconds by which stdout and stderr may be stored out of order
+HEAD_WAIT = 1.0  # seconds for the Engine to refuse a log, before an event stream begins
+LOOK = NUMBERED + 1024  # entries at a log's end, among which a line is looked for first
+MAX_KEPT = 256 * 1024  # bytes of lines that one request keeps, to find the last so many
+LINE_COST = 200  # bytes that Python needs for a line, its text aside
 
 MAX_PATH_RETRIES = 20  # while other requests take the folders of a path away
 MAX_LINKS = 40  # symbolic links in one path, as Linux has it
@@ -4041,16 +4039,28 @@ def read_volumes(engine: Engine) -> list[Json]:
 # Logs: from the Engine's frames to lines, to server-sent events and JSON
 # --------------------------------------------------------------------------------------------------
 
+# A log loses nothing but its beginning. So a line that a client has is either there, and what
+# follows it is new, or it is gone, and all that is left came after it. Which of the two holds is
+# found out by a read that ends, by what the line is: its stamp, and its number among the lines of
+# that stamp, of both streams. Invariant: nothing compares the order of stamps; clocks step back.
+
 Entry = tuple[int, bytes]  # stream type, "STAMP text\n" as the Engine logged it; no \n: goes on
-Line = tuple[bytes, int, int, bytes]  # stamp, its number among lines of that stamp, type, text
-Point = Optional[tuple[bytes, int]]  # a line's stamp and number, which make its event's id
+# Stamp in Docker's form, number among the lines of that stamp, stream type, text. The number is 0
+# where it is not known.
+Line = tuple[bytes, int, int, bytes]
+Point = Optional[tuple[bytes, int]]  # a line's stamp and number; None: before the oldest line
 Render = Callable[[list[Line]], bytes]
-Stream = Generator[bytes, None, None]  # of an answer's body
+Ending = tuple[str, Json]  # the last event's name and data
+Stream = Generator[bytes, None, None]  # of a response's body
 
 STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
 FRAME_HEADER = struct.Struct(">BxxxL")
 NEWLINE, RETURN = b"\n\r"
 STAMP_SIZE = len("2026-02-21T10:00:00.000000000Z")
+
+
+class LogDamaged(EngineError):
+    """The Engine reports that it cannot read on in a log: a frame of type 3."""
 
 
 class Demultiplexer:
@@ -4063,7 +4073,7 @@ class Demultiplexer:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[Entry]:
-        """Return the entries that are complete. Raises EngineError after those before an error."""
+        """Return the complete entries. Raises EngineError, once those before it were returned."""
         data, position = self._rest + data, 0
         entries: list[Entry] = []
         last = len(data) - FRAME_HEADER.size
@@ -4076,7 +4086,7 @@ class Demultiplexer:
                     break  # the next call finds the frame again, first of all
                 if kind == 3:
                     words = payload.decode(errors="replace").strip()
-                    raise EngineError(502, f"the Engine failed to read the log: {words}")
+                    raise LogDamaged(502, f"the Engine failed to read the log: {words}")
                 raise EngineError(502, "the Engine's log is not made of frames")
             if len(payload) < size:
                 break
@@ -4098,7 +4108,7 @@ class TtyDemultiplexer(Demultiplexer):
     """Takes entries out of a terminal's log, which has no frames but each entry's stamp."""
 
     def feed(self, data: bytes) -> list[Entry]:
-        """Return the entries that are complete. Raises EngineError for one without a stamp."""
+        """Return the complete entries. Raises EngineError for one without a stamp."""
         data, position, entries = self._rest + data, 0, []
         stamp_at = re.compile(LOG_STAMP).match
         while position < len(data):
@@ -4110,9 +4120,11 @@ class TtyDemultiplexer(Demultiplexer):
                 raise EngineError(502, "the Engine's log has no timestamps")
             # An entry of a long line ends where the very same stamp is put in again: after
             # ENTRY_SIZE bytes of the container's, each of which the Engine may have made U+FFFD.
-            cut = stamp.end() + ENTRY_SIZE
+            # Invariant: only a stamp to the nanosecond, which no container can know beforehand.
+            cut, again = stamp.end() + ENTRY_SIZE, -1
             latest = cut + 2 * ENTRY_SIZE + len(stamp[0])
-            again = data.find(stamp[0], cut, min(end or latest, latest))
+            if len(stamp[0]) == STAMP_SIZE + 1:
+                again = data.find(stamp[0], cut, min(end or latest, latest))
             if again >= 0:
                 end = again
             elif not end:
@@ -4130,59 +4142,102 @@ class TtyDemultiplexer(Demultiplexer):
 
 
 class LineAssembler:
-    """Puts entries together to whole lines, stdout and stderr apart, and numbers the lines."""
+    """Joins entries to lines, stdout and stderr apart, and numbers the lines of each stamp.
 
-    def __init__(self) -> None:
-        self.parts: dict[int, tuple[bytes, bytearray]] = {}  # a stream's stamp and text so far
-        self.counts: dict[bytes, int] = {}  # stamp: lines that had it; 0 for one that has begun
+    A stamp that the last NUMBERED lines did not have counts anew: so wherever in a log reading
+    begins, a line has the same number. unknown: of how many lines at the beginning the numbers are
+    not known, as there may be others of their stamps before; they are numbered 0.
+    """
+
+    def __init__(self, unknown: int = 0, *, is_podman: bool = False) -> None:
+        self.unfinished: dict[int, tuple[bytes, bytearray, bool]] = {}
+        self.seen: dict[bytes, int] = {}  # stamp: how many lines there were when it came last
+        self._numbers: dict[bytes, int] = {}  # stamp: the number it had then, if not 1
+        self._count = 0  # lines so far
+        self._unknown, self._is_podman = unknown, is_podman
+        self._second = b""  # of the stamp before: its first 20 bytes
 
     def feed(self, entries: list[Entry]) -> list[Line]:
-        """Return the lines that are complete. Raises EngineError for an entry without a stamp."""
+        """Return the complete lines. Raises EngineError for an entry without a stamp."""
+        if len(self.seen) > NUMBERED + NUMBERED // 2:
+            oldest = self._count - NUMBERED
+            self.seen = {stamp: at for stamp, at in self.seen.items() if at >= oldest}
+            self._numbers = {stamp: n for stamp, n in self._numbers.items() if stamp in self.seen}
         lines: list[Line] = []
-        counts, parts = self.counts, self.parts
+        unfinished, second = self.unfinished, self._second
         for kind, payload in entries:
-            if payload[29:31] != b"Z ":  # to nine digits and UTC; without a space there is no stamp
-                start = payload.find(b" ") + 1
-                moment = stamp_time(payload[:start].rstrip(b" "))
-                payload = b"%b %b" % (stamp_from(moment), payload[start:])
+            # Invariant: a stamp is matched in full before any byte of it is used.
+            if payload[:20] != second or payload[29:31] != b"Z " or not payload[20:29].isdigit():
+                payload = restamp(payload)
+                self._second = second = payload[:20]
             stamp = payload[:STAMP_SIZE]
-            if payload[-1] != NEWLINE or kind in parts or len(payload) > MAX_LINE:
+            if payload[-1] != NEWLINE or kind in unfinished or len(payload) > MAX_LINE:
                 lines += self._join(kind, stamp, payload[STAMP_SIZE + 1 :])
                 continue
-            counts[stamp] = number = counts.get(stamp, 0) + 1
             text = payload[STAMP_SIZE + 1 : -2 if payload[-2] == RETURN else -1]
-            lines.append((stamp, number, kind, text))
-        if len(counts) > 2 * RECENT_STAMPS:
-            kept = [*list(counts)[-RECENT_STAMPS:], *(stamp for stamp, _ in parts.values())]
-            self.counts = {stamp: counts.get(stamp, 0) for stamp in kept}
+            lines.append((stamp, self._number(stamp), kind, text))
         return lines
 
     def end(self) -> list[Line]:
         """Return the lines that the end of the log left without a newline."""
-        held = [(kind, stamp) for kind, (stamp, text) in self.parts.items() if text]
+        held = [(kind, stamp) for kind, (stamp, text, _) in self.unfinished.items() if text]
         return [line for kind, stamp in held for line in self._join(kind, stamp, b"\n")]
+
+    def _number(self, stamp: bytes) -> int:
+        """Count a line of this stamp, and return its number."""
+        self._count = count = self._count + 1
+        at = self.seen.get(stamp)
+        self.seen[stamp] = count
+        if at is None or count - at > NUMBERED:
+            number = 1 if count > self._unknown else 0
+            self._numbers.pop(stamp, None)
+        else:
+            number = self._numbers.get(stamp, 1)
+            number += number > 0
+        if number != 1:
+            self._numbers[stamp] = number
+        return number
 
     def _join(self, kind: int, stamp: bytes, text: bytes) -> list[Line]:
         """Add an entry to its line; return the line if complete, and what exceeds MAX_LINE."""
-        stamp, held = self.parts.pop(kind, (stamp, bytearray()))
+        held_stamp, held, goes_on = self.unfinished.pop(kind, (stamp, bytearray(), True))
+        lines = []
+        # Docker's entries of one line have one stamp, or are full, as the log driver journald's;
+        # else the container ended there, and ran again. podman stamps each entry.
+        if stamp != held_stamp and not (goes_on or self._is_podman):
+            lines.append((held_stamp, self._number(held_stamp), kind, bytes(held)))
+            held_stamp, held = stamp, bytearray()
         held += text
         if whole := held.endswith(b"\n"):
             del held[-2 if held.endswith(b"\r\n") else -1 :]
-        texts = []
         # Invariant: no line is held past MAX_LINE; two bytes more may be its CR LF.
         while len(held) > (MAX_LINE if whole else MAX_LINE + 2):
             size = MAX_LINE
             while size > MAX_LINE - 4 and held[size] & 0xC0 == 0x80:
                 size -= 1  # not in the middle of a UTF-8 character
-            texts.append(bytes(held[:size]))
+            lines.append((held_stamp, self._number(held_stamp), kind, bytes(held[:size])))
             del held[:size]
         if whole:
-            texts.append(bytes(held))
+            lines.append((held_stamp, self._number(held_stamp), kind, bytes(held)))
         else:
-            self.parts[kind] = stamp, held
-        number = self.counts.get(stamp, 0)
-        self.counts[stamp] = number + len(texts)
-        return [(stamp, number + i, kind, text) for i, text in enumerate(texts, 1)]
+            self.unfinished[kind] = held_stamp, held, len(text) >= ENTRY_SIZE
+        return lines
+
+
+def restamp(payload: bytes) -> bytes:
+    """Return an entry with its stamp in Docker's form: podman's has a zone, and fewer digits.
+
+    Raises EngineError for one without a stamp.
+    """
+    stamp = re.match(LOG_STAMP, payload)
+    if not stamp:
+        raise EngineError(502, "the Engine's log has no timestamps")
+    return docker_stamp(stamp[0][:-1]) + payload[stamp.end() - 1 :]
+
+
+@functools.lru_cache(maxsize=64)
+def docker_stamp(stamp: bytes) -> bytes:
+    return stamp_from(stamp_time(stamp))
 
 
 def stamp_from(nanoseconds: int) -> bytes:
@@ -4224,198 +4279,387 @@ def parse_moment(name: str, value: str) -> int:
     refuse(name, "must be Unix seconds, an RFC 3339 time such as 2026-02-21T10:00:00Z, or 10m")
 
 
-class ResumePoint:
-    """Leaves out the lines up to the one that a client had last."""
-
-    def __init__(self, point: Point) -> None:
-        self.met = False  # the very line, after one of another stamp: its number is right
-        self._point = point  # None: none, or it came, or the Engine has it no longer
-        self._held: list[Line] = []  # came after the point unless the very line is still to come
-        self._first = b""  # the stamp of the first line that came
-        # A line stamped later than this shows that the very line is gone: one of the other stream
-        # may be stored a little before it, but none between two lines of one stamp.
-        self._late = stamp_from(stamp_time(point[0]) + RESUME_JITTER) if point else b""
-
-    def after(self, lines: list[Line], begun: list[bytes], *, ended: bool) -> list[Line]:
-        """Return those of lines that come after the point. begun: the stamps of unfinished lines.
-
-        Lines come in the order in which they were finished, so what comes before the last line
-        seen was seen, whatever its stamp. A line that the Engine no longer has is not waited for.
-        """
-        if not self._point:
-            return lines
-        stamp, _ = self._point
-        self._first = self._first or (lines[0][0] if lines else b"")
-        points = [line[:2] for line in lines]
-        if self._point in points:
-            lines = lines[points.index(self._point) + 1 :]
-            self._point, self.met = None, self._first != stamp
-            return lines
-        if stamp in begun:
-            self._held.clear()
-            return []
-        for index, line in enumerate(lines):
-            if line[0] == stamp:
-                self._late = stamp  # lines of one stamp stand together
-            elif line[0] > stamp:
-                self._held.append(line)
-                if line[0] > self._late:
-                    self._point = None
-                    return [*self._held, *lines[index + 1 :]]
-        return self._held if ended else []
+def moment_asked(name: str, value: str) -> int:
+    """Return since or until as Unix nanoseconds; 0 is no limit, as in Docker's own API."""
+    moment = parse_moment(name, value)
+    return moment if value.strip("0.") else 0
 
 
 class LogSource(NamedTuple):
-    """One container's log as a request asked for it."""
+    """One container's log, as a request asked for it."""
 
     engine: Engine
     container: str  # the full id: a name may pass to another container
     tty: bool
-    query: Json  # as the Engine takes it, but since and until in nanoseconds
+    kinds: frozenset[int]  # the types of the streams asked for
+    since: int  # Unix nanoseconds; 0: no limit
+    until: int
     interrupts: Interrupts
 
+    def open(self, tail: int | None, **options: Any) -> EngineResponse:
+        """Return the Engine's response for the last entries (None: all) of both streams.
 
-class LogReader:
-    """The lines of a log, timestamps and all, from the Engine's answer to one query.
+        As HTTP/1.0: it is quicker, but a response that was cut short looks complete.
+        """
+        query = {"stdout": 1, "stderr": 1, "timestamps": 1, "tail": "all" if tail is None else tail}
+        query["follow"] = int(options.pop("follow", False))
+        for name in ("since", "until"):
+            if moment := options.pop(name, getattr(self, name)):
+                query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
+        path = container_path(self.container, "logs")
+        options = {"http10": True, "interrupts": self.interrupts, **options}
+        return self.engine.open("GET", path, query, **options)
 
-    skip: how many lines to leave out. last: the line that was had last, only what comes after it
-    is wanted. http10: quicker, but whether the log came whole is only known by `rest`.
+    def inspect(self) -> Json | None:
+        """Return the container's inspect JSON, None if it was removed. Raises EngineError."""
+        try:
+            return self.engine.json("GET", container_path(self.container, "json"))
+        except EngineError as error:
+            if error.status != 404:
+                raise
+            return None
+
+
+class LogReading:
+    """The lines of both streams in one response of the Engine, those after the line `point`.
+
+    unknown: of how many lines at the beginning the number is not known, as it is not the log's; the
+    first line of each stream may lack its beginning then. With a point, reading ends before such a
+    doubtful line; else it begins anew behind it.
     """
 
     def __init__(
         self,
         source: LogSource,
-        skip: int = 0,
-        last: Point = None,
-        http10: bool = True,
-        **query: Any,
+        response: EngineResponse,
+        unknown: int | None,
+        point: Point = None,
+        whole: Iterable[int] = (),  # streams that had no unfinished line at the point
+        mark: Entry | None = None,
     ) -> None:
-        """Ask the Engine for the log. Raises EngineError."""
-        self.source = source
-        self.done = False  # whether all of the answer came
         self.entries = 0  # that came
-        self.resume = ResumePoint(last)
-        self._last = last  # the last line that came
-        self._skip = skip  # lines still to be left out
-        self._ahead: list[Line] = []  # read already, by begins_at
+        self.done = self.doubtful = False
+        self.met = point is None  # whether the point came
+        self.rest: list[Line] = []  # what the end left without a newline
+        self._response, self._point, self._at_point = response, point, whole
+        self.first: Optional[Entry] = None
+        self.final: Optional[Entry] = None
+        self.marked = 0  # entries from `mark` on; from the first on without one
+        self._mark = mark
+        # Streams of which a line began in here.
+        self._begun = set(STREAMS if unknown is None else ())
         self._demultiplexer = TtyDemultiplexer() if source.tty else Demultiplexer()
-        self._assembler = LineAssembler()
-        if last:
-            query = {"since": stamp_time(last[0]) - RESUME_MARGIN * 10**9, **query}
-        self._query = {k: v for k, v in {**source.query, **query}.items() if v != ""}
-        asked = dict(self._query)
-        for name in {"since", "until"} & asked.keys():
-            asked[name] = "{}.{:09d}".format(*divmod(max(0, asked[name]), 10**9))
-        path = container_path(source.container, "logs")
-        self._answer = source.engine.open(
-            "GET", path, asked, interrupts=source.interrupts, http10=http10
-        )
-        self.close = self._answer.close
+        self._assembler = LineAssembler(unknown or 0, is_podman=source.engine.is_podman)
+
+    def __iter__(self) -> Iterator[list[Line]]:
+        """Yield lines, [] at times, until the response ends. Raises EngineError."""
+        with contextlib.closing(self._response):
+            yield []
+            while not (self.done or (self._point and self.doubtful)):
+                lines = self.read(time.monotonic() + CALL_TIMEOUT)
+                if lines is None:
+                    raise EngineError(504, "the Engine did not finish the log in time")
+                yield lines
 
     def read(self, deadline: float) -> list[Line] | None:
-        """Return the lines that came, None if none came until deadline."""
-        data = self._answer.read(deadline)
+        """Return the lines that came, None if none came until deadline. Raises EngineError."""
+        data = self._response.read(deadline)
         if data is None:
             return None
         self.done = not data
         entries = self._demultiplexer.feed(data) if data else self._demultiplexer.end()
         self.entries += len(entries)
-        return self._passed(self._assembler.feed(entries))
+        if entries:
+            self.first, self.final = self.first or entries[0], entries[-1]
+        if self.marked or not self._mark:
+            self.marked += len(entries)
+        elif self._mark in entries:
+            self.marked = len(entries) - entries.index(self._mark)
+        lines = self._known(self._after(self._assembler.feed(entries)))
+        if self.done:
+            self.rest = self._known(self._after(self._assembler.end()))
+        return lines
 
-    def lines(self, *, verify: bool = False) -> Iterator[list[Line]]:
-        """Yield the lines of one answer; verify: and what a cut took. Raises EngineError."""
-        yield self._ahead
-        while not self.done:
-            lines = self.read(time.monotonic() + CALL_TIMEOUT)
-            if lines is None:
-                raise EngineError(504, "the Engine did not finish the log in time")
-            yield lines
-        yield from self.rest() if verify and self._answer.until_end else [self._unfinished()]
-
-    def begins_at(self, stamp: bytes) -> bool:
-        """Return whether a line of this stamp is among the first, which `lines` still yields."""
-        self._ahead = next((lines for lines in self.lines() if self.entries), [])
-        return stamp in self._assembler.counts
-
-    def rest(self) -> Iterator[list[Line]]:
-        """Yield what the log had after the lines that came. Raises EngineError.
-
-        The end of a connection does not tell whether it was the log's, and the Engine may end the
-        stream of a container that exits before its last lines (seen with 20.10 and some 100
-        followers). So they are looked for in the log itself, by an answer that tells its end.
-        """
-        query = {**self._query, "follow": 0, "http10": False, "tail": ""}
-        begun = self._assembler.parts
-        if begun:  # its beginning may be before what is read again otherwise
-            query.setdefault("since", "")
-        again = functools.partial(LogReader, self.source, self._skip, self._last, **query)
-        try:
-            if self._last and not begun:
-                with contextlib.closing(again(tail=REST_ENTRIES)) as near:
-                    found = list(near.lines())
-                    if near.resume.met:
-                        yield from found
-                        return
-            with contextlib.closing(again()) as static:
-                yield from static.lines()
-        except EngineError as error:
-            if error.status not in (404, 409):
-                raise
-            yield self._unfinished()  # the container was removed meanwhile
-
-    def _unfinished(self) -> list[Line]:
-        """Return the lines that the end of the log left without a newline, or held back."""
-        return self._passed(self._assembler.end(), ended=True)
-
-    def _passed(self, lines: list[Line], *, ended: bool = False) -> list[Line]:
-        """Return those of lines that were asked for."""
-        begun = [stamp for stamp, _ in self._assembler.parts.values()]
-        lines = self.resume.after(lines, begun, ended=ended)
-        if lines:
-            self._last = lines[-1][:2]
-        skip, self._skip = self._skip, max(0, self._skip - len(lines))
-        return lines[skip:]
-
-
-def count_log(source: LogSource, **query: Any) -> tuple[bytes, bytes, int, int]:
-    """Return the first and last stamps of a log's lines, and its numbers of lines and entries."""
-    first, last, count = b"Z", b"", 0
-    with contextlib.closing(LogReader(source, http10=False, follow=0, **query)) as reader:
-        for stamp, _, kind, _ in itertools.chain.from_iterable(reader.lines()):
-            if source.query.get(STREAMS[kind], 1):
-                first, last, count = min(first, stamp), max(last, stamp), count + 1
-    return first, last, count, reader.entries
-
-
-def read_tail(source: LogSource, wanted: int) -> LogReader:
-    """Return a reader of the last `wanted` lines. Raises EngineError.
-
-    The Engine's own tail counts entries, of which a long line has several, and may begin in the
-    middle of one. So ask it only for a stamp early enough, and count the lines since. It finds
-    that stamp from the end, too: from the beginning it would read the whole log.
-    """
-    scale, follow = 1, bool(source.query["follow"])
-    while True:
-        entries, margin, scale = scale * (wanted + 1), scale * TAIL_MARGIN, 8 * scale
-        # Of both streams: the Engine counts its tail before it leaves one out.
-        since, last, count, found = count_log(source, tail=entries, until="", stdout=1, stderr=1)
-        if not count:
-            if found < entries:
-                return LogReader(source)
+    def exhaust(self) -> LogReading:
+        for _ in self:
             continue
-        bounds: Json = {"since": stamp_time(since), "tail": 2 * entries + margin}
-        # What is written from now on is not in the tail. Stamps to the second, which podman's are,
-        # tell too little for that, and its until leaves out their own second.
-        if not (follow or last.endswith(b".000000000Z")):
-            bounds["until"] = min(source.query.get("until", math.inf), stamp_time(last))
-        earliest, _, count, _ = count_log(source, **bounds)
-        if found < entries or (count > wanted and earliest == since):
-            with contextlib.ExitStack() as otherwise:
-                reader = LogReader(source, max(0, count - wanted), http10=follow, **bounds)
-                otherwise.callback(reader.close)
-                if follow or found < entries or reader.begins_at(since):
-                    otherwise.pop_all()
-                    return reader
+        return self
+
+    def unfinished(self) -> Iterator[list[Line]]:
+        yield self.rest
+
+    def whole(self) -> set[int]:
+        """Return the streams that have no unfinished line here, for certain."""
+        return set() if self.doubtful else self._begun - self._assembler.unfinished.keys()
+
+    def _after(self, lines: list[Line]) -> list[Line]:
+        """Return those of the lines that come after the point."""
+        if self.met or not self._point:
+            return lines
+        points = [line[:2] for line in lines] if self._point[0] in self._assembler.seen else []
+        self.met = self._point in points
+        index = points.index(self._point) + 1 if self.met else len(lines)
+        self._begun.update([line[2] for line in lines[:index]], self._at_point if self.met else ())
+        return lines[index:]
+
+    def _known(self, lines: list[Line]) -> list[Line]:
+        """Return the lines before the first doubtful one, without a point those after the last."""
+        start = 0
+        for index, (_, number, kind, _) in enumerate(lines if len(self._begun) < 3 else ()):
+            if not number or kind not in self._begun:
+                self.doubtful, start = True, index + 1
+                if self._point:
+                    return lines[:index]
+                self._begun.add(kind)
+        return lines[start:]
+
+
+class LogTail(NamedTuple):
+    """The last lines of a reading, and where they leave a cursor; see LogCursor."""
+
+    found: int  # lines in the reading that were asked for
+    lines: Optional[list[Line]]  # None: too large to be kept; the cursor stands before them
+    last: Point
+    whole: set[int]
+    skip: int
+    reach: int
+
+
+class LogCursor:
+    """A place in a log, behind the line `last`; it moves on as lines are handed out."""
+
+    def __init__(self, source: LogSource, last: Point) -> None:
+        self.last = last
+        self.due = time.monotonic() + PING_INTERVAL  # until when to wait for lines
+        self.patience = CALL_TIMEOUT  # seconds for the Engine to begin its response
+        self.ending: Ending = ("end", {})
+        self._source = source
+        self._whole: set[int] = set()  # streams that have no unfinished line here
+        self._skip, self._limit = 0, sys.maxsize  # lines to leave out, and then to hand out
+        self._reach = LOOK  # among how many of the last entries to look for `last` first
+        self._is_short = False  # whether there were not as many
+        self._dropped = False  # whether the Engine ended the response that was followed
+
+    def read(self, wanted: int | None) -> Iterator[list[Line]]:
+        """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
+        if wanted is not None and not self.last:
+            # The numbers matter only where `last` has to be found again, since lines are too many.
+            for unknown in (0, NUMBERED) if wanted < LOOK else (NUMBERED,):
+                lines = self._tail(wanted, unknown=unknown, unfinished=True)
+                if lines is not None:
+                    yield lines
+                    return
+            self._limit = wanted
+        for lines in self._stored(unfinished=True):
+            yield lines
+            if not self._limit:
+                return
+
+    def follow(self, found: Json | None, wanted: int | None) -> Generator[list[Line], None, None]:
+        """Yield lines until the container ends, [] at times; set `ending`. Raises EngineError.
+
+        found: the container; None: it was removed. wanted: how many of its last lines to begin
+        with; None: all.
+        """
+        started = require(found, "State", dict).get("StartedAt") if found else None
+        ending, lines = log_ending(found, started), None
+        had_ended = bool(ending)
+        if wanted is not None and not self.last:
+            yield []
+            lines = self._tail(wanted, unknown=NUMBERED, unfinished=had_ended)
+            yield lines or []
+        elif not (had_ended or self.last):
+            yield from self._find()
+        while not (ending or self._is_over()):
+            lines = None
+            yield from self._find(follow=True)
+            ending = log_ending(self._source.inspect(), started)
+            if self._dropped and not (ending or self._is_over()):
+                raise EngineError(502, "the Engine ended the log of a running container; reconnect")
+        self.ending = ending or ("end", {"reason": "until", "exit_code": None})
+        try:
+            if lines is None:
+                yield from self._stored(unfinished=self.ending[0] == "end")
+        except EngineError as error:
+            if had_ended or error.status not in (404, 409):  # it is removed, or being removed
+                raise
+
+    def _stored(self, *, unfinished: bool) -> Iterator[list[Line]]:
+        """Yield the lines after `last` that the log has by now, [] at times. Raises EngineError.
+
+        unfinished: also what its end left without a newline.
+        """
+        reading = yield from self._find()
+        if reading.final != self._final():  # it was cut short, or more was written meanwhile
+            reading = yield from self._find(http10=False)  # in which a cut is an error
+        yield self._hand_out(reading, reading.rest if unfinished else [])
+
+    def _find(
+        self, *, follow: bool = False, http10: bool = True
+    ) -> Generator[list[Line], None, LogReading]:
+        """Yield the lines after `last` from a reading that has it; return the reading.
+
+        follow: also the lines that come after those, until the Engine ends its response.
+        """
+        damage, self._dropped = None, False
+        for tail in self._tails():
+            unknown = NUMBERED if tail and tail >= LOOK else None
+            with contextlib.ExitStack() as stack:
+                # The follower comes first: what the reading has, or will have, is then in it, too.
+                follower = self._open_follower(tail) if follow else None
+                if follower:
+                    stack.callback(follower.close)
+                reading = self._reading(self._open(tail, http10=http10), unknown)
+                try:
+                    for lines in reading:
+                        yield self._hand_out(reading, lines)
+                except LogDamaged as error:
+                    damage = error
+                    continue
+                self._is_short = reading.done and reading.entries < (tail or LOOK)
+                if reading.doubtful or not reading.met:
+                    continue
+                if follower:
+                    yield from self._arriving(self._reading(follower, unknown and 1))
+                return reading
+        if damage:
+            raise damage
+        self.last, self._skip = None, 0  # it is gone, so all that is left came after it
+        return (yield from self._find(follow=follow, http10=http10))
+
+    def _tails(self) -> Iterator[int | None]:
+        """Yield among how many of the last entries to look for `last`; None: all."""
+        if self.last and not self._is_short:
+            yield self._reach
+            if not self._is_short:
+                yield 4 * self._reach
+        yield None
+        if not self.last:
+            return
+        # Damage hides all behind it from a reading that begins before it.
+        low, high = 0, LOOK
+        while high - low > 1:
+            middle = (low + high) // 2
+            reading = LogReading(self._source, self._open(middle), None)
+            with contextlib.suppress(LogDamaged):
+                reading.exhaust()
+            low, high = (middle, high) if reading.entries >= middle else (low, middle)
+        if high < LOOK:
+            yield low
+
+    def _arriving(self, follower: LogReading) -> Iterator[list[Line]]:
+        """Yield the lines as they come, [] when none did for a while. Raises EngineError."""
+        while not (follower.done or follower.doubtful or self._is_over()):
+            lines = follower.read(self._deadline())
+            if lines is None and not follower.met:
+                return
+            yield self._hand_out(follower, lines or [])
+        self._dropped = follower.done
+
+    def _hand_out(self, reading: LogReading, lines: list[Line]) -> list[Line]:
+        """Move behind the lines; return those of them that were asked for."""
+        if lines:
+            self.last, self._whole, self._reach = lines[-1][:2], reading.whole(), LOOK
+        if len(self._source.kinds) < len(STREAMS):
+            lines = [line for line in lines if line[2] in self._source.kinds]
+        skip, self._skip = self._skip, max(0, self._skip - len(lines))
+        lines = lines[skip : skip + self._limit]
+        self._limit -= len(lines)
+        return lines
+
+    def _open(self, tail: int | None, **options: Any) -> EngineResponse:
+        """Ask for the log; after a line that was found, nothing but its order counts."""
+        since = 0 if self.last else self._source.since
+        return self._source.open(tail, **{"since": since, "seconds": self.patience, **options})
+
+    def _open_follower(self, tail: int | None) -> EngineResponse | None:
+        """Return a response that goes on, None if it has not begun when a ping is due.
+
+        podman before 5 sends no head until there is a line. Raises EngineError.
+        """
+        seconds = min(self.patience, max(HEAD_WAIT, self.due - time.monotonic()))
+        try:
+            return self._open(tail, follow=True, seconds=seconds)
+        except EngineError as error:
+            if error.status != 504:
+                raise
+            return None
+
+    def _reading(self, response: EngineResponse, unknown: int | None) -> LogReading:
+        """Return the lines of a response that come after `last`."""
+        return LogReading(self._source, response, unknown, self.last, self._whole)
+
+    def _final(self) -> Entry | None:
+        """Return the log's last entry, None if there is none."""
+        response = self._source.open(1, http10=False)
+        return LogReading(self._source, response, None).exhaust().final
+
+    def _is_over(self) -> bool:
+        return bool(self._source.until) and time.time_ns() >= self._source.until
+
+    def _deadline(self) -> float:
+        """Return until when to wait for lines (monotonic): until a ping is due, or `until`."""
+        if not self._source.until:
+            return self.due
+        return min(self.due, time.monotonic() + (self._source.until - time.time_ns()) / 10**9)
+
+    def _tail(self, wanted: int, *, unknown: int, unfinished: bool) -> list[Line] | None:
+        """Go behind the last `wanted` lines and return them; before them, and None, if too many.
+
+        The Engine's own tail counts entries, of which a long line has several, and of both streams.
+        So a larger one is asked for, too, unless it ended by damage: it must have all of the first.
+        """
+        collect = functools.partial(self._collect, wanted, unfinished)
+        theirs, found = collect(wanted, None)
+        tail: int | None = wanted + wanted // 8 + 64 + unknown
+        with contextlib.suppress(LogDamaged):
+            while theirs.entries in (0, wanted) or self._source.until:
+                reading, larger = collect(tail, unknown if tail else None, theirs.first)
+                is_full = tail is not None and reading.entries >= tail
+                if not is_full and reading.marked < theirs.entries:
+                    break
+                if tail is None or (is_full and larger.found >= wanted and larger.last):
+                    found = larger
+                    break
+                # podman takes longer for a large tail than for the whole log.
+                is_larger = is_full and not self._source.engine.is_podman
+                tail = 16 * tail if tail and is_larger else None
+        _, lines, self.last, self._whole, self._skip, self._reach = found
+        return lines
+
+    def _collect(
+        self,
+        wanted: int,
+        unfinished: bool,
+        tail: int | None,
+        unknown: int | None,
+        mark: Entry | None = None,
+    ) -> tuple[LogReading, LogTail]:
+        """Return a reading that was read to its end, and the last `wanted` lines in it."""
+        reading = LogReading(self._source, self._source.open(tail), unknown, mark=mark)
+        kept: collections.deque[Line] = collections.deque()
+        size = count = 0
+        first: Optional[Line] = None
+        last: Point = None
+        for lines in itertools.chain(reading, reading.unfinished() if unfinished else ()):
+            if reading.doubtful:
+                kept.clear()
+                size, count, first, last, reading.doubtful = 0, 0, None, None, False
+            if lines:
+                first, last = first or lines[0], lines[-1][:2]
+            asked = [line for line in lines if line[2] in self._source.kinds]
+            kept.extend(asked)
+            count += len(asked)
+            size += sum(LINE_COST + len(line[3]) for line in asked)
+            while size > MAX_KEPT:
+                size -= LINE_COST + len(kept.popleft()[3])
+        if len(kept) >= min(wanted, count):
+            lines = list(kept)[max(0, len(kept) - wanted) :]
+            return reading, LogTail(count, lines, last, reading.whole(), 0, LOOK)
+        following = count - (first is not None and first[2] in self._source.kinds)
+        point = first[:2] if first and following >= wanted else None
+        skip, reach = max(0, following - wanted), reading.entries + LOOK
+        return reading, LogTail(count, None, point, set(), skip, reach)
 
 
 def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
@@ -4423,7 +4667,7 @@ def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
     if as_json:
         texts = []
         for stamp, _, kind, text in lines:
-            shown = {"time": stamp.decode("ascii", "replace"), "stream": STREAMS[kind]}
+            shown = {"time": stamp.decode("ascii"), "stream": STREAMS[kind]}
             shown["line"] = text.decode("utf-8", "replace")
             texts.append(encode_json(shown))
         return texts
@@ -4450,9 +4694,12 @@ def render_events(lines: list[Line], stamps: bool, as_json: bool) -> bytes:
 def render_items(lines: list[Line], stamps: bool, as_json: bool) -> bytes:
     """Return lines as items of a JSON array, without its brackets."""
     texts = line_texts(lines, stamps, as_json)
-    if as_json or not texts:
+    if as_json:
         return b",".join(texts)
-    return encode_json(b"\n".join(texts).decode("utf-8", "replace").split("\n"))[1:-1]
+    items = b"\n".join(texts).decode("utf-8", "replace").split("\n")
+    if len(items) != len(texts):  # some drivers keep a newline inside an entry
+        items = [text.decode("utf-8", "replace") for text in texts]
+    return encode_json(items)[1:-1]
 
 
 def event(name: str, data: Any) -> bytes:
@@ -4462,53 +4709,60 @@ def event(name: str, data: Any) -> bytes:
 
 def last_lines(engine: Engine, container: str, tty: bool, count: int) -> list[str]:
     """Return the last lines of a container's log. Raises EngineError."""
-    query: Json = {"stdout": 1, "stderr": 1, "follow": 0, "timestamps": 1}
-    source = LogSource(engine, container, tty, query, NEVER)
-    with contextlib.closing(read_tail(source, count)) as reader:
-        lines = [text for lines in reader.lines() for _, _, _, text in lines]
-    return [text.decode(errors="replace") for text in lines[-count:]]
+    source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, NEVER)
+    batches = LogCursor(source, None).read(count)
+    return [text.decode(errors="replace") for lines in batches for _, _, _, text in lines]
 
 
-def log_document(reader: LogReader, render: Render) -> Stream:
+def log_document(batches: Iterator[list[Line]], render: Render) -> Stream:
     """Yield {"lines": [...]} as it is read. Raises EngineError, which leaves it broken off."""
-    with contextlib.closing(reader):
-        separator = b'{"lines":['
-        for items in map(render, filter(None, reader.lines(verify=True))):
-            yield separator + items
-            separator = b","
-        yield (b"" if separator == b"," else separator) + b"]}\n"
+    separator = b'{"lines":['
+    for items in map(render, filter(None, batches)):
+        yield separator + items
+        separator = b","
+    yield (b"" if separator == b"," else separator) + b"]}\n"
 
 
-def log_events(reader: LogReader, render: Render) -> Stream:
+def log_events(cursor: LogCursor, found: Json, wanted: int | None, render: Render) -> Stream:
     """Yield the event stream of a log that is followed. Raises EngineError or Stopping."""
-    with contextlib.closing(reader):
-        yield STREAM_START
-        due = time.monotonic() + PING_INTERVAL
-        while not reader.done:
-            lines = reader.read(due)
-            if lines or time.monotonic() >= due:
-                yield render(lines) if lines else PING
-                due = time.monotonic() + PING_INTERVAL
-        ending = log_ending(reader.source)
-        yield from map(render, filter(None, reader.rest()))
-        yield event("end", ending)
-
-
-def log_ending(source: LogSource) -> Json:
-    """Return why a followed log ended. Raises EngineError if nothing says that it should have."""
+    batches = cursor.follow(found, wanted)
     try:
-        found = source.engine.json("GET", container_path(source.container, "json"))
+        cursor.patience = HEAD_WAIT
+        next(batches)  # an Engine that refuses at once does so with a status
     except EngineError as error:
-        if error.status != 404:
-            raise
-        return {"reason": "removed", "exit_code": None}
+        if error.status != 504:
+            raise ApiError(error.status, error.message) from error
+        batches = cursor.follow(found, wanted)
+    cursor.patience = CALL_TIMEOUT
+    yield STREAM_START
+    for lines in batches:
+        if not lines and time.monotonic() < cursor.due:
+            continue
+        yield render(lines) if lines else PING
+        cursor.due = time.monotonic() + PING_INTERVAL
+    yield event(*cursor.ending)
+
+
+def log_ending(found: Json | None, started: Any) -> Ending | None:
+    """Return the event that ends a followed log; None while the container runs as it did.
+
+    started: when the run began that is followed, as the Engine has it.
+    """
+    if found is None:
+        return "end", {"reason": "removed", "exit_code": None}
     state = require(found, "State", dict)
-    if state.get("Running") or state.get("Restarting"):
-        if source.query.get("until", math.inf) <= time.time_ns():
-            return {"reason": "until", "exit_code": None}
-        raise EngineError(502, "the Engine ended the log of a container that runs; reconnect")
-    reason = "removed" if state.get("Status") in ("removing", "dead") else "exited"
-    return {"reason": reason, "exit_code": state.get("ExitCode")}
+    exit_code = state.get("ExitCode")
+    if state.get("Status") in ("removing", "dead"):
+        return "end", {"reason": "removed", "exit_code": exit_code}
+    restart = {"exit_code": exit_code, "restart_count": found.get("RestartCount")}
+    if state.get("Restarting"):
+        return "restart", restart
+    if state.get("Running"):
+        is_same = state.get("StartedAt") == started
+        return None if is_same else ("restart", {**restart, "exit_code": None})
+    if state.get("Status") == "created":
+        return "end", {"reason": "created", "exit_code": None}
+    return "end", {"reason": "exited", "exit_code": exit_code}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5117,16 +5371,15 @@ def run_stream(
         connect_networks(engine, container, body)
         start_container(engine, container)
         deadline = time.monotonic() + body.get("timeout", RUN_TIMEOUT)
-        query = {"stdout": 1, "stderr": 1, "follow": 1, "timestamps": 1}
         client = request.interrupts._replace(stop=None)  # being stopped, the run has time to end
-        reader = LogReader(LogSource(engine, container, body.get("tty", False), query, client))
-        removal.callback(reader.close)
-        parts = run_parts(reader, deadline, request.interrupts.stop, removal)
+        tty = body.get("tty", False)
+        source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, client)
+        parts = run_parts(source, deadline, request.interrupts.stop, removal)
         yield from with_ending(run_events(parts)) if events else run_document(parts)
 
 
 def run_parts(
-    reader: LogReader, deadline: float, stop: socket.socket | None, removal: contextlib.ExitStack
+    source: LogSource, deadline: float, stop: socket.socket | None, removal: contextlib.ExitStack
 ) -> Iterator[RunPart]:
     """Yield a run's lines, [] after PING_INTERVAL of silence, and at last how it ended.
 
@@ -5135,10 +5388,16 @@ def run_parts(
     """
     timed_out, due = False, time.monotonic() + PING_INTERVAL
     with removal:
-        while not reader.done:
-            lines = reader.read(min(due, deadline, time.monotonic() + STOP_POLL))
+        cursor = LogCursor(source, None)
+        batches = cursor.follow(source.inspect(), None)
+        removal.callback(batches.close)
+        while True:
+            cursor.due = min(due, deadline, time.monotonic() + STOP_POLL)
+            lines = next(batches, None)
+            if lines is None:
+                break
             if lines or time.monotonic() >= due:
-                yield lines or []
+                yield lines
                 due = time.monotonic() + PING_INTERVAL
             is_stopping = stop and NEVER.wait_readable(stop, 0)
             if is_stopping:
@@ -5149,12 +5408,13 @@ def run_parts(
                 raise Stopping(503, "the agent is being stopped; the run was killed")
             if timed_out:
                 break
-            timed_out = kill_run(reader.source)
+            timed_out = kill_run(source)
             deadline = time.monotonic() + CALL_TIMEOUT  # for the lines from before the kill
-        if reader.done:
-            yield from filter(None, reader.rest())
-        killed: Json = {"exit_code": None, "timed_out": True}
-        ending = killed if timed_out else run_ending(reader.source)
+        ending: Json = {"exit_code": cursor.ending[1].get("exit_code")}
+        if timed_out:
+            ending = {"exit_code": None, "timed_out": True}
+        elif ending["exit_code"] is None:
+            raise EngineError(502, "the container was removed before it ended")
     yield ending
 
 
@@ -5167,15 +5427,6 @@ def kill_run(source: LogSource) -> bool:
             raise
         return False
     return True
-
-
-def run_ending(source: LogSource) -> Json:
-    """Return {"exit_code"} of a container whose log has ended. Raises EngineError."""
-    found = source.engine.json("GET", container_path(source.container, "json"))
-    state = require(found, "State", dict)
-    if state.get("Running"):
-        raise EngineError(502, "the Engine ended the log of a container that runs")
-    return {"exit_code": require(state, "ExitCode", int)}
 
 
 def run_items(lines: list[Line]) -> list[bytes]:
@@ -5658,13 +5909,8 @@ def logs(request: Request, agent: Agent) -> Response:
     asked = {"stdout": True, "stderr": True, "follow": False, "tail": "all", **request.query}
     if not (asked["stdout"] or asked["stderr"]):
         refuse("stdout", "and stderr cannot both be false")
-    query: Json = {name: int(asked[name]) for name in ("stdout", "stderr", "follow")}
-    query["timestamps"] = 1
-    for name in ("since", "until"):
-        if name in asked:
-            moment = parse_moment(name, asked[name])
-            if asked[name].strip("0."):  # 0 is no limit, as in Docker's own API
-                query[name] = moment
+    kinds = frozenset(k for k, name in STREAMS.items() if asked.get(name, asked["stdout"]))
+    since, until = (moment_asked(name, asked.get(name, "0")) for name in ("since", "until"))
     # The header first: a browser that reconnects sends it beside the URL it began with.
     event_id = request.header("Last-Event-ID") or asked.get("last_event_id", "")
     match = re.fullmatch(EVENT_ID, event_id)
@@ -5673,15 +5919,17 @@ def logs(request: Request, agent: Agent) -> Response:
     last = (stamp_from(int(match[1] + match[2])), int(match[3])) if match else None
     found = find_container(request, agent)
     tty = bool(require(found, "Config", dict).get("Tty"))
-    follow, whole = asked["follow"], asked["tail"] == "all" or last
-    interrupts = request.interrupts if follow else request.interrupts._replace(stop=None)
-    source = LogSource(agent.engine, container_id(found), tty, query, interrupts)
-    reader = LogReader(source, last=last) if whole else read_tail(source, int(asked["tail"]))
+    interrupts = request.interrupts if asked["follow"] else request.interrupts._replace(stop=None)
+    source = LogSource(agent.engine, container_id(found), tty, kinds, since, until, interrupts)
+    cursor = LogCursor(source, last)
+    wanted = None if asked["tail"] == "all" else int(asked["tail"])
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
-    render = functools.partial(render_events if follow else render_items, **shape)
-    if follow:
-        return event_stream(log_events(reader, render))
-    return Response(stream=log_document(reader, render))
+    if asked["follow"]:
+        render = functools.partial(render_events, **shape)
+        return event_stream(log_events(cursor, found, wanted, render))
+    return Response(
+        stream=log_document(cursor.read(wanted), functools.partial(render_items, **shape))
+    )
 
 
 EVENT_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
