@@ -318,6 +318,8 @@ def frame(kind: int, text: bytes, stamp: bytes = b"2026-02-21T10:00:00.000000001
 class RealEngine:
     """The real Engine, spoken to without the agent."""
 
+    logs_fail = False  # whether the last log ended with the Engine's own complaint
+
     def __init__(self, url: str) -> None:
         self.path = url[len("unix://") :]
 
@@ -337,12 +339,13 @@ class RealEngine:
     def inspect(self, name: str) -> Any:
         return self.call("GET", f"/containers/{name}/json")[1]
 
-    def logs(self, name: str) -> bytes:
+    def logs(self, name: str, query: str = "") -> bytes:
         """The log of a container without a terminal, stdout and stderr as they come."""
-        data, text = self.call("GET", f"/containers/{name}/logs?stdout=1&stderr=1")[1], b""
+        data, text = self.call("GET", f"/containers/{name}/logs?stdout=1&stderr=1{query}")[1], b""
         while data:
-            size = struct.unpack(">xxxxL", data[:8])[0]
+            kind, size = struct.unpack(">BxxxL", data[:8])
             text, data = text + data[8 : 8 + size], data[8 + size :]
+            self.logs_fail = kind == 3
         return text
 
     def run(self, *cmd: str, tty: bool = False, wait: bool = True, **config: Any) -> str:
@@ -5674,7 +5677,7 @@ def follow(agent: Agent, name: str, *query: str, **kwargs: Any) -> list[Event]:
     assert reply.headers["content-type"] == "text/event-stream"
     assert reply.headers["cache-control"] == "no-cache, no-transform"
     assert reply.headers["x-accel-buffering"] == "no"
-    assert reply.body.startswith(b"retry: 3000\n\n")
+    assert reply.body.startswith(b"retry: 3000\n")
     *events, end = parse_events(reply.body)
     assert (end.type, json.loads(end.data)) == ("end", {"reason": "exited", "exit_code": 0})
     assert {event.type for event in events} <= {"message"}
@@ -5818,6 +5821,243 @@ def test_tail_of_a_container_that_goes_on_writing_is_no_longer(agent, engine):
     assert written == list(range(1, len(written) + 1))
     events = parse_events(agent.get(logs_path(name, "follow=1", "tail=7")).body)
     assert [event.data for event in events[:-1]] == [str(n) for n in written[-7:]]
+
+
+class Entry(NamedTuple):
+    """One entry of a log, as the Engine stores it."""
+
+    at: int  # nanoseconds after START
+    text: str  # without a newline at its end: the line goes on in the stream's next entry
+    stream: str = "stdout"
+
+
+STREAMS = ("stdout", "stderr")
+START = 1_771_668_000 * 10**9  # 2026-02-21T10:00:00Z
+MS, SECOND, HOUR = 10**6, 10**9, 3600 * 10**9
+
+
+def stored_log(engine: RealEngine, entries: list[Entry | bytes], tty: bool = False) -> str:
+    """A stopped container whose log is made of these entries, or of bytes as they are."""
+    name = engine.run("true", tty=tty, HostConfig={"NetworkMode": "none", "LogConfig": JSON_FILE})
+    lines = []
+    for entry in entries:
+        if isinstance(entry, Entry):
+            second, fraction = divmod(START + entry.at, 10**9)
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f".{fraction:09d}Z"
+            data = json.dumps({"log": entry.text, "stream": entry.stream, "time": stamp})
+            entry = data.encode() + b"\n"
+        lines.append(entry)
+    log_file(engine, name).write_bytes(b"".join(lines))
+    return name
+
+
+def log_file(engine: RealEngine, name: str) -> Path:
+    root = engine.call("GET", "/info")[1]["DockerRootDir"]
+    path = Path(root, "containers", name, f"{name}-json.log")
+    if not os.access(path.parent, os.W_OK):
+        pytest.skip(f"the Engine's logs cannot be edited here: {path}")
+    return path
+
+
+JSON_FILE = {"Type": "json-file", "Config": {}}
+
+
+def lines_of(entries: list[Entry], *streams: str) -> list[str]:
+    """The lines of a log, in the order in which they ended."""
+    lines: list[tuple[str, str]] = []
+    begun: dict[str, str] = {}
+    for entry in entries:
+        text = begun.pop(entry.stream, "")
+        if text and len(text) % 16384:  # the container ended there, and ran again
+            lines.append((entry.stream, text))
+            text = ""
+        text += entry.text
+        if text.endswith("\n"):
+            lines.append((entry.stream, text[:-1].removesuffix("\r")))
+        else:
+            begun[entry.stream] = text
+    return [text for stream, text in [*lines, *begun.items()] if stream in (streams or STREAMS)]
+
+
+def numbered(*times: int, stream: str = "stdout") -> list[Entry]:
+    return [Entry(at, f"{stream} {n}\n", stream) for n, at in enumerate(times)]
+
+
+def stepping(step: int, *, at: int = 50, lines: int = 60) -> list[Entry]:
+    """A line a millisecond; the clock is set by `step` nanoseconds before line `at`."""
+    return numbered(*(n * MS + (step if n >= at else 0) for n in range(lines)))
+
+
+def two_writers(late: int) -> list[Entry]:
+    """Two streams, a line a millisecond each; one is stored `late` lines after the other."""
+    out = numbered(*range(0, 60 * MS, MS))
+    err = numbered(*range(MS // 2, 60 * MS, MS), stream="stderr")
+    pairs = itertools.zip_longest(out, [None] * late + err)
+    return [entry for pair in pairs for entry in pair if entry]
+
+
+def pieces(at: int, letter: str, size: int, stream: str = "stdout") -> list[Entry]:
+    """A line of 16 KiB pieces, which have the stamp of the first."""
+    text = letter * size + "\n"
+    return [Entry(at, text[n : n + 16384], stream) for n in range(0, len(text), 16384)]
+
+
+def mixed_pieces() -> list[Entry]:
+    out = numbered(*range(0, 5 * MS, MS)) + pieces(7 * MS, "o", 70_000) + pieces(9 * MS, "p", 16384)
+    err = pieces(2 * MS, "e", 40_000, "stderr") + pieces(2 * MS, "f", 16383, "stderr")
+    short = [Entry(8 * MS, f"short {n}\n", "stderr") for n in range(8)]
+    pairs = itertools.zip_longest(out, err + short)
+    return [entry for pair in pairs for entry in pair if entry] + numbered(10 * MS, 11 * MS)
+
+
+STEPS = {"50 ms": 50 * MS, "1 s": SECOND, "2 h": 2 * HOUR, "a day": 24 * HOUR}
+# fmt: off
+STAMP_PATTERNS = {
+    **{
+        f"clock set {word} {name}": stepping(sign * step)
+        for name, step in STEPS.items()
+        for word, sign in {"back": -1, "forward": 1}.items()
+    },
+    "clock set back twice": stepping(-HOUR, at=20) + stepping(-2 * HOUR, at=0, lines=30),
+    "host boots in 1970": stepping(0, lines=30) + stepping(5 * SECOND - START, at=0, lines=30),
+    "all lines of one stamp": numbered(*[0] * 40),
+    "five lines of each stamp": numbered(*(n // 5 * MS for n in range(60))),
+    "the stamps of ten lines again and again": numbered(*(n % 10 * MS for n in range(60))),
+    "streams stored 20 lines apart": two_writers(20),
+    "pieces of two streams mixed": mixed_pieces(),
+    "a line begun 50 lines before its end": [
+        *pieces(HOUR, "x", 16384, "stderr")[:1],
+        *stepping(0),
+        *pieces(HOUR, "x", 16384, "stderr")[1:],
+        *stepping(2 * HOUR),
+    ],
+    "no newline at the end": [*stepping(0, lines=20), Entry(SECOND, "prompt> ")],
+    "a run that ended without a newline": [
+        *stepping(0, lines=20), Entry(SECOND, "prompt> "), *stepping(2 * SECOND, at=0, lines=20)
+    ],
+    "no lines": [],
+    "more lines than one look has": stepping(-3 * SECOND, at=5900, lines=6000),
+    "a stream silent for longer than one look": [
+        *pieces(HOUR, "x", 16384, "stderr")[:1],
+        *stepping(0, lines=5500),
+        *pieces(HOUR, "x", 16384, "stderr")[1:],
+        *stepping(2 * HOUR, at=0, lines=3),
+    ],
+}
+# fmt: on
+
+
+def some(count: int) -> list[int]:
+    """The indices of a list of this length, or of a long one its ends and some between."""
+    if count < 150:
+        return list(range(count))
+    return [0, 1, count // 3, count // 2, *range(count - 30, count)]
+
+
+@pytest.mark.parametrize("entries", STAMP_PATTERNS.values(), ids=STAMP_PATTERNS)
+def test_log_is_read_in_its_own_order_whatever_its_stamps(agent, engine, entries):
+    name, lines = stored_log(engine, entries), lines_of(entries)
+    assert read_lines(agent, name) == lines
+    for stream in STREAMS:
+        asked = f"{({*STREAMS} - {stream}).pop()}=0"
+        own = lines_of(entries, stream)
+        assert read_lines(agent, name, asked) == follow_lines(agent, name, asked) == own
+        assert read_lines(agent, name, asked, "tail=3") == own[-3:]
+        assert follow_lines(agent, name, asked, "tail=3") == own[-3:]
+    events = follow(agent, name)
+    assert [event.data for event in events] == lines
+    assert len({event.id for event in events}) == len(lines)
+    for wanted in {0, 1, 2, 10, 59, len(lines) // 2, max(0, len(lines) - 1), len(lines), 10_000}:
+        last = events[max(0, len(lines) - wanted) :]
+        assert read_lines(agent, name, f"tail={wanted}") == [event.data for event in last], wanted
+        assert follow(agent, name, f"tail={wanted}") == last, wanted
+    for index in some(len(lines)):
+        header = {"Last-Event-ID": events[index].id}
+        assert follow(agent, name, headers=header) == events[index + 1 :], index
+    if lines:
+        query = (f"last_event_id={events[0].id}", "stdout=0")
+        left = set(lines_of(entries, "stderr")) - {lines[0]}
+        assert set(follow_lines(agent, name, *query)) == left
+
+
+def test_terminals_log_is_read_in_its_own_order(agent, engine):
+    entries = [
+        entry._replace(text=entry.text.replace("\n", "\r\n"))
+        for entry in stepping(-SECOND) + pieces(SECOND, "x", 70_000) + numbered(5, 6, 6, 6)
+    ]
+    name, lines = stored_log(engine, entries, tty=True), lines_of(entries)
+    events = follow(agent, name)
+    assert read_lines(agent, name) == [event.data for event in events] == lines
+    for index in range(len(lines)):
+        assert follow(agent, name, f"last_event_id={events[index].id}") == events[index + 1 :]
+        assert follow(agent, name, f"tail={index}") == events[len(lines) - index :]
+        assert read_lines(agent, name, f"tail={index}") == lines[len(lines) - index :]
+
+
+def test_line_that_a_run_left_unfinished_is_not_joined_with_the_next_run(agent, engine):
+    name = engine.run("sh", "-c", "echo a; printf prompt")
+    ids = [event.id for event in follow(agent, name)]
+    for call in ("start", "wait"):
+        engine.call("POST", f"/containers/{name}/{call}")
+    assert read_lines(agent, name) == ["a", "prompt", "a", "prompt"]
+    assert follow_lines(agent, name, f"last_event_id={ids[0]}") == ["prompt", "a", "prompt"]
+    assert follow_lines(agent, name, f"last_event_id={ids[1]}") == ["a", "prompt"]
+
+
+def test_log_that_rotates_faster_than_it_is_read_gives_what_is_there(agent, engine):
+    rotating = {"Type": "json-file", "Config": {"max-size": "20k", "max-file": "2"}}
+    config = {"NetworkMode": "none", "LogConfig": rotating}
+    script = "n=0; while :; do n=$((n+1)); echo $n; done"
+    name = engine.run("sh", "-c", script, wait=False, HostConfig=config)
+    until(lambda: len(read_lines(agent, name, "tail=10")) == 10, "its first lines")
+    for _ in range(50):
+        lines = [int(line) for line in read_lines(agent, name, "tail=10")]
+        assert lines == list(range(lines[0], lines[0] + len(lines)))
+        assert read_lines(agent, name)
+    engine.remove(name)
+
+
+def test_until_ends_the_log_of_a_silent_container(agent, engine):
+    name = engine.run("sh", "-c", "echo one; sleep 60", wait=False)
+    until(lambda: read_lines(agent, name), "its first line")
+    moment = time.time_ns() + 500_000_000
+    query = "until={}.{:09d}".format(*divmod(moment, 10**9))
+    events = parse_events(agent.get(logs_path(name, "follow=1", query)).body)
+    assert time.time_ns() >= moment
+    assert [event.data for event in events] == ["one", '{"reason":"until","exit_code":null}']
+    engine.remove(name)
+
+
+DAMAGES = {
+    "half an entry": lambda line: line[:40],
+    "NULs before an entry": lambda line: b"\0" * 60 + line,
+    "a line of NULs": lambda line: b"\0" * 60 + b"\n",
+    "an entry that is no JSON": lambda line: b'{"log":"x\n',
+}
+
+
+@pytest.mark.parametrize("distance", [2, 10, 11, 50])
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_log_gives_what_the_engine_gives(agent, engine, damage, distance):
+    """An Engine ends a read at the damage, some of them with an error."""
+    entries: list[Any] = stepping(0, lines=100)
+    name = stored_log(engine, entries)
+    path = log_file(engine, name)
+    stored = path.read_bytes().splitlines(keepends=True)
+    stored[-distance] = damage(stored[-distance])
+    path.write_bytes(b"".join(stored))
+    for wanted in (1, 4, 10, 49, 60):
+        theirs = engine.logs(name, f"&tail={wanted}").decode().splitlines()
+        if not engine.logs_fail:
+            lines = read_lines(agent, name, f"tail={wanted}")
+            assert lines[len(lines) - len(theirs) :] == theirs
+            events = follow(agent, name, f"tail={wanted}")
+            assert [event.data for event in events] == lines
+            for index in {0, len(events) // 2, len(events) - 1} if events else ():
+                header = {"Last-Event-ID": events[index].id}
+                left, found = events[index + 1 :], follow(agent, name, headers=header)
+                assert [event for event in found if event in left] == left
+                assert events[index] not in found
 
 
 @pytest.fixture(scope="module")
@@ -6065,7 +6305,7 @@ def log_of(
 
     def inspect(sock: socket.socket) -> None:
         state = answers.pop(0) if len(answers) > 1 else answers[0]
-        body = {"Id": "x", "Config": {"Tty": False}, "State": state}
+        body = {"Id": "x", "Config": {"Tty": False}, "State": state, "RestartCount": 3}
         sock.sendall(
             http_answer({"message": "no such container: x"}, 404)
             if state is None
@@ -6118,23 +6358,47 @@ def test_error_frame_keeps_the_engines_words(fake_agent, fake_engine):
     assert "disk is gone" in json.loads(event.data)["message"]
 
 
+def plain_answer(*frames: bytes) -> bytes:
+    """An answer that only the end of the connection ends, as to an HTTP/1.0 request."""
+    return b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n" + b"".join(frames)
+
+
+def stored_frames(fake: FakeEngine, frames: list[bytes], *inspected: Any) -> None:
+    """Script container x: a log of these frames, and of any number of the last of them."""
+
+    def log(sock: socket.socket) -> None:
+        tail = re.search("tail=([0-9]+)", fake.seen.queue[-1].target)
+        kept = frames[len(frames) - min(int(tail[1]), len(frames)) :] if tail else frames
+        sock.sendall(plain_answer(*kept))
+
+    log_of(fake, log, *inspected)
+
+
 EXITED = {"Running": False, "ExitCode": 7, "Status": "exited"}
+RUNNING = {"Running": True, "StartedAt": "2026-02-21T10:00:00Z"}
 REMOVED = {"reason": "removed", "exit_code": None}
-
-
-@pytest.mark.parametrize(
-    "after, query, kind, data",
-    [
-        pytest.param(EXITED, "", "end", {"reason": "exited", "exit_code": 7}, id="exited"),
-        pytest.param(None, "", "end", REMOVED, id="removed"),
-        pytest.param({"Running": True}, "", "error", None, id="log of a running container ends"),
-        pytest.param({"Running": False, "Restarting": True}, "", "error", None, id="restarting"),
-        pytest.param({"Running": True}, "until=1s", "end", None, id="until has come"),
-        pytest.param({"Running": True}, "until=9" + "9" * 9, "error", None, id="until has not"),
-    ],
+CREATED = {"reason": "created", "exit_code": None}
+BACKOFF = {"Running": True, "Restarting": True, "ExitCode": 7}
+AGAIN = {"Running": True, "StartedAt": "2026-02-21T11:00:00Z"}
+# fmt: off
+ENDINGS = cases(
+    ("exited", RUNNING, EXITED, "", "end", {"reason": "exited", "exit_code": 7}),
+    ("has not run since", EXITED, EXITED, "", "end", {"reason": "exited", "exit_code": 7}),
+    ("removed", RUNNING, None, "", "end", REMOVED),
+    ("never ran", {"Status": "created", "ExitCode": 0}, None, "", "end", CREATED),
+    ("about to run again", RUNNING, BACKOFF, "", "restart", {"exit_code": 7, "restart_count": 3}),
+    ("waits to run again", BACKOFF, BACKOFF, "", "restart", {"exit_code": 7, "restart_count": 3}),
+    ("runs again", RUNNING, AGAIN, "", "restart", {"exit_code": None, "restart_count": 3}),
+    ("log of a running container ends", RUNNING, RUNNING, "", "error", None),
+    ("until has come", RUNNING, RUNNING, "until=1s", "end", {"reason": "until", "exit_code": None}),
+    ("until has not come", RUNNING, RUNNING, "until=9999999999", "error", None),
 )
-def test_end_says_why(fake_agent, fake_engine, after, query, kind, data):
-    log_of(fake_engine, chunked_answer(FIRST), {"Running": True}, after)
+# fmt: on
+
+
+@pytest.mark.parametrize("before, after, query, kind, data", ENDINGS)
+def test_end_says_why(fake_agent, fake_engine, before, after, query, kind, data):
+    log_of(fake_engine, chunked_answer(FIRST), before, after)
     events = parse_events(fake_agent.get(logs_path("x", "follow=1", *filter(None, [query]))).body)
     assert [event.data for event in events[:-1]] == ["one"]
     assert events[-1].type == kind
@@ -6142,19 +6406,20 @@ def test_end_says_why(fake_agent, fake_engine, after, query, kind, data):
 
 
 @pytest.mark.parametrize("status", [404, 409])
-@pytest.mark.parametrize("query", ["follow=1", "follow=0"])
-def test_container_removed_at_the_end_is_no_failure(fake_agent, fake_engine, status, query):
-    answers = [plain_answer(FIRST, frame(2, b"two")), *[http_answer({"message": "x"}, status)] * 9]
-    log_of(fake_engine, lambda sock: sock.sendall(answers.pop(0)), EXITED)
-    body = fake_agent.get(logs_path("x", query)).body
-    if query == "follow=0":
-        assert json.loads(body) == {"lines": ["one", "two"]}
-        return
-    assert [(e.type, e.data) for e in parse_events(body)][:2] == [
-        ("message", "one"),
-        ("message", "two"),
-    ]
-    assert parse_events(body)[-1].type == "end"
+def test_container_removed_at_the_end_is_no_failure(fake_agent, fake_engine, status):
+    stored_frames(fake_engine, [FIRST, TWO], RUNNING, EXITED)
+    inspect, seen = fake_engine.script["GET /containers/x/json"], []
+
+    def inspect_and_remove(sock: socket.socket) -> None:
+        inspect(sock)
+        seen.append(sock)
+        if len(seen) == 2:
+            fake_engine.script["GET /containers/x/logs"] = http_answer({"message": "x"}, status)
+
+    fake_engine.script["GET /containers/x/json"] = inspect_and_remove
+    events = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+    assert [event.data for event in events[:-1]] == ["one", "two"]
+    assert (events[-1].type, json.loads(events[-1].data)["exit_code"]) == ("end", 7)
 
 
 @pytest.mark.parametrize("garbage", [b"garbage", b"2026-02-21T10:00:00.000000001Z a\r\n2026-0"])
@@ -6166,34 +6431,31 @@ def test_garbage_on_a_terminal_never_looks_whole(fake_agent, fake_engine, garbag
     assert parse_events(fake_agent.get(logs_path("x", "follow=1")).body)[-1].type == "error"
 
 
+def lines_in(reply: Reply) -> list[str]:
+    """The lines of a log, in JSON or as events."""
+    if reply.headers["content-type"] == "application/json":
+        return reply.json()["lines"]
+    return [event.data for event in parse_events(reply.body) if event.type == "message"]
+
+
 @pytest.mark.parametrize("query", ["follow=1", "follow=0"])
 @pytest.mark.parametrize(
     "event_id, left",
-    [
-        pytest.param("1771668000.000000003-1", range(4, 10), id="line that is there"),
-        pytest.param("1771668000.000000003-2", range(4, 10), id="second that is not"),
-        pytest.param("1771668000.000000002-1", range(3, 10), id="stamp that no line has"),
-        pytest.param("1771667999.000000000-1", range(10), id="stamp before all"),
-        pytest.param("1771668000.000000009-1", [], id="last line"),
-    ],
+    cases(
+        ("line that is there", "1771668000.000000003-1", range(4, 10)),
+        ("second of a stamp that has one", "1771668000.000000003-2", range(10)),
+        ("stamp that no line has", "1771668000.000000002-1", range(10)),
+        ("line that was rotated away", "1771667999.000000000-1", range(10)),
+        ("last line", "1771668000.000000009-1", []),
+    ),
 )
-def test_resume_loses_no_line_whatever_the_id(fake_agent, fake_engine, event_id, left, query):
+def test_resume_goes_on_behind_the_line_or_from_the_oldest(
+    fake_agent, fake_engine, event_id, left, query
+):
     frames = [frame(1, b"%d\n" % n, b"2026-02-21T10:00:00.%09dZ" % n) for n in range(10) if n != 2]
-    log_of(fake_engine, chunked_answer(*frames), EXITED)
-    path = logs_path("x", query, f"last_event_id={event_id}")
-    body = fake_agent.get(path).body
-    if query == "follow=1":
-        lines = [e.data for e in parse_events(body) if e.type == "message"]
-    else:
-        lines = json.loads(body)["lines"]
-    assert lines == [str(n) for n in left if n != 2]
-
-
-def test_resume_does_not_wait_for_a_line_whose_like_are_there():
-    stamps = [b"2026-02-21T10:00:00.%09dZ" % n for n in (3, 4)]
-    lines = [(stamp, 1, 1, b"text") for stamp in stamps]
-    point = da.ResumePoint((stamps[0], 2))
-    assert point.after(lines, [], ended=False) == lines[1:]
+    stored_frames(fake_engine, frames, EXITED)
+    reply = fake_agent.get(logs_path("x", query, f"last_event_id={event_id}"))
+    assert lines_in(reply) == [str(n) for n in left if n != 2]
 
 
 def test_line_the_engine_left_out_at_the_end_is_fetched(fake_agent, fake_engine):
@@ -6359,49 +6621,51 @@ def test_slow_reader_costs_no_memory(engine, query):
         assert memory(agent, "VmHWM") - before < 8 * MIB
 
 
-def plain_answer(*frames: bytes) -> bytes:
-    """An answer that only the end of the connection ends, as to an HTTP/1.0 request."""
-    return b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\n" + b"".join(frames)
-
-
 @pytest.mark.parametrize("query", ["follow=1", "follow=0"], ids=["follow", "json"])
 @pytest.mark.parametrize("came", [0, 1, 250, 301])
-@pytest.mark.parametrize("again", [chunked_answer, plain_answer], ids=["chunks", "HTTP/1.0"])
-def test_log_that_was_cut_is_read_to_its_end(fake_agent, fake_engine, came, query, again):
-    stamps = [b"2026-02-21T10:00:00.%09dZ" % n for n in range(301)]
-    frames = [frame(1, b"%d\n" % n, stamp) for n, stamp in enumerate(stamps)]
-    near, whole = again(*frames[-100:]), again(*frames)
-    answers = [plain_answer(*frames[:came]), *([near] if came else []), whole]
-    log_of(fake_engine, lambda sock: sock.sendall(answers.pop(0)), EXITED)
-    body = fake_agent.get(logs_path("x", query)).body
-    events = [e.data for e in parse_events(body) if e.type == "message"] if "1" in query else []
-    lines = events or json.loads(body)["lines"]
-    assert lines == [str(n) for n in range(301)]
+def test_log_that_was_cut_is_read_to_its_end(fake_agent, fake_engine, came, query):
+    frames = [frame(1, b"%d\n" % n, b"2026-02-21T10:00:00.%09dZ" % n) for n in range(301)]
+    stored_frames(fake_engine, frames, EXITED)
+    log = fake_engine.script["GET /containers/x/logs"]
+
+    def cut_once(sock: socket.socket) -> None:
+        sock.sendall(plain_answer(*frames[:came]))
+        fake_engine.script["GET /containers/x/logs"] = log
+
+    fake_engine.script["GET /containers/x/logs"] = cut_once
+    assert lines_in(fake_agent.get(logs_path("x", query))) == [str(n) for n in range(301)]
 
 
-def test_tail_of_stamps_to_the_second(fake_agent, fake_engine):
-    """As podman has them, whose until leaves out its own second."""
-    frames = [frame(1, b"%d\n" % n, b"2026-02-21T10:00:00Z") for n in range(3)]
-
-    def log(sock: socket.socket) -> None:
-        target = fake_engine.requests()[-1].target
-        tail = int(re.search("tail=([0-9]+)", target)[1])
-        sock.sendall(chunked_answer(*([] if "until" in target else frames[-tail:])))
-
-    log_of(fake_engine, log, EXITED)
-    for tail in (1, 2, 3):
-        lines = fake_agent.get(logs_path("x", f"tail={tail}")).json()["lines"]
-        assert lines == ["0", "1", "2"][-tail:]
+FORGING = [b"plain", b"10:00:00Z GET / 200", b"\r\revent:Z forged", b"2026-02-21T10:00:00Z x"]
 
 
-def test_tail_that_was_cut_behind_an_http_1_0_proxy_is_read_to_its_end(fake_agent, fake_engine):
-    stamps = [b"2026-02-21T10:00:00.%09dZ" % n for n in range(20)]
-    frames = [frame(1, b"%d\n" % n, stamp) for n, stamp in enumerate(stamps)]
-    counted, cut = plain_answer(*frames[-6:]), plain_answer(*frames[-6:-2])
-    answers = [counted, counted, cut, plain_answer(*frames)]
-    log_of(fake_engine, lambda sock: sock.sendall(answers.pop(0)), EXITED)
-    lines = fake_agent.get(logs_path("x", "tail=5")).json()["lines"]
-    assert lines == [str(n) for n in range(15, 20)]
+@pytest.mark.parametrize("stamp", [b"2026-02-21T10:00:00Z", b"2026-02-21T11:00:00.0000000+01:00"])
+def test_podmans_stamps_are_matched_in_full(fake_agent, fake_engine, stamp):
+    stored_frames(fake_engine, [frame(1, text + b"\n", stamp) for text in FORGING], EXITED)
+    extra = "Api-Version: 1.41\r\nLibpod-API-Version: 4.3.1\r\n"
+    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=extra)
+    lines = [text.decode() for text in FORGING]
+    assert read_lines(fake_agent, "x") == lines
+    events = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+    assert [event.data for event in events[:-1]] == [line.replace("\r", "\n") for line in lines]
+    ids = [f"1771668000.000000000-{n}" for n in range(1, 5)]
+    assert [event.id for event in events[:-1]] == ids
+    for index in range(4):
+        path = logs_path("x", f"last_event_id={ids[index]}")
+        assert fake_agent.get(path).json()["lines"] == lines[index + 1 :]
+        assert read_lines(fake_agent, "x", f"tail={index}") == lines[4 - index :]
+
+
+def test_stream_begins_before_the_engine_answers(fake_agent, fake_engine):
+    """podman 4.3 sends no head while a log is empty."""
+    log_of(fake_engine, lambda sock: sock.recv(1), RUNNING)
+    with fake_agent.connect() as sock:
+        sock.sendall(message(f"GET {logs_path('x', 'follow=1')}"))
+        seen = b""
+        while b"retry: 3000\n" not in seen:
+            data = sock.recv(65536)
+            assert data
+            seen += data
 
 
 def test_newline_inside_an_entry_forges_nothing(fake_agent, fake_engine):
