@@ -4309,17 +4309,6 @@ class LogSource(NamedTuple):
         options = {"http10": True, "interrupts": self.interrupts, **options}
         return self.engine.open("GET", path, query, **options)
 
-    def check(self) -> None:
-        """Raise EngineError if the Engine refuses at once: with a status, before the stream begins.
-
-        The stream does not wait for an Engine that takes longer.
-        """
-        try:
-            self.open(0, seconds=HEAD_WAIT).close()
-        except EngineError as error:
-            if error.status != 504:
-                raise
-
     def inspect(self) -> Json | None:
         """Return the container's inspect JSON, None if it was removed. Raises EngineError."""
         try:
@@ -4356,15 +4345,15 @@ class LogReading:
         self.final: Optional[Entry] = None
         self.marked = 0  # entries from `mark` on; from the first on without one
         self._mark = mark
-        self._begun = set(
-            STREAMS if unknown is None else ()
-        )  # streams of which a line began in here
+        # Streams of which a line began in here.
+        self._begun = set(STREAMS if unknown is None else ())
         self._demultiplexer = TtyDemultiplexer() if source.tty else Demultiplexer()
         self._assembler = LineAssembler(unknown or 0, is_podman=source.engine.is_podman)
 
     def __iter__(self) -> Iterator[list[Line]]:
         """Yield lines, [] at times, until the response ends. Raises EngineError."""
         with contextlib.closing(self._response):
+            yield []
             while not (self.done or (self._point and self.doubtful)):
                 lines = self.read(time.monotonic() + CALL_TIMEOUT)
                 if lines is None:
@@ -4441,6 +4430,7 @@ class LogCursor:
     def __init__(self, source: LogSource, last: Point) -> None:
         self.last = last
         self.due = time.monotonic() + PING_INTERVAL  # until when to wait for lines
+        self.patience = CALL_TIMEOUT  # seconds for the Engine to begin its response
         self.ending: Ending = ("end", {})
         self._source = source
         self._whole: set[int] = set()  # streams that have no unfinished line here
@@ -4464,17 +4454,20 @@ class LogCursor:
             if not self._limit:
                 return
 
-    def follow(self, found: Json, wanted: int | None) -> Iterator[list[Line]]:
+    def follow(self, found: Json | None, wanted: int | None) -> Generator[list[Line], None, None]:
         """Yield lines until the container ends, [] at times; set `ending`. Raises EngineError.
 
-        found: the container. wanted: how many of its last lines to begin with; None: all.
+        found: the container; None: it was removed. wanted: how many of its last lines to begin
+        with; None: all.
         """
-        started = require(found, "State", dict).get("StartedAt")
+        started = require(found, "State", dict).get("StartedAt") if found else None
         ending, lines = log_ending(found, started), None
+        had_ended = bool(ending)
         if wanted is not None and not self.last:
-            lines = self._tail(wanted, unknown=NUMBERED, unfinished=bool(ending))
+            yield []
+            lines = self._tail(wanted, unknown=NUMBERED, unfinished=had_ended)
             yield lines or []
-        elif not (ending or self.last):
+        elif not (had_ended or self.last):
             yield from self._find()
         while not (ending or self._is_over()):
             lines = None
@@ -4483,12 +4476,11 @@ class LogCursor:
             if self._dropped and not (ending or self._is_over()):
                 raise EngineError(502, "the Engine ended the log of a running container; reconnect")
         self.ending = ending or ("end", {"reason": "until", "exit_code": None})
-        if lines is not None:
-            return
         try:
-            yield from self._stored(unfinished=self.ending[0] == "end")
+            if lines is None:
+                yield from self._stored(unfinished=self.ending[0] == "end")
         except EngineError as error:
-            if error.status not in (404, 409):  # the container is removed, or being removed
+            if had_ended or error.status not in (404, 409):  # it is removed, or being removed
                 raise
 
     def _stored(self, *, unfinished: bool) -> Iterator[list[Line]]:
@@ -4496,16 +4488,10 @@ class LogCursor:
 
         unfinished: also what its end left without a newline.
         """
-        http10 = True
-        while True:
-            before = self.last
-            reading = yield from self._find(http10=http10)
-            # What was cut off, or written since, is left. In HTTP/1.1 a cut is an error; and what
-            # the Engine did not give twice, because its log is damaged, it will not give.
-            if before == self.last or not http10 or reading.final == self._final():
-                yield self._hand_out(reading, reading.rest if unfinished else [])
-                return
-            http10 = False
+        reading = yield from self._find()
+        if reading.final != self._final():  # it was cut short, or more was written meanwhile
+            reading = yield from self._find(http10=False)  # in which a cut is an error
+        yield self._hand_out(reading, reading.rest if unfinished else [])
 
     def _find(
         self, *, follow: bool = False, http10: bool = True
@@ -4537,7 +4523,7 @@ class LogCursor:
                 return reading
         if damage:
             raise damage
-        self.last = None  # it is gone, so all that is left came after it
+        self.last, self._skip = None, 0  # it is gone, so all that is left came after it
         return (yield from self._find(follow=follow, http10=http10))
 
     def _tails(self) -> Iterator[int | None]:
@@ -4582,15 +4568,17 @@ class LogCursor:
 
     def _open(self, tail: int | None, **options: Any) -> EngineResponse:
         """Ask for the log; after a line that was found, nothing but its order counts."""
-        return self._source.open(tail, since=0 if self.last else self._source.since, **options)
+        since = 0 if self.last else self._source.since
+        return self._source.open(tail, **{"since": since, "seconds": self.patience, **options})
 
     def _open_follower(self, tail: int | None) -> EngineResponse | None:
-        """Return a response that goes on, None if it has not begun after PING_INTERVAL.
+        """Return a response that goes on, None if it has not begun when a ping is due.
 
         podman before 5 sends no head until there is a line. Raises EngineError.
         """
+        seconds = min(self.patience, max(HEAD_WAIT, self.due - time.monotonic()))
         try:
-            return self._open(tail, follow=True, seconds=PING_INTERVAL)
+            return self._open(tail, follow=True, seconds=seconds)
         except EngineError as error:
             if error.status != 504:
                 raise
@@ -4734,8 +4722,17 @@ def log_document(batches: Iterator[list[Line]], render: Render) -> Stream:
     yield (b"" if separator == b"," else separator) + b"]}\n"
 
 
-def log_events(cursor: LogCursor, batches: Iterator[list[Line]], render: Render) -> Stream:
+def log_events(cursor: LogCursor, found: Json, wanted: int | None, render: Render) -> Stream:
     """Yield the event stream of a log that is followed. Raises EngineError or Stopping."""
+    batches = cursor.follow(found, wanted)
+    try:
+        cursor.patience = HEAD_WAIT
+        next(batches)  # an Engine that refuses at once does so with a status
+    except EngineError as error:
+        if error.status != 504:
+            raise ApiError(error.status, error.message) from error
+        batches = cursor.follow(found, wanted)
+    cursor.patience = CALL_TIMEOUT
     yield STREAM_START
     for lines in batches:
         if not lines and time.monotonic() < cursor.due:
@@ -5377,8 +5374,8 @@ def run_stream(
         start_container(engine, container)
         deadline = time.monotonic() + body.get("timeout", RUN_TIMEOUT)
         client = request.interrupts._replace(stop=None)  # being stopped, the run has time to end
-        kinds = frozenset(STREAMS)
-        source = LogSource(engine, container, body.get("tty", False), kinds, 0, 0, client)
+        tty = body.get("tty", False)
+        source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, client)
         parts = run_parts(source, deadline, request.interrupts.stop, removal)
         yield from with_ending(run_events(parts)) if events else run_document(parts)
 
@@ -5394,27 +5391,33 @@ def run_parts(
     timed_out, due = False, time.monotonic() + PING_INTERVAL
     with removal:
         cursor = LogCursor(source, None)
-        cursor.due = min(deadline, time.monotonic() + STOP_POLL)
-        for lines in cursor.follow(source.inspect() or {}, None):
+        batches = cursor.follow(source.inspect(), None)
+        removal.callback(batches.close)
+        while True:
+            cursor.due = min(due, deadline, time.monotonic() + STOP_POLL)
+            lines = next(batches, None)
+            if lines is None:
+                break
             if lines or time.monotonic() >= due:
                 yield lines
                 due = time.monotonic() + PING_INTERVAL
             is_stopping = stop and NEVER.wait_readable(stop, 0)
             if is_stopping:
                 deadline = min(deadline, time.monotonic() + GRACE / 2)
-            if time.monotonic() >= deadline:
-                if is_stopping:
-                    raise Stopping(503, "the agent is being stopped; the run was killed")
-                if timed_out:
-                    break
-                timed_out = kill_run(source)
-                deadline = time.monotonic() + CALL_TIMEOUT  # for the lines from before the kill
-            cursor.due = min(due, deadline, time.monotonic() + STOP_POLL)
-        _, ending = cursor.ending
-        if not timed_out and ending.get("reason") != "exited":
-            raise EngineError(502, "the container was removed or started again by somebody else")
-    killed: Json = {"exit_code": None, "timed_out": True}
-    yield killed if timed_out else {"exit_code": ending["exit_code"]}
+            if time.monotonic() < deadline:
+                continue
+            if is_stopping:
+                raise Stopping(503, "the agent is being stopped; the run was killed")
+            if timed_out:
+                break
+            timed_out = kill_run(source)
+            deadline = time.monotonic() + CALL_TIMEOUT  # for the lines from before the kill
+        ending: Json = {"exit_code": cursor.ending[1].get("exit_code")}
+        if timed_out:
+            ending = {"exit_code": None, "timed_out": True}
+        elif ending["exit_code"] is None:
+            raise EngineError(502, "the container was removed before it ended")
+    yield ending
 
 
 def kill_run(source: LogSource) -> bool:
@@ -5928,9 +5931,8 @@ def logs(request: Request, agent: Agent) -> Response:
     wanted = None if asked["tail"] == "all" else int(asked["tail"])
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
     if asked["follow"]:
-        source.check()
         render = functools.partial(render_events, **shape)
-        return event_stream(log_events(cursor, cursor.follow(found, wanted), render))
+        return event_stream(log_events(cursor, found, wanted, render))
     return Response(
         stream=log_document(cursor.read(wanted), functools.partial(render_items, **shape))
     )
