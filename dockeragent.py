@@ -122,7 +122,7 @@ VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded between two requests
 HEALTH_CACHE = 1.0  # seconds during which the Engine is not asked again
 GATE_INTERVAL = 0.2  # seconds between two looks at a new container
 MAX_GATE = 3600  # seconds
-MAX_DEPLOYS = 100  # at once, past which limited keys get no more
+MAX_DEPLOYS = 25  # of one limited key at once
 LATE_CREATE = 5.0  # seconds after a start, when most creates of a killed agent are done
 RECOVERY_INTERVAL = 2.0  # seconds between two attempts while the Engine is unreachable
 MAX_PROGRESS = 1000  # events of a pull that are kept for a client that does not read them
@@ -1024,7 +1024,7 @@ def load_keys(values: Json) -> tuple[Key, ...]:
     if values["keys_file"]:
         problems = f"KEYS_FILE: {values['keys_file']}: "
         try:
-            keys += parse_keys(read_file("KEYS_FILE", values["keys_file"]), named_files(values))
+            keys += parse_keys(read_file("KEYS_FILE", values["keys_file"]), values)
         except ApiError as error:
             raise ConfigError(problems + error.message) from error
         for field in "name", "digest":
@@ -1035,16 +1035,19 @@ def load_keys(values: Json) -> tuple[Key, ...]:
     return keys
 
 
-def parse_keys(text: bytes, named_files: list[str]) -> tuple[Key, ...]:
-    """Return the keys of a keys file. Raises ApiError, whose message names the wrong field."""
+def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
+    """Return the keys of a keys file. Raises ApiError, whose message names the wrong field.
+
+    values: the other variables, by which some paths are forbidden.
+    """
     keys = []
     for index, entry in enumerate(validate(KEYS, decode_json(text))["keys"]):
         place = f"keys[{index}]"
         if entry.get("master") and not entry.keys() <= {"name", "sha256", "master", "expires"}:
             refuse(f"{place}.master", "stands with expires alone: a master key has no limits")
-        for path in entry.get("binds", []) + entry.get("files", []):
-            if place_that_leaks := forbidden_place(path, named_files):
-                refuse(f"{place}.binds", f"{path} would give away {place_that_leaks}")
+        for field, path in [(f, path) for f in ("binds", "files") for path in entry.get(f, ())]:
+            if place_that_leaks := forbidden_place(path, values):
+                refuse(f"{place}.{field}", f"{path} would give away {place_that_leaks}")
         entry = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
         entry["images"] = tuple(map(full_pattern, entry.get("images", ())))
         if "expires" in entry:
@@ -1057,14 +1060,21 @@ def parse_keys(text: bytes, named_files: list[str]) -> tuple[Key, ...]:
     return tuple(keys)
 
 
-def forbidden_place(path: str, named_files: list[str]) -> str:
+def forbidden_place(path: str, values: Json) -> str:
     """Return the place that path lies in or holds, "" if a limited key may have it."""
-    places = [*FORBIDDEN_PATHS, *map(os.path.abspath, named_files)]
-    for place in [*places, *map(os.path.realpath, places)]:
-        for real in (path, os.path.realpath(path)):
+    root = os.path.realpath(values["host_root"]).rstrip("/")
+    places = [*FORBIDDEN_PATHS, *map(os.path.abspath, named_files(values))]
+    for place in [*places, *(host_path(place, root) for place in places)]:
+        for real in (path, host_path(path, root), host_path(root + path, root)):
             if f"{real}/".startswith(f"{place}/") or f"{place}/".startswith(f"{real}/"):
                 return place
     return ""
+
+
+def host_path(path: str, root: str) -> str:
+    """Return a path with its links resolved; below HOST_ROOT, as the host sees it."""
+    real = os.path.realpath(path)
+    return real[len(root) :] if real.startswith(f"{root}/") else real
 
 
 def full_pattern(pattern: str) -> str:
@@ -5188,7 +5198,7 @@ class Deploys:
         self.stopping = threading.Event()  # to be set when the agent is stopped
         self._engine, self._log = engine, log
         self._lock = threading.Lock()
-        self._busy: set[str] = set()
+        self._busy: dict[str, Key] = {}  # by name: whose deploy it is, STRANGER for a recovery
 
     def active(self) -> bool:
         """Return whether the agent's stop should wait, within its grace."""
@@ -5211,13 +5221,11 @@ class Deploys:
     def begin(self, request: Request, auth: str) -> Told:
         """Start a deploy, which goes on whatever its client does; return its events.
 
-        Raises ApiError (409) if the name is being deployed already.
+        Raises ApiError: 409 if the name is being deployed already, 503 for too many of a key's.
         """
-        # Invariant: a limited key starts no threads without bound; the master is never refused.
-        if not request.key.master and len(self._busy) >= MAX_DEPLOYS:
-            raise ApiError(503, "too many deploys at once; try again later", {"Retry-After": "5"})
         deployment = Deployment(self._engine, request.name, self.stopping)
-        self._start(deployment, functools.partial(self._deploy, deployment, request, auth))
+        act = functools.partial(self._deploy, deployment, request, auth)
+        self._start(deployment, act, request.key)
         return deployment.told
 
     def recover_all(self) -> None:
@@ -5241,17 +5249,21 @@ class Deploys:
         if name in self._busy:
             raise ApiError(409, f"{name} is being deployed; try again later", {"Retry-After": "5"})
 
-    def _claim(self, name: str) -> None:
+    def _claim(self, name: str, key: Key = STRANGER) -> None:
         with self._lock:
             self._check_free(name)
-            self._busy.add(name)
+            # Invariant: no limited key starts threads without bound, or takes those of another.
+            held = sum(owner is key for owner in self._busy.values())
+            if key.name and not key.master and held >= MAX_DEPLOYS:
+                raise ApiError(503, f"key {key.name} has too many deploys; try again later")
+            self._busy[name] = key
 
-    def _start(self, deployment: Deployment, act: Callable[[], Any]) -> None:
-        self._claim(deployment.name)
+    def _start(self, deployment: Deployment, act: Callable[[], Any], key: Key = STRANGER) -> None:
+        self._claim(deployment.name, key)
         try:
             threading.Thread(target=self._run, args=(deployment, act), daemon=True).start()
         except RuntimeError as error:  # no thread to be had
-            self._busy.discard(deployment.name)
+            del self._busy[deployment.name]
             raise ApiError(503, "the agent has no more threads; try again later") from error
 
     def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
@@ -5262,7 +5274,7 @@ class Deploys:
         except Exception as error:  # no request may be there any more to log it
             self._log("error", "bug", traceback=describe_bug(error))
         with self._lock:
-            self._busy.discard(deployment.name)
+            del self._busy[deployment.name]
         deployment.told.put(end)
 
     def _deploy(self, deployment: Deployment, request: Request, auth: str) -> tuple[str, Any]:
