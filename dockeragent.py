@@ -122,7 +122,7 @@ VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded between two requests
 HEALTH_CACHE = 1.0  # seconds during which the Engine is not asked again
 GATE_INTERVAL = 0.2  # seconds between two looks at a new container
 MAX_GATE = 3600  # seconds
-MAX_DEPLOYS = 100  # at once, past which limited keys get no more
+MAX_DEPLOYS = 25  # of one limited key at once
 LATE_CREATE = 5.0  # seconds after a start, when most creates of a killed agent are done
 RECOVERY_INTERVAL = 2.0  # seconds between two attempts while the Engine is unreachable
 MAX_PROGRESS = 1000  # events of a pull that are kept for a client that does not read them
@@ -236,7 +236,7 @@ def encode_json(value: Any) -> bytes:
 
 
 # --------------------------------------------------------------------------------------------------
-# Validation: a subset of JSON Schema, strict JSON, query strings
+# Validation: a subset of JSON Schema, strict JSON, query strings, image references
 # --------------------------------------------------------------------------------------------------
 
 Schema = dict[str, Any]
@@ -454,15 +454,28 @@ def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json
     return checked
 
 
+def full_reference(image: str, tag: str = ":latest") -> str:
+    """Return an image's reference in full: nginx is docker.io/library/nginx:latest.
+
+    tag: what is added if it has neither tag nor digest. As the Engine's own, distribution/reference
+    (ParseNormalizedNamed, TagNameOnly), so that a look-alike host stays what it is.
+    """
+    host, slash, rest = image.partition("/")
+    if not slash or not (re.search("[.:A-Z]", host) or host == "localhost"):
+        host, rest = "docker.io", image
+    if host in ("docker.io", "index.docker.io"):
+        host, rest = "docker.io", rest if "/" in rest or not rest else f"library/{rest}"
+    has_tag = "@" in rest or ":" in rest.rpartition("/")[2]
+    return f"{host}/{rest}{'' if has_tag else tag}"
+
+
 # --------------------------------------------------------------------------------------------------
 # Keys and policy: whose key it is, and the one function that decides what it may do
 # --------------------------------------------------------------------------------------------------
 
-# What a limited key's `allow` may name. A route names one of these, PUBLIC or MASTER_ONLY.
-PERMISSIONS = "read inspect logs operate create deploy remove images networks volumes files metrics"
+# What a route names in place of a permission that a limited key can have.
 PUBLIC, MASTER_ONLY = "public", "what is for the master key"
 KEY_LABEL = "dockeragent.key"  # the name of the limited key that created a container
-KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
 OWN_LABELS = "dockeragent."  # what the agent's own labels begin with: no client sets one
 HELPER_NAMES = (".next", ".prev", ".old")  # ends of names: a deploy's containers beside the first
 HELPER_NAME = re.compile(r"\.(?:next|prev|old)\Z")
@@ -493,24 +506,19 @@ class Key(NamedTuple):
             name = HELPER_NAME.sub("", name)
         if kind == "images":
             name = full_reference(name)
-        if self.master or (kind == "labels" and name.startswith(OWN_LABELS)):
-            return self.master  # no pattern covers the agent's own labels
+        # No pattern covers the agent's own labels, or a name that the Engine chooses.
+        if self.master or not name or (kind == "labels" and name.startswith(OWN_LABELS)):
+            return self.master
         return any(
             name.startswith(pattern[:-1]) if pattern.endswith("*") else name == pattern
             for pattern in getattr(self, kind)
         )
 
-    def file_folder(self, path: str) -> str | None:
-        """Return the listed folder that a file's path lies beneath; None is no limit.
-
-        Raises ApiError (403) if it lies beneath none.
-        """
-        if self.master:
-            return None
+    def file_folder(self, path: str) -> str:
+        """Return the listed folder that a file's path lies beneath. Raises ApiError (403)."""
+        clean = "".join(f"/{part}" for part in path.split("/") if part not in ("", "."))
         for folder in self.files:
-            depth = folder.count("/")
-            parts = [part for part in path.split("/") if part not in ("", ".")]
-            if parts[:depth] == folder.split("/")[1:] and ".." not in parts[depth:] != []:
+            if clean.startswith(f"{folder}/") and ".." not in path.split("/"):
                 return folder
         return forbid(self, "files", path)
 
@@ -518,77 +526,53 @@ class Key(NamedTuple):
 STRANGER = Key("")  # whoever has not shown a valid key
 
 
-def split_reference(image: str) -> tuple[str, str]:
-    """Return the registry's host and the rest of an image's name, as the Engine understands it."""
-    host, slash, rest = image.partition("/")
-    if not slash or not (re.search("[.:A-Z]", host) or host == "localhost"):
-        host, rest = "docker.io", image
-    if host in ("docker.io", "index.docker.io"):
-        host, rest = "docker.io", rest if "/" in rest or not rest else f"library/{rest}"
-    return host, rest
+def forbid(key: Key, field: str, what: object, status: int = 403) -> NoReturn:
+    raise ApiError(status, f"key {key.name}: {field}: {what} is not allowed")
 
 
-def full_reference(image: str) -> str:
-    """Return an image's reference in full: nginx is docker.io/library/nginx:latest.
-
-    distribution/reference, ParseNormalizedNamed and TagNameOnly.
-    """
-    host, rest = split_reference(image)
-    has_tag = "@" in rest or ":" in rest.rpartition("/")[2]
-    return f"{host}/{rest}" + ("" if has_tag else ":latest")
+def require_covered(key: Key, kind: str, name: str, field: str = "") -> None:
+    """Raise ApiError (403) unless the key covers a name, or a permission (kind "allow")."""
+    if not key.covers(kind, name):
+        forbid(key, field or kind, name or "no name")
 
 
-def find_key(keys: Iterable[Key], shown: bytes) -> Key:
-    """Return the key that was shown, STRANGER if there is no such key or it has expired."""
-    digest, found = hashlib.sha256(shown).digest(), STRANGER
-    for key in keys:
-        # Invariant: the one place where keys are compared: in constant time, with each of them.
-        if hmac.compare_digest(digest, key.digest) and time.time() < key.expires:
-            found = key
-    return found
-
-
-def forbid(key: Key, kind: str, what: str) -> NoReturn:
-    raise ApiError(403, f"key {key.name}: {kind}: {what} is not allowed")
-
-
-def permit(key: Key, permission: str) -> None:
-    """Raise ApiError (403) unless the key may use a route with this permission."""
-    if not key.master and permission not in key.allow:
-        forbid(key, "allow", permission)
-
-
-# One function a permission, and one a field; each raises ApiError (403), or changes the body into
-# what a limited key gets. `ask` returns the Engine's JSON for a path, None for a 404.
+# One function a permission, and one a group of fields; each raises ApiError (403), or changes the
+# body into what a limited key gets. `ask` returns the Engine's JSON for a path, None for a 404.
 Ask = Callable[[str], Optional[Json]]
 
 
 def decide(request: Request, permission: str, ask: Ask) -> None:
-    """Decide whether the key may do what the checked request asks for.
-
-    The one function that decides. A limited key is not root on the host: what no rule here allows
-    is refused.
-    """
+    """Decide whether the key may do what the checked request asks for: what no rule allows, no."""
     if not request.key.master:
         DECISIONS[permission](request, ask)
 
 
+def find_own(key: Key, name: str, ask: Ask) -> Json:
+    """Return the inspect JSON of a container whose name is in scope, {} if there is none."""
+    try:
+        found = ask(f"/containers/{quote(name, safe='')}/json") or {}
+    except EngineError as error:
+        # The beginning of two ids: that there are two is not for this key to know.
+        if error.status not in (400, 500):
+            raise
+        return {}
+    # By its name alone: labels can be forged, and an id tells nothing.
+    return found if key.covers("containers", found.get("Name", "")[1:]) else {}
+
+
 def decide_container(request: Request, ask: Ask) -> None:
-    """Let the request act on the full id of a container whose name is in scope."""
-    if not request.name:
-        return  # a list, in which each row is checked with `covers`
-    found = ask(f"/containers/{quote(request.name, safe='')}/json")
-    # By its name alone: labels can be forged, and an id tells nothing. As if it were not there.
-    if not found or not request.key.covers("containers", found.get("Name", "")[1:]):
-        raise ApiError(404, f"no such container: {request.name}")
-    request.name = found["Id"]  # a name could be another's a moment later
+    """Let the request act on the full id of a container in scope. A list checks each row."""
+    if request.name:
+        found = find_own(request.key, request.name, ask)
+        if not found:  # another's, or none: nobody can tell
+            raise ApiError(404, f"no such container: {request.name}")
+        request.name = found["Id"]  # a name could be another's a moment later
 
 
 def decide_create(request: Request, ask: Ask) -> None:
     key, body = request.key, request.body
     name = request.name or body.get("name", "")
-    if not key.covers("containers", name):
-        forbid(key, "containers", name or "a container without a name")
+    require_covered(key, "containers", name)
     if request.query.get("adopt"):
         forbid(key, "adopt", "replacing a container that was not deployed here")
     for field in body.keys() - LIMITED_FIELDS:
@@ -597,47 +581,41 @@ def decide_create(request: Request, ask: Ask) -> None:
         rule(key, body, ask)
 
 
-def decide_image(request: Request, ask: Ask) -> None:
+def decide_named(request: Request, ask: Ask) -> None:
+    """Check the image or volume that is named. Each row of a list is checked with `covers`."""
     for values in request.query, request.body:
         if "image" in values:
             values["image"] = check_image(request.key, values["image"])
-    repository = request.body.get("repository")
-    if repository and not request.key.covers("images", repository):
-        forbid(request.key, "images", repository)
-
-
-def decide_volume(request: Request, ask: Ask) -> None:
-    if request.name and not request.key.covers("volumes", request.name):
-        forbid(request.key, "volumes", request.name)
+    if repository := request.body.get("repository"):
+        require_covered(request.key, "images", repository)
+    if request.name:
+        require_covered(request.key, "volumes", request.name)
 
 
 def decide_file(request: Request, ask: Ask) -> None:
-    request.key.file_folder(request.body.get("path") or request.query["path"])
+    request.key.file_folder({**request.query, **request.body}["path"])
     # A set-id file of root's in a folder that a container mounts is root in it.
     if int(request.body.get("permission", "0"), 8) > 0o777:
         forbid(request.key, "permission", request.body["permission"])
 
 
+# By the permission that a route names, which is what a limited key's `allow` may have in it.
 DECISIONS: dict[str, Callable[[Request, Ask], None]] = {
-    **dict.fromkeys(("read", "inspect", "logs", "operate", "remove"), decide_container),
+    **dict.fromkeys("read inspect logs operate remove metrics".split(), decide_container),
     **dict.fromkeys(("create", "deploy"), decide_create),
-    # Lists, whose rows are each checked with `covers`.
-    **dict.fromkeys(("networks", "metrics"), lambda request, ask: None),
-    "images": decide_image,
-    "volumes": decide_volume,
+    **dict.fromkeys(("images", "networks", "volumes"), decide_named),
     "files": decide_file,
 }
 
 
 def check_image(key: Key, image: str) -> str:
     """Return the reference in full, which cannot also be the beginning of an id."""
-    full = full_reference(image)
     # An id or a digest is taken from the host's cache, where another's private image may be: the
     # Engine asks no registry, so nobody checks the caller's credentials.
     if re.fullmatch("(?:sha256:)?[0-9a-f]{64}", image) or ("@" in image and not key.cache):
         forbid(key, "images", f"{image}, which is no name and tag,")
-    if not key.covers("images", full):
-        forbid(key, "images", full)
+    full = full_reference(image)
+    require_covered(key, "images", full)
     return full
 
 
@@ -659,9 +637,8 @@ def restrict_volumes(key: Key, body: Json, ask: Ask) -> None:
             if volume.get("read_only") is False:
                 forbid(key, "binds", f"{source}, writable,")
             volume.update(read_only=True, non_recursive=True)
-        elif source and not key.covers("volumes", source):
-            forbid(key, "volumes", source)
         elif source:
+            require_covered(key, "volumes", source)
             found = ask(f"/volumes/{quote(source, safe='')}")
             # A volume with options may be a bind of any folder: o=bind,device=/.
             if found and (found.get("Driver") != "local" or found.get("Options")):
@@ -669,77 +646,61 @@ def restrict_volumes(key: Key, body: Json, ask: Ask) -> None:
 
 
 def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
-    restrict_names(key, [body["hostname"]] if "hostname" in body else [])
-    mode = body.get("network_mode", "")
+    mode = body.get("network_mode", "")  # host, none or container:X
     if mode.startswith("container:"):
         body["network_mode"] = f"container:{find_peer(key, mode.partition(':')[2], ask)}"
     elif mode and mode != "none":
         forbid(key, "network_mode", mode)
-    if mode:
-        return
-    for network in body.setdefault("networks", [{"name": "bridge", "aliases": []}]):
+    networks = [] if mode else body.setdefault("networks", [{"name": "bridge", "aliases": []}])
+    names = [body["hostname"]] if "hostname" in body else []
+    for network in networks:
+        names += network["aliases"]
         name = network["name"]
         # On the default bridge every container hears every other, so no pattern includes it.
-        is_listed = name in key.networks if name == "bridge" else key.covers("networks", name)
-        if name == "host" or not is_listed:
+        if not (name in key.networks if name == "bridge" else key.covers("networks", name)):
             forbid(key, "networks", name)
         # By its exact name, then by id: the Engine would take the beginning of another's id.
         found = ask(f"/networks/{quote(name, safe='')}")
         if not found or found.get("Name") != name:
             raise ApiError(404, f"no such network: {name}")
         network["name"] = name if name == "bridge" else found["Id"]
-        restrict_names(key, network["aliases"])
-
-
-def restrict_names(key: Key, names: Iterable[str]) -> None:
     # All on a network resolve them: one could be api.stripe.com, or another's container.
     for name in names:
-        if not key.covers("containers", name):
-            forbid(key, "hostname or alias", name)
+        require_covered(key, "containers", name, "hostname or alias")
 
 
-def label_of(inspected: Json, label: str) -> str:
-    """Return a label of a container or an image, from the Engine's inspect JSON."""
-    labels = (inspected.get("Config") or {}).get("Labels") or {}
-    return str(labels.get(label, ""))
+def config_of(inspected: Json | None, member: str) -> Json:
+    """Return "Labels" or "Healthcheck" of an inspected container or image, {} for none."""
+    return ((inspected or {}).get("Config") or {}).get(member) or {}
 
 
 def find_peer(key: Key, name: str, ask: Ask) -> str:
     """Return the id of a container whose network a limited key may share."""
-    found = ask(f"/containers/{quote(name, safe='')}/json")
+    found = find_own(key, name, ask)
     image = ask(f"/images/{quote(found['Image'], safe='')}/json") if found else None
-    if found and image and key.covers("containers", found["Name"][1:]):
-        # One made with more rights may be on any network. The label is the agent's own, unless it
-        # is the image's.
-        maker, own = label_of(found, KEY_LABEL), label_of(image, KEY_LABEL)
-        if maker and maker != own:
-            return str(found["Id"])
+    # One made with more rights may be on any network. The label is the agent's own, unless it is
+    # the image's.
+    maker = config_of(found, "Labels").get(KEY_LABEL)
+    if image and maker and maker != config_of(image, "Labels").get(KEY_LABEL):
+        return str(found["Id"])
     forbid(key, "network_mode", f"container:{name}")
 
 
 def restrict_ports(key: Key, body: Json, ask: Ask) -> None:
-    ports = body.get("ports", ())
-    if len(ports) > 32:  # each may be a process of the Engine's
-        forbid(key, "ports", "more than 32 of them")
     ranges = [tuple(map(int, (text.split("-") * 2)[:2])) for text in key.ports]
-    for port in ports:
-        number = port["host_port"]
+    numbers = [port["host_port"] for port in body.get("ports", ())]
+    if len(numbers) > 32:  # each may be a process of the Engine's
+        forbid(key, "ports", "more than 32 of them")
+    for number in numbers:
         if not any(low <= number <= high or not number for low, high in ranges):
-            forbid(key, "ports", str(number or "one that the Engine picks"))
-
-
-def restrict_labels(key: Key, body: Json, ask: Ask) -> None:
-    # Other tools act on labels: a proxy's routes, a scheduler's jobs on the host.
-    for label in body.get("labels", ()):
-        if not key.covers("labels", label):
-            forbid(key, "labels", label)
+            forbid(key, "ports", number or "one that the Engine picks")
 
 
 def restrict_resources(key: Key, body: Json, ask: Ask) -> None:
     resources = body.setdefault("resources", {})
     for name in key.limits.keys() - {"containers"}:
         most, wanted = key.limits[name], resources.get(name, 0)
-        if not wanted <= most:
+        if wanted > most:
             forbid(key, name, f"more than {most}")
         resources[name] = wanted or most  # 0 is no limit to the Engine
     if "memory_mb" in key.limits:
@@ -748,77 +709,62 @@ def restrict_resources(key: Key, body: Json, ask: Ask) -> None:
         if not 0 < swap <= memory:  # -1 is no limit to the Engine
             forbid(key, "memory_swap_mb", f"more than memory_mb, {memory},")
         resources["memory_swap_mb"] = swap
-    if resources.get("cpu_shares", 0) > 1024:
-        forbid(key, "cpu_shares", "more than 1024")
     for name in resources.get("ulimits", {}).keys() - {"nofile", "nproc", "core", "stack", "fsize"}:
         forbid(key, "ulimits", name)
 
 
-def restrict_times(key: Key, body: Json, ask: Ask) -> None:
+def restrict_rest(key: Key, body: Json, ask: Ask) -> None:
+    # Other tools act on labels: a proxy's routes, a scheduler's jobs on the host.
+    for label in body.get("labels", ()):
+        require_covered(key, "labels", label)
+    # Other drivers send to any address; without rotation a log fills the host's disk.
+    log = {"driver": "json-file", "max_size_mb": 10, "max_files": 3, **body.get("log", {})}
+    if log["driver"] not in ("json-file", "local"):
+        forbid(key, "log.driver", log["driver"])
+    # NET_RAW forges packets on a shared network, MKNOD makes device files.
+    body.update(log=log, cap_drop=[*body.get("cap_drop", []), "NET_RAW", "MKNOD"])
+    for path, most in MOST.items():
+        group, _, field = path.rpartition(".")
+        if (body[group] if group else body).get(field, 0) > most:
+            forbid(key, path, f"more than {most}")
     # A check is a process of the Engine's: one a millisecond takes the host's processors.
     if 0 < body.get("healthcheck", {}).get("interval", 0) < 1:
         forbid(key, "healthcheck.interval", "under 1 second")
-    if body.get("stop_timeout", 0) > 120:
-        forbid(key, "stop_timeout", "more than 120 seconds")
 
 
-def restrict_log(key: Key, body: Json, ask: Ask) -> None:
-    # Other drivers send to any address; without rotation a log fills the host's disk.
-    log = {"driver": "json-file", "max_size_mb": 10, "max_files": 3, **body.get("log", {})}
-    if log["driver"] not in ("json-file", "local") or log["max_size_mb"] > 100:
-        forbid(key, "log", "but json-file or local, of at most 100 MB a file,")
-    if log["max_files"] > 10:
-        forbid(key, "log.max_files", "more than 10")
-    body["log"] = log
-
-
-def restrict_capabilities(key: Key, body: Json, ask: Ask) -> None:
-    # NET_RAW forges packets on a shared network, MKNOD makes device files.
-    body["cap_drop"] = [*body.get("cap_drop", []), "NET_RAW", "MKNOD"]
-
-
-RULES = [restrict_image, restrict_volumes, restrict_networks, restrict_ports, restrict_labels]
-RULES += [restrict_resources, restrict_times, restrict_log, restrict_capabilities]
-# What they look at, and what is free. Any other field of a container is for the master key.
-RULED_FIELDS = (
-    "image pull volumes networks network_mode hostname ports labels resources healthcheck"
+# The most that any limited key's container may ask for.
+MOST = {"stop_timeout": 120, "resources.cpu_shares": 1024}
+MOST.update({"log.max_size_mb": 100, "log.max_files": 10})
+RULES = [restrict_image, restrict_volumes, restrict_networks, restrict_ports, restrict_resources]
+RULES += [restrict_rest]
+# What they look at, and below it what is free. Any other field is for the master key.
+LIMITED_FIELDS = set(
+    "image pull volumes networks network_mode hostname ports labels resources log healthcheck"
+    " stop_timeout cap_drop"
+    " name cmd entrypoint env working_dir user init tty read_only no_new_privileges dns"
+    " restart_policy stop_signal extra_hosts platform auto_remove deploy timeout".split()
 )
-RULED_FIELDS += " stop_timeout log cap_drop"
-FREE_FIELDS = "name cmd entrypoint env working_dir user init tty read_only no_new_privileges dns"
-FREE_FIELDS += " restart_policy stop_signal extra_hosts platform auto_remove deploy timeout"
-LIMITED_FIELDS = {*RULED_FIELDS.split(), *FREE_FIELDS.split()}
 
 
-def labels_for(key: Key, labels: Mapping[str, str], image: Json) -> dict[str, str]:
-    """Return a new container's labels: the image's own that the key may not set become empty.
-
-    image: the Engine's inspect JSON. labels: as asked for, and the agent's own.
-    """
-    own = (image.get("Config") or {}).get("Labels") or {}
-    emptied = {label: "" for label in own if not key.covers("labels", label)}
-    return {**emptied, **labels}
-
-
-def check_created(key: Key, created: Json, labels: Mapping[str, str], status: int) -> None:
-    """Check a new container for what only its image can have brought.
-
-    created: the Engine's inspect JSON; labels: that were set on purpose. Raises ApiError with the
-    status.
-    """
-    config = created.get("Config") or {}
-    for label, value in (config.get("Labels") or {}).items():
-        if value and labels.get(label) != value and not key.covers("labels", label):
-            raise ApiError(status, f"key {key.name}: labels: the image's {label} is not allowed")
-    check_health_times(key, created, status)
+def restrict_brought(key: Key, container: Json, image: Json) -> None:
+    """Empty the labels that an image brings into a create and the key may not set."""
+    labels = {name: "" for name in config_of(image, "Labels") if not key.covers("labels", name)}
+    container["Labels"] = {**labels, **container["Labels"]}
+    asked = {name: value for name, value in container.get("Healthcheck", {}).items() if value}
+    brought = {"Config": {"Healthcheck": {**config_of(image, "Healthcheck"), **asked}}}
+    check_created(key, brought, container, 403)
 
 
-def check_health_times(key: Key, inspected: Json, status: int) -> None:
-    """Refuse a container or an image that is checked too often. Raises ApiError."""
-    health = (inspected.get("Config") or {}).get("Healthcheck") or {}
-    for name in "Interval", "StartInterval":
-        if 0 < (health.get(name) or 0) < 10**9:  # nanoseconds
-            message = "the image's own check is run more than once a second"
-            raise ApiError(status, f"key {key.name}: healthcheck: {message}, which is not allowed")
+def check_created(key: Key, created: Json, container: Json, status: int = 409) -> None:
+    """Check what an image has brought, also once it was created: the tag may have been moved."""
+    for name, value in config_of(created, "Labels").items():
+        if value and container["Labels"].get(name) != value and not key.covers("labels", name):
+            forbid(key, "labels", f"the image's {name}", status)
+    health = config_of(created, "Healthcheck")
+    for name in "Interval", "StartInterval":  # nanoseconds; 0 is the Engine's own
+        # Below 0 too: an image may have that, and the Engine takes it for "at once".
+        if (health.get(name) or 10**9) < 10**9 and health.get("Test") != ["NONE"]:
+            forbid(key, "healthcheck", "a check that is run more than once a second", status)
 
 
 def check_count(key: Key, name: str, names: Iterable[str]) -> None:
@@ -826,7 +772,7 @@ def check_count(key: Key, name: str, names: Iterable[str]) -> None:
     others = {HELPER_NAME.sub("", other) for other in names if key.covers("containers", other)}
     most = key.limits.get("containers", math.inf)
     if len(others - {HELPER_NAME.sub("", name)}) >= most:
-        raise ApiError(403, f"key {key.name}: limits: more than {most} containers is not allowed")
+        forbid(key, "limits", f"more than {most} containers")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -965,6 +911,7 @@ SETTINGS = (
 # A container that mounts one of these, or a folder that holds one, is root on the host.
 FORBIDDEN_PATHS = ["/proc", "/sys", "/dev", "/run", "/var/run", "/var/lib/docker"]
 FORBIDDEN_PATHS += ["/var/lib/containerd"]
+KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
 NAMES = array_of(
     string_schema(r"\*|[a-zA-Z0-9][a-zA-Z0-9_.-]*\*?", "a name, or its beginning and *", 255)
 )
@@ -983,7 +930,7 @@ KEYS = object_schema(
                 r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(Z|[+-][0-9]{2}:[0-9]{2})",
                 "a time such as 2027-06-30T00:00:00Z",
             ),
-            allow=array_of(one_of(*PERMISSIONS.split())),
+            allow=array_of(one_of(*DECISIONS)),
             containers=NAMES,
             # The host part stands in full: ghcr.io* would be ghcr.io.evil.com too.
             images=array_of(
@@ -1077,7 +1024,7 @@ def load_keys(values: Json) -> tuple[Key, ...]:
     if values["keys_file"]:
         problems = f"KEYS_FILE: {values['keys_file']}: "
         try:
-            keys += parse_keys(read_file("KEYS_FILE", values["keys_file"]), named_files(values))
+            keys += parse_keys(read_file("KEYS_FILE", values["keys_file"]), values)
         except ApiError as error:
             raise ConfigError(problems + error.message) from error
         for field in "name", "digest":
@@ -1088,16 +1035,19 @@ def load_keys(values: Json) -> tuple[Key, ...]:
     return keys
 
 
-def parse_keys(text: bytes, named_files: list[str]) -> tuple[Key, ...]:
-    """Return the keys of a keys file. Raises ApiError, whose message names the wrong field."""
+def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
+    """Return the keys of a keys file. Raises ApiError, whose message names the wrong field.
+
+    values: the other variables, by which some paths are forbidden.
+    """
     keys = []
     for index, entry in enumerate(validate(KEYS, decode_json(text))["keys"]):
         place = f"keys[{index}]"
         if entry.get("master") and not entry.keys() <= {"name", "sha256", "master", "expires"}:
             refuse(f"{place}.master", "stands with expires alone: a master key has no limits")
-        for path in entry.get("binds", []) + entry.get("files", []):
-            if place_that_leaks := forbidden_place(path, named_files):
-                refuse(f"{place}.binds", f"{path} would give away {place_that_leaks}")
+        for field, path in [(f, path) for f in ("binds", "files") for path in entry.get(f, ())]:
+            if place_that_leaks := forbidden_place(path, values):
+                refuse(f"{place}.{field}", f"{path} would give away {place_that_leaks}")
         entry = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
         entry["images"] = tuple(map(full_pattern, entry.get("images", ())))
         if "expires" in entry:
@@ -1110,20 +1060,27 @@ def parse_keys(text: bytes, named_files: list[str]) -> tuple[Key, ...]:
     return tuple(keys)
 
 
-def forbidden_place(path: str, named_files: list[str]) -> str:
+def forbidden_place(path: str, values: Json) -> str:
     """Return the place that path lies in or holds, "" if a limited key may have it."""
-    places = [*FORBIDDEN_PATHS, *map(os.path.abspath, named_files)]
-    for place in [*places, *map(os.path.realpath, places)]:
-        for real in (path, os.path.realpath(path)):
+    root = os.path.realpath(values["host_root"]).rstrip("/")
+    places = [*FORBIDDEN_PATHS, *map(os.path.abspath, named_files(values))]
+    for place in [*places, *(host_path(place, root) for place in places)]:
+        for real in (path, host_path(path, root), host_path(root + path, root)):
             if f"{real}/".startswith(f"{place}/") or f"{place}/".startswith(f"{real}/"):
                 return place
     return ""
 
 
+def host_path(path: str, root: str) -> str:
+    """Return a path with its links resolved; below HOST_ROOT, as the host sees it."""
+    real = os.path.realpath(path)
+    return real[len(root) :] if real.startswith(f"{root}/") else real
+
+
 def full_pattern(pattern: str) -> str:
     if pattern == "*" or not pattern.endswith("*"):
         return pattern if pattern == "*" else full_reference(pattern)
-    return "/".join(split_reference(pattern[:-1])) + "*"
+    return full_reference(pattern[:-1], tag="") + "*"
 
 
 def named_files(values: Json) -> list[str]:
@@ -1681,6 +1638,16 @@ def find_route(routes: Iterable[Route], method: str, segments: list[str]) -> tup
 http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
 
 
+def find_key(keys: Iterable[Key], shown: bytes) -> Key:
+    """Return the key that was shown, STRANGER if there is no such key or it has expired."""
+    digest, found = hashlib.sha256(shown).digest(), STRANGER
+    for key in keys:
+        # Invariant: the one place where keys are compared: in constant time, with each of them.
+        if hmac.compare_digest(digest, key.digest) and time.time() < key.expires:
+            found = key
+    return found
+
+
 class Connection(socketserver.BaseRequestHandler):
     """One connection: its requests, one after the other, each logged.
 
@@ -1880,7 +1847,7 @@ class Connection(socketserver.BaseRequestHandler):
             if query or request.length != 0:
                 raise ApiError(400, "neither a query nor a body is taken here")
             return request.route.endpoint(request, self.server.agent)
-        permit(request.key, request.route.permission)
+        require_covered(request.key, "allow", request.route.permission)
         request.query = decode_query(query, request.route.query, request.route.body)
         read_body(self, request, request.route)
         decide(request, request.route.permission, self.server.agent.ask)
@@ -3269,6 +3236,7 @@ class Engine:
         self.creates = threading.BoundedSemaphore(MAX_CREATES)
         self.removal = threading.Lock()  # so that two removals do not share them
         self.counting = threading.Lock()  # held while a limited key's containers are counted
+        self.unchecked: set[str] = set()  # names of new containers that nobody may start yet
         self._health_lock = threading.Lock()
         self._health: tuple[float, str] | None = None  # when asked, and what is wrong, "" if well
 
@@ -3616,22 +3584,22 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
     What a limited key's container is, its image included, is checked before it can start. Raises
     ApiError; then the container is removed.
     """
-    labels = {**agent_labels(key), **container.get("Labels", {})}
+    body = {**container, "Labels": {**agent_labels(key), **container.get("Labels", {})}}
     with contextlib.ExitStack() as held:
         if not key.master:
-            image = find_image(engine, container["Image"])
-            labels = labels_for(key, labels, image)
-            if "Healthcheck" not in container:
-                check_health_times(key, image, 403)
-            held.enter_context(engine.counting)  # one create at a time, or the count is not true
+            restrict_brought(key, body, find_image(engine, body["Image"]))
+            # One create at a time, or the count is not true. Until it was looked at, no other
+            # request may start it: see `find_to_change`.
+            held.enter_context(engine.counting)
             check_count(key, query["name"], ids_by_name(engine, ""))
+            engine.unchecked.add(query["name"])
+            held.callback(engine.unchecked.discard, query["name"])
         held.enter_context(engine.creates)
-        body = {**container, "Labels": labels}
         created = engine.json("POST", "/containers/create", query, body, START_TIMEOUT)
-    path = container_path(container_id(created), "json")
-    if not key.master:
-        with removed_on_failure(engine, created["Id"]):
-            check_created(key, engine.json("GET", path), labels, 409)
+        path = container_path(container_id(created), "json")
+        if not key.master:
+            with removed_on_failure(engine, created["Id"]):
+                check_created(key, engine.json("GET", path), body)
     return created
 
 
@@ -5227,7 +5195,7 @@ class Deploys:
         self.stopping = threading.Event()  # to be set when the agent is stopped
         self._engine, self._log = engine, log
         self._lock = threading.Lock()
-        self._busy: set[str] = set()
+        self._busy: dict[str, Key] = {}  # by name: whose deploy it is, STRANGER for a recovery
 
     def active(self) -> bool:
         """Return whether the agent's stop should wait, within its grace."""
@@ -5250,13 +5218,11 @@ class Deploys:
     def begin(self, request: Request, auth: str) -> Told:
         """Start a deploy, which goes on whatever its client does; return its events.
 
-        Raises ApiError (409) if the name is being deployed already.
+        Raises ApiError: 409 if the name is being deployed already, 503 for too many of a key's.
         """
-        # Invariant: a limited key starts no threads without bound; the master is never refused.
-        if not request.key.master and len(self._busy) >= MAX_DEPLOYS:
-            raise ApiError(503, "too many deploys at once; try again later", {"Retry-After": "5"})
         deployment = Deployment(self._engine, request.name, self.stopping)
-        self._start(deployment, functools.partial(self._deploy, deployment, request, auth))
+        act = functools.partial(self._deploy, deployment, request, auth)
+        self._start(deployment, act, request.key)
         return deployment.told
 
     def recover_all(self) -> None:
@@ -5280,17 +5246,21 @@ class Deploys:
         if name in self._busy:
             raise ApiError(409, f"{name} is being deployed; try again later", {"Retry-After": "5"})
 
-    def _claim(self, name: str) -> None:
+    def _claim(self, name: str, key: Key = STRANGER) -> None:
         with self._lock:
             self._check_free(name)
-            self._busy.add(name)
+            # Invariant: no limited key starts threads without bound, or takes those of another.
+            held = sum(owner is key for owner in self._busy.values())
+            if key.name and not key.master and held >= MAX_DEPLOYS:
+                raise ApiError(503, f"key {key.name} has too many deploys; try again later")
+            self._busy[name] = key
 
-    def _start(self, deployment: Deployment, act: Callable[[], Any]) -> None:
-        self._claim(deployment.name)
+    def _start(self, deployment: Deployment, act: Callable[[], Any], key: Key = STRANGER) -> None:
+        self._claim(deployment.name, key)
         try:
             threading.Thread(target=self._run, args=(deployment, act), daemon=True).start()
         except RuntimeError as error:  # no thread to be had
-            self._busy.discard(deployment.name)
+            del self._busy[deployment.name]
             raise ApiError(503, "the agent has no more threads; try again later") from error
 
     def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
@@ -5301,7 +5271,7 @@ class Deploys:
         except Exception as error:  # no request may be there any more to log it
             self._log("error", "bug", traceback=describe_bug(error))
         with self._lock:
-            self._busy.discard(deployment.name)
+            del self._busy[deployment.name]
         deployment.told.put(end)
 
     def _deploy(self, deployment: Deployment, request: Request, auth: str) -> tuple[str, Any]:
@@ -5497,7 +5467,7 @@ def remove_left_runs(engine: Engine, log: Log, live: Collection[str], status: st
             continue
         # A label of the image's own says nothing: anybody may have put it there.
         image = find_image(engine, container["ImageID"])
-        if not image or label_of(image, RUN_LABEL) == token:
+        if not image or config_of(image, "Labels").get(RUN_LABEL) == token:
             continue
         target = {"id": container["Id"], "name": container["Names"][0].lstrip("/")}
         try:
@@ -5788,9 +5758,11 @@ def find_container(request: Request, agent: Agent) -> Json:
 def find_to_change(request: Request, agent: Agent) -> Json:
     """Return the container in the path, once no deploy of its name is unfinished.
 
-    Raises ApiError (409) while it is being deployed, and EngineError.
+    Raises ApiError (409) while it is being created or deployed, and EngineError.
     """
     found = find_container(request, agent)
+    if request.target["name"] in agent.engine.unchecked:
+        raise ApiError(409, f"{request.target['name']} is being created; try again later")
     if agent.deploys.before_write(request.target["name"]):
         found = find_container(request, agent)  # its name may be another container's now
     return found
@@ -6067,7 +6039,8 @@ def metrics(request: Request, agent: Agent) -> Response:
 def file_tree(request: Request, agent: Agent, path: str) -> Tree:
     """Return where the request may use the file at path, and note the path for the log."""
     request.target["path"] = path
-    return Tree(agent.host_root, agent.file_locks, request.key.file_folder(path))
+    folder = None if request.key.master else request.key.file_folder(path)
+    return Tree(agent.host_root, agent.file_locks, folder)
 
 
 def post_run(request: Request, agent: Agent) -> Response:
