@@ -248,9 +248,9 @@ TEXT = "(?s:.*)"
 KINDS: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 KINDS |= {list: "array", dict: "object"}
 BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
-KEYWORDS = {"type", "description", "example", "properties", "required", "names", "values", "items"}
-KEYWORDS |= {"pattern", "maxLength", "raw", "minimum", "maximum", "zero", "check"}
-KEYWORDS |= {"place", "convert", "since"}  # not for `validate`: `engine_fields` reads them
+KEYWORDS = "type description example properties required names values items pattern maxLength raw"
+KEYWORDS += " minimum maximum zero check"
+KEYWORDS += " place convert since"  # not for `validate`: `engine_fields` reads them
 # Names of docker run, compose and the Engine that difflib cannot bring to ours.
 OTHER_NAMES = {"environment": "env", "container_name": "name", "mounts": "volumes"}
 OTHER_NAMES.update(publish="ports", exposedports="ports", net="networks", rm="auto_remove")
@@ -261,7 +261,7 @@ OTHER_NAMES.update(hostconfig="volumes, ports, resources and so on, beside image
 
 def check_schema(schema: Schema) -> Schema:
     """Return schema. Raises ValueError for a keyword that nothing would enforce."""
-    if unknown := set(schema) - KEYWORDS:
+    if unknown := schema.keys() - KEYWORDS.split():
         raise ValueError(f"unknown keywords {unknown} in {schema}")
     nested = [schema[key] for key in ("items", "names", "values") if key in schema]
     for child in (*schema.get("properties", {}).values(), *nested):
@@ -286,24 +286,21 @@ def validate(schema: Schema, value: Any, path: str = "") -> Any:
     rule = f"must be {schema['description']}{example}"
     if isinstance(value, NotJson):
         refuse(path, f"{value}; it {rule}")
-    if KINDS.get(type(value)) not in schema["type"].split("|"):
-        refuse(
-            path, f"must be a string{example}" if schema["type"] == "string" and example else rule
-        )
+    kinds = schema["type"]
+    if KINDS.get(type(value)) not in kinds.split("|"):
+        refuse(path, f"must be a string{example}" if kinds == "string" and example else rule)
     if isinstance(value, str):
         validate_string(schema, value, path, rule)
     elif isinstance(value, dict):
         value = validate_object(schema, value, path)
     elif isinstance(value, list):
         value = [validate(schema["items"], item, f"{path}[{i}]") for i, item in enumerate(value)]
-    elif "maximum" in schema and not is_within(schema, value):
-        refuse(path, rule)
+    else:
+        low, high = schema.get("minimum", value), schema.get("maximum", value)
+        if not (low <= value <= high or (value == 0 and schema["zero"])):
+            refuse(path, rule)
     check = schema.get("check")
     return check(value, path) if check else value
-
-
-def is_within(schema: Schema, value: Any) -> bool:
-    return schema["minimum"] <= value <= schema["maximum"] or bool(value == 0 and schema["zero"])
 
 
 def validate_string(schema: Schema, value: str, path: str, rule: str) -> None:
@@ -318,8 +315,7 @@ def validate_string(schema: Schema, value: str, path: str, rule: str) -> None:
 
 
 def validate_object(schema: Schema, value: Json, path: str) -> Json:
-    """Return one object's members that are not null. Raises ApiError (400)."""
-    properties, result = schema.get("properties", {}), {}
+    properties, result = schema["properties"], {}
     prefix = f"{path}." if path else ""
     for name, member in value.items():
         if "names" in schema:
@@ -329,7 +325,7 @@ def validate_object(schema: Schema, value: Json, path: str) -> Json:
         if member is not None:
             rule = schema.get("values") or properties[name]
             result[name] = validate(rule, member, prefix + name)
-    for name in schema.get("required", ()):
+    for name in schema["required"]:
         if name not in result:
             refuse(prefix + name, "is required")
     return result
@@ -339,12 +335,9 @@ def suggest_name(name: str, properties: Json) -> str:
     """Return what to write instead of an unknown name: the nearest known one, or all of them."""
     import difflib  # here: no start should wait for it
 
-    known = {
-        inner: f"{outer}.{inner}"
-        for outer, rule in properties.items()
-        for inner in rule.get("properties", ())
-    }
-    known.update((own, own) for own in properties)
+    rows = properties.items()
+    known = {name: f"{outer}.{name}" for outer, row in rows for name in row.get("properties", ())}
+    known.update(zip(properties, properties))
     word = name[:64].lower()
     nearest = [known[match] for match in difflib.get_close_matches(word, known, 1)]
     for hint in (OTHER_NAMES.get(word, ""), *nearest):
@@ -355,44 +348,35 @@ def suggest_name(name: str, properties: Json) -> str:
 
 # One function for each kind of value; it returns the value's schema.
 def string_schema(
-    pattern: str = TEXT,
-    rule: str = "a string",
-    longest: int = 4096,
-    example: Any = None,
-    **more: Any,
+    pattern: str = TEXT, rule: str = "a string", most: int = 4096, example: Any = None
 ) -> Schema:
-    schema = {"type": "string", "pattern": pattern, "description": rule, "maxLength": longest}
-    return {**schema, "example": example, **more}
+    schema = {"type": "string", "pattern": pattern, "description": rule, "maxLength": most}
+    return {**schema, "example": example}
 
 
 def one_of(*words: str) -> Schema:
     return string_schema("|".join(words), f"one of {', '.join(words)}")
 
 
-def integer_schema(
-    low: float, high: int, zero: str = "", kind: str = "integer", **more: Any
-) -> Schema:
+def integer_schema(low: float, high: int, zero: str = "", kind: str = "integer") -> Schema:
     """zero: what 0 means, if it is allowed outside of the bounds."""
     noun = "an integer" if kind == "integer" else "a number"
     rule = (f"0 ({zero}) or " if zero else "") + f"{noun} from {low:,} to {high:,}"
-    schema = {"type": kind, "description": rule, "minimum": low, "maximum": high, "zero": zero}
-    return {**schema, **more}
+    return {"type": kind, "description": rule, "minimum": low, "maximum": high, "zero": zero}
 
 
-def array_of(item: Schema, **more: Any) -> Schema:
+def array_of(item: Schema, example: Any = None) -> Schema:
     rule = f"an array of {item['type'].replace('|', 's or ')}s"
-    example = [item["example"]] if item.get("example") else None
-    return {"type": "array", "description": rule, "items": item, "example": example, **more}
+    example = example or (item.get("example") and [item["example"]])
+    return {"type": "array", "description": rule, "items": item, "example": example}
 
 
 def map_of(names: Schema, values: Schema, example: Json) -> Schema:
     return {**object_schema("", example), "names": names, "values": values}
 
 
-def object_schema(
-    required: str, example: Any = None, check: Any = None, **properties: Schema
-) -> Schema:
-    schema: Schema = {"type": "object", "description": "a JSON object", "properties": properties}
+def object_schema(required: str, example: Any = None, check: Any = None, **rows: Schema) -> Schema:
+    schema: Schema = {"type": "object", "description": "a JSON object", "properties": rows}
     schema.update(required=required.split(), example=example, check=check)
     return check_schema(schema)
 
@@ -421,10 +405,9 @@ def decode_json(body: bytes) -> Any:
     except json.JSONDecodeError as error:
         octal = re.compile(r"\b0[0-9]+").match(error.doc, max(0, error.pos - 1))
         hint = f'write "{octal[0]}" in quotes' if octal else error.msg
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ApiError(400, f"body: is not JSON: {place}: {hint}") from error
+        refuse("", f"is not JSON: line {error.lineno}, column {error.colno}: {hint}")
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"body: is not UTF-8: {error}") from error
+        refuse("", f"is not UTF-8: {error}")
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> Json | NotJson:
@@ -438,16 +421,13 @@ def unique_object(pairs: list[tuple[str, Any]]) -> Json | NotJson:
 
 
 def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json:
-    """Return the parameters of a query string, typed as schema says. Raises ApiError (400).
-
-    body: the schema of the route's body, if it takes one; a field of it is no parameter.
-    """
-    pairs: list[tuple[str, Any]] = []
+    """Return a query's typed parameters; a field of the body is refused. Raises ApiError (400)."""
+    rows, pairs = schema["properties"], []
     for part in filter(None, query.split("&")):
         name, _, value = (unquote(raw, errors="replace") for raw in part.partition("="))
-        if name not in schema["properties"] and name in (body or NOTHING)["properties"]:
+        if name not in rows and name in (body or NOTHING)["properties"]:
             refuse(f"query.{name}", f'goes into the body, as in {{"{name}": ...}}')
-        is_boolean = schema["properties"].get(name, {}).get("type") == "boolean"
+        is_boolean = rows.get(name, {}).get("type") == "boolean"
         pairs.append((name, BOOLEANS.get(value.lower(), value) if is_boolean else value))
     parameters = unique_object(pairs)
     if isinstance(parameters, NotJson):
@@ -2780,7 +2760,7 @@ def at(place: str, schema: Schema, convert: Any = None, since: int = 0) -> Schem
     return {**schema, "place": place, "convert": convert, "since": since}
 
 
-STRING = string_schema(longest=MAX_BODY)
+STRING = string_schema(most=MAX_BODY)
 STRINGS = array_of(STRING, example=["sleep", "60"])
 BOOLEAN = {"type": "boolean", "description": "true or false"}
 PORT = string_schema("[0-9]+", "a port from 1 to 65535, in ASCII digits", 15)
@@ -2795,7 +2775,7 @@ LABEL = string_schema(rf"(?s:(?!{re.escape(OWN_LABELS)}).*)", OWN_LABEL_RULE, MA
 LABELS = map_of(LABEL, STRING, {"com.example.team": "web"})
 HOST_PATTERN = "[a-zA-Z0-9_]([a-zA-Z0-9_.-]*[a-zA-Z0-9_])?"
 HOST_NAME = string_schema(HOST_PATTERN, "letters, digits, '.', '-' and '_'", 64)
-IP = string_schema(TEXT, "an IP address", 45, "10.0.0.5", check=check_ip)
+IP = {**string_schema(TEXT, "an IP address", 45, "10.0.0.5"), "check": check_ip}
 HOST_IP = {**IP, "check": functools.partial(check_ip, also="host-gateway")}
 HOSTS = map_of(HOST_NAME, HOST_IP, {"db": "10.0.0.5"})
 NAME = string_schema(
@@ -3004,8 +2984,8 @@ LOGS_QUERY = object_schema(
     "",
     follow=BOOLEAN,
     tail=string_schema("all|[0-9]{1,9}", "all or an integer of at least 0"),
-    since=string_schema(longest=64),
-    until=string_schema(longest=64),
+    since=string_schema(most=64),
+    until=string_schema(most=64),
     timestamps=BOOLEAN,
     stdout=BOOLEAN,
     stderr=BOOLEAN,
@@ -3016,8 +2996,8 @@ LOGS_QUERY = object_schema(
 STATS_QUERY = object_schema("", follow=BOOLEAN)
 EVENTS_QUERY = object_schema(
     "",
-    since=string_schema(longest=64),
-    until=string_schema(longest=64),
+    since=string_schema(most=64),
+    until=string_schema(most=64),
     type=one_of(
         *("container", "image", "network", "volume", "daemon", "builder", "plugin"),
         *("service", "node", "secret", "config"),
