@@ -246,9 +246,9 @@ TEXT = "(?s:.*)"
 KINDS: dict[type, str] = {str: "string", int: "integer", float: "number", bool: "boolean"}
 KINDS |= {list: "array", dict: "object"}
 BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
-KEYWORDS = {"type", "description", "example", "properties", "required", "names", "values", "items"}
-KEYWORDS |= {"pattern", "maxLength", "raw", "minimum", "maximum", "zero", "check"}
-KEYWORDS |= {"place", "convert", "since"}  # not for `validate`: `engine_fields` reads them
+KEYWORDS = "type description example properties required names values items pattern maxLength raw"
+KEYWORDS += " minimum maximum zero check"
+KEYWORDS += " place convert since"  # not for `validate`: `engine_fields` reads them
 # Names of docker run, compose and the Engine that difflib cannot bring to ours.
 OTHER_NAMES = {"environment": "env", "container_name": "name", "mounts": "volumes"}
 OTHER_NAMES.update(publish="ports", exposedports="ports", net="networks", rm="auto_remove")
@@ -259,7 +259,7 @@ OTHER_NAMES.update(hostconfig="volumes, ports, resources and so on, beside image
 
 def check_schema(schema: Schema) -> Schema:
     """Return schema. Raises ValueError for a keyword that nothing would enforce."""
-    if unknown := set(schema) - KEYWORDS:
+    if unknown := schema.keys() - KEYWORDS.split():
         raise ValueError(f"unknown keywords {unknown} in {schema}")
     nested = [schema[key] for key in ("items", "names", "values") if key in schema]
     for child in (*schema.get("properties", {}).values(), *nested):
@@ -284,24 +284,21 @@ def validate(schema: Schema, value: Any, path: str = "") -> Any:
     rule = f"must be {schema['description']}{example}"
     if isinstance(value, NotJson):
         refuse(path, f"{value}; it {rule}")
-    if KINDS.get(type(value)) not in schema["type"].split("|"):
-        refuse(
-            path, f"must be a string{example}" if schema["type"] == "string" and example else rule
-        )
+    kinds = schema["type"]
+    if KINDS.get(type(value)) not in kinds.split("|"):
+        refuse(path, f"must be a string{example}" if kinds == "string" and example else rule)
     if isinstance(value, str):
         validate_string(schema, value, path, rule)
     elif isinstance(value, dict):
         value = validate_object(schema, value, path)
     elif isinstance(value, list):
         value = [validate(schema["items"], item, f"{path}[{i}]") for i, item in enumerate(value)]
-    elif "maximum" in schema and not is_within(schema, value):
-        refuse(path, rule)
+    else:
+        low, high = schema.get("minimum", value), schema.get("maximum", value)
+        if not (low <= value <= high or (value == 0 and schema["zero"])):
+            refuse(path, rule)
     check = schema.get("check")
     return check(value, path) if check else value
-
-
-def is_within(schema: Schema, value: Any) -> bool:
-    return schema["minimum"] <= value <= schema["maximum"] or bool(value == 0 and schema["zero"])
 
 
 def validate_string(schema: Schema, value: str, path: str, rule: str) -> None:
@@ -316,8 +313,7 @@ def validate_string(schema: Schema, value: str, path: str, rule: str) -> None:
 
 
 def validate_object(schema: Schema, value: Json, path: str) -> Json:
-    """Return one object's members that are not null. Raises ApiError (400)."""
-    properties, result = schema.get("properties", {}), {}
+    properties, result = schema["properties"], {}
     prefix = f"{path}." if path else ""
     for name, member in value.items():
         if "names" in schema:
@@ -327,7 +323,7 @@ def validate_object(schema: Schema, value: Json, path: str) -> Json:
         if member is not None:
             rule = schema.get("values") or properties[name]
             result[name] = validate(rule, member, prefix + name)
-    for name in schema.get("required", ()):
+    for name in schema["required"]:
         if name not in result:
             refuse(prefix + name, "is required")
     return result
@@ -337,12 +333,9 @@ def suggest_name(name: str, properties: Json) -> str:
     """Return what to write instead of an unknown name: the nearest known one, or all of them."""
     import difflib  # here: no start should wait for it
 
-    known = {
-        inner: f"{outer}.{inner}"
-        for outer, rule in properties.items()
-        for inner in rule.get("properties", ())
-    }
-    known.update((own, own) for own in properties)
+    rows = properties.items()
+    known = {name: f"{outer}.{name}" for outer, row in rows for name in row.get("properties", ())}
+    known.update(zip(properties, properties))
     word = name[:64].lower()
     nearest = [known[match] for match in difflib.get_close_matches(word, known, 1)]
     for hint in (OTHER_NAMES.get(word, ""), *nearest):
@@ -353,44 +346,35 @@ def suggest_name(name: str, properties: Json) -> str:
 
 # One function for each kind of value; it returns the value's schema.
 def string_schema(
-    pattern: str = TEXT,
-    rule: str = "a string",
-    longest: int = 4096,
-    example: Any = None,
-    **more: Any,
+    pattern: str = TEXT, rule: str = "a string", most: int = 4096, example: Any = None
 ) -> Schema:
-    schema = {"type": "string", "pattern": pattern, "description": rule, "maxLength": longest}
-    return {**schema, "example": example, **more}
+    schema = {"type": "string", "pattern": pattern, "description": rule, "maxLength": most}
+    return {**schema, "example": example}
 
 
 def one_of(*words: str) -> Schema:
     return string_schema("|".join(words), f"one of {', '.join(words)}")
 
 
-def integer_schema(
-    low: float, high: int, zero: str = "", kind: str = "integer", **more: Any
-) -> Schema:
+def integer_schema(low: float, high: int, zero: str = "", kind: str = "integer") -> Schema:
     """zero: what 0 means, if it is allowed outside of the bounds."""
     noun = "an integer" if kind == "integer" else "a number"
     rule = (f"0 ({zero}) or " if zero else "") + f"{noun} from {low:,} to {high:,}"
-    schema = {"type": kind, "description": rule, "minimum": low, "maximum": high, "zero": zero}
-    return {**schema, **more}
+    return {"type": kind, "description": rule, "minimum": low, "maximum": high, "zero": zero}
 
 
-def array_of(item: Schema, **more: Any) -> Schema:
+def array_of(item: Schema, example: Any = None) -> Schema:
     rule = f"an array of {item['type'].replace('|', 's or ')}s"
-    example = [item["example"]] if item.get("example") else None
-    return {"type": "array", "description": rule, "items": item, "example": example, **more}
+    example = example or (item.get("example") and [item["example"]])
+    return {"type": "array", "description": rule, "items": item, "example": example}
 
 
 def map_of(names: Schema, values: Schema, example: Json) -> Schema:
     return {**object_schema("", example), "names": names, "values": values}
 
 
-def object_schema(
-    required: str, example: Any = None, check: Any = None, **properties: Schema
-) -> Schema:
-    schema: Schema = {"type": "object", "description": "a JSON object", "properties": properties}
+def object_schema(required: str, example: Any = None, check: Any = None, **rows: Schema) -> Schema:
+    schema: Schema = {"type": "object", "description": "a JSON object", "properties": rows}
     schema.update(required=required.split(), example=example, check=check)
     return check_schema(schema)
 
@@ -419,10 +403,9 @@ def decode_json(body: bytes) -> Any:
     except json.JSONDecodeError as error:
         octal = re.compile(r"\b0[0-9]+").match(error.doc, max(0, error.pos - 1))
         hint = f'write "{octal[0]}" in quotes' if octal else error.msg
-        place = f"line {error.lineno}, column {error.colno}"
-        raise ApiError(400, f"body: is not JSON: {place}: {hint}") from error
+        refuse("", f"is not JSON: line {error.lineno}, column {error.colno}: {hint}")
     except UnicodeDecodeError as error:
-        raise ApiError(400, f"body: is not UTF-8: {error}") from error
+        refuse("", f"is not UTF-8: {error}")
 
 
 def unique_object(pairs: list[tuple[str, Any]]) -> Json | NotJson:
@@ -436,16 +419,13 @@ def unique_object(pairs: list[tuple[str, Any]]) -> Json | NotJson:
 
 
 def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json:
-    """Return the parameters of a query string, typed as schema says. Raises ApiError (400).
-
-    body: the schema of the route's body, if it takes one; a field of it is no parameter.
-    """
-    pairs: list[tuple[str, Any]] = []
+    """Return a query's typed parameters; a field of the body is refused. Raises ApiError (400)."""
+    rows, pairs = schema["properties"], []
     for part in filter(None, query.split("&")):
         name, _, value = (unquote(raw, errors="replace") for raw in part.partition("="))
-        if name not in schema["properties"] and name in (body or NOTHING)["properties"]:
+        if name not in rows and name in (body or NOTHING)["properties"]:
             refuse(f"query.{name}", f'goes into the body, as in {{"{name}": ...}}')
-        is_boolean = schema["properties"].get(name, {}).get("type") == "boolean"
+        is_boolean = rows.get(name, {}).get("type") == "boolean"
         pairs.append((name, BOOLEANS.get(value.lower(), value) if is_boolean else value))
     parameters = unique_object(pairs)
     if isinstance(parameters, NotJson):
@@ -2545,19 +2525,15 @@ def overwrite(found: int, write: FileWrite) -> None:
 # Request schemas: the tables, the rules between fields, and what a value is to the Engine
 # --------------------------------------------------------------------------------------------------
 
-SIGNALS = (
-    "ABRT|ALRM|BUS|CHLD|CONT|FPE|HUP|ILL|INT|KILL|PIPE|POLL|PROF|QUIT|SEGV|STOP|SYS|TERM|TRAP|TSTP"
-    "|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ"
-)
+SIGNALS = "ABRT|ALRM|BUS|CHLD|CONT|FPE|HUP|ILL|INT|KILL|PIPE|POLL|PROF|QUIT|SEGV|STOP|SYS|TERM|TRAP"
+SIGNALS += "|TSTP|TTIN|TTOU|URG|USR1|USR2|VTALRM|WINCH|XCPU|XFSZ"
 REAL_TIME = r"RTMIN(\+([1-9]|1[0-5]))?|RTMAX(-([1-9]|1[0-4]))?"  # systemd's own is RTMIN+3
 # The distribution project's reference grammar: [domain[:port]/]path[:tag][@digest]
-REPOSITORY = (
-    r"(?:(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?/)?"
-    r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*"
-)
-IMAGE = REPOSITORY + (
-    r"(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?(?:@sha256:[0-9a-f]{64}|@sha512:[0-9a-f]{128})?"
-)
+REGISTRY = r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9.-]*[a-zA-Z0-9])?|\[[0-9a-fA-F:]+\])(?::[0-9]{1,5})?"
+PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
+REPOSITORY = f"(?:{REGISTRY}/)?{PART}(?:/{PART})*"
+IMAGE = REPOSITORY + "(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?"
+IMAGE += "(?:@sha256:[0-9a-f]{64}|@sha512:[0-9a-f]{128})?"
 IMAGE_ID = "(?:sha256:)?[0-9a-f]{64}"
 IMAGE_RULE = "an image such as nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
 NO_LIMIT = "no limit"
@@ -2582,6 +2558,14 @@ def check_ip(address: str, path: str, also: str | None = None) -> str:
     return address
 
 
+def check_subnet(subnet: str, path: str) -> str:
+    try:
+        ipaddress.ip_network(subnet)
+    except ValueError as error:
+        refuse(path, f"must be a subnet, such as 172.30.0.0/16: {error}")
+    return subnet
+
+
 def check_volume(volume: Json, path: str) -> Json:
     """Return volume with its type, and a bind's source without a slash at its end."""
     source = volume.get("source", "")
@@ -2589,9 +2573,8 @@ def check_volume(volume: Json, path: str) -> Json:
     pattern, rule = SOURCES[kind]
     if not re.fullmatch(pattern, source):
         refuse(f"{path}.source", f"must be {rule} (type {kind})")
-    for name in sorted({"size_mb", "mode"} & volume.keys()):
-        if kind != "tmpfs":
-            refuse(f"{path}.{name}", "goes only with a tmpfs")
+    if kind != "tmpfs" and (extra := {"size_mb", "mode"} & volume.keys()):
+        refuse(f"{path}.{min(extra)}", "goes only with a tmpfs")
     return {**volume, "source": source.rstrip("/") or "/"} if kind == "bind" else volume
 
 
@@ -2606,7 +2589,7 @@ def check_ulimit(limit: Any, path: str) -> list[int]:
 def check_health(health: Json, path: str) -> Json:
     """Return health without a `disable` that is false."""
     health = {name: value for name, value in health.items() if value is not False}
-    given = [name for name in ("cmd", "shell", "disable") if name in health]
+    given = {"cmd", "shell", "disable"} & health.keys()
     if len(given) > 1 or ("disable" in given and len(health) > 1):
         refuse(path, "must have one of cmd, shell and disable, and times only with the first two")
     if health.get("cmd") == []:
@@ -2652,26 +2635,10 @@ def check_create(body: Json, path: str) -> Json:
 
 
 def check_run(body: Json, path: str) -> Json:
-    if "auto_remove" in body:
-        refuse("auto_remove", "must be left out: the container of a run is always removed")
     if body.get("restart_policy", {"name": "no"})["name"] != "no":
         refuse("restart_policy.name", "must be no: a run ends once")
     if body.get("log", {}).get("driver") == "none":
         refuse("log.driver", "must not be none: a run's lines are read from its log")
-    return check_create(body, path)
-
-
-def check_subnet(subnet: str, path: str) -> str:
-    try:
-        ipaddress.ip_network(subnet)
-    except ValueError as error:
-        refuse(path, f"must be a subnet, such as 172.30.0.0/16: {error}")
-    return subnet
-
-
-def check_deploy(body: Json, path: str) -> Json:
-    if "auto_remove" in body:
-        refuse("auto_remove", "must be absent: nothing could bring the container back")
     return check_create(body, path)
 
 
@@ -2680,29 +2647,25 @@ def times(unit: int) -> Callable[[Any], int]:
     return lambda amount: round(amount * unit) if amount > 0 else int(amount)  # -1: no limit
 
 
-def engine_ports(ports: list[Json]) -> dict[str, list[dict[str, str]]]:
+def engine_ports(ports: list[Json]) -> Json:
     """Return the Engine's PortBindings: {"80/tcp": [{"HostIp": "", "HostPort": "8080"}]}."""
-    bindings: dict[str, list[dict[str, str]]] = {}
+    bindings: Json = {}
     for port in ports:
-        binding = {"HostIp": port["host_ip"], "HostPort": str(port["host_port"] or "")}
-        exposed = f"{port['container_port']}/{port['protocol']}"
-        bindings.setdefault(exposed, []).append(binding)
+        places = bindings.setdefault(f"{port['container_port']}/{port['protocol']}", [])
+        places.append({"HostIp": port["host_ip"], "HostPort": str(port["host_port"] or "")})
     return bindings
 
 
-def engine_mounts(volumes: list[Json]) -> list[Json]:
-    """Return the Engine's Mounts. Not Binds: no colon in a path can become an option."""
-    mounts: list[Json] = []
-    for volume in volumes:
-        mount = {"Type": volume["type"], "Source": volume.get("source", "")}
-        mount.update(Target=volume["target"], ReadOnly=volume.get("read_only", False))
-        if volume.get("non_recursive"):  # set by the policy, never by a client
-            mount["BindOptions"] = {"NonRecursive": True}
-        if volume["type"] == "tmpfs":
-            size, mode = volume.get("size_mb", 0) * 2**20, int(volume.get("mode", "0"), 8)
-            mount["TmpfsOptions"] = {"SizeBytes": size, "Mode": mode}
-        mounts.append(mount)
-    return mounts
+def engine_mount(volume: Json) -> Json:
+    """Return one of the Engine's Mounts. Not Binds: no colon in a path can become an option."""
+    mount: Json = {"Type": volume["type"], "Source": volume.get("source", "")}
+    mount.update(Target=volume["target"], ReadOnly=volume.get("read_only", False))
+    if volume.get("non_recursive"):  # set by the policy, never by a client
+        mount["BindOptions"] = {"NonRecursive": True}
+    if volume["type"] == "tmpfs":
+        size, mode = volume.get("size_mb", 0) * 2**20, int(volume.get("mode", "0"), 8)
+        mount["TmpfsOptions"] = {"SizeBytes": size, "Mode": mode}
+    return mount
 
 
 def engine_endpoint(networks: list[Json]) -> Json:
@@ -2714,17 +2677,11 @@ def engine_ulimits(limits: Json) -> list[Json]:
     return [{"Name": name, "Soft": soft, "Hard": hard} for name, (soft, hard) in limits.items()]
 
 
-def engine_hosts(hosts: Json) -> list[str]:
-    return [f"{name}:{address}" for name, address in hosts.items()]
-
-
-def engine_devices(texts: list[str]) -> list[Json]:
-    """Return the Engine's device mappings of /dev/a[:/dev/b][:rwm]."""
-    devices = []
-    for host, inside, access in (re.findall(DEVICE_PATTERN, text)[0] for text in texts):
-        devices.append({"PathOnHost": host, "PathInContainer": inside or host})
-        devices[-1]["CgroupPermissions"] = access or "rwm"
-    return devices
+def engine_device(text: str) -> Json:
+    """Return the Engine's device mapping of /dev/a[:/dev/b][:rwm]."""
+    host, inside, access = re.findall(DEVICE_PATTERN, text)[0]
+    paths = {"PathOnHost": host, "PathInContainer": inside or host}
+    return {**paths, "CgroupPermissions": access or "rwm"}
 
 
 def engine_gpus(gpus: Any) -> list[Json]:
@@ -2736,17 +2693,17 @@ def signal_name(word: str) -> str:
     return "SIG" + word.upper().removeprefix("SIG")
 
 
-def at(place: str, schema: Schema, convert: Any = None, since: int = 0) -> Schema:
-    """Return schema as a row of CREATE.
+def absent(rule: str) -> Schema:
+    return {**BOOLEAN, "check": lambda value, path: refuse(path, rule)}
 
-    place: where the value goes in the Engine's request. convert: makes the Engine's value of ours.
-    since: the API that knows it, 41 for 1.41.
-    """
+
+def at(place: str, schema: Schema, convert: Any = None, since: int = 0) -> Schema:
+    """Return a row of CREATE: its place in the Engine's request, its value there, its first API."""
     return {**schema, "place": place, "convert": convert, "since": since}
 
 
-STRING = string_schema(longest=MAX_BODY)
-STRINGS = array_of(STRING, example=["sleep", "60"])
+STRING = string_schema(most=MAX_BODY)
+STRINGS = array_of(STRING, ["sleep", "60"])
 BOOLEAN = {"type": "boolean", "description": "true or false"}
 PORT = string_schema("[0-9]+", "a port from 1 to 65535, in ASCII digits", 15)
 PORT.update(type="string|integer", check=check_port)
@@ -2754,26 +2711,26 @@ HOST_PORT = {**PORT, "pattern": "[0-9]*", "check": functools.partial(check_port,
 SIGNAL = string_schema(f"(?ai:(SIG)?({SIGNALS}))", "a POSIX signal name", 16, "SIGTERM")
 STOP_SIGNAL = {**SIGNAL, "pattern": f"(?ai:(SIG)?({SIGNALS}|{REAL_TIME}))"}
 USER_ID = integer_schema(0, 2**32 - 2)  # one more means "no change"
+COUNT = integer_schema(0, 2**31 - 1)
+MEGABYTES = integer_schema(0, 2**40)
 PLATFORM = string_schema(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch such as linux/amd64", 64)
+NAMED_IMAGE = string_schema(IMAGE, IMAGE_RULE, 512)
+ANY_IMAGE = {**NAMED_IMAGE, "pattern": f"{IMAGE}|{IMAGE_ID}"}
 OWN_LABEL_RULE = f"a label that does not begin with {OWN_LABELS}, as the agent's own do"
 LABEL = string_schema(rf"(?s:(?!{re.escape(OWN_LABELS)}).*)", OWN_LABEL_RULE, MAX_BODY)
 LABELS = map_of(LABEL, STRING, {"com.example.team": "web"})
 HOST_PATTERN = "[a-zA-Z0-9_]([a-zA-Z0-9_.-]*[a-zA-Z0-9_])?"
 HOST_NAME = string_schema(HOST_PATTERN, "letters, digits, '.', '-' and '_'", 64)
-IP = string_schema(TEXT, "an IP address", 45, "10.0.0.5", check=check_ip)
+IP = {**string_schema(TEXT, "an IP address", 45, "10.0.0.5"), "check": check_ip}
 HOST_IP = {**IP, "check": functools.partial(check_ip, also="host-gateway")}
 HOSTS = map_of(HOST_NAME, HOST_IP, {"db": "10.0.0.5"})
-NAME = string_schema(
-    "[a-zA-Z0-9][a-zA-Z0-9_.-]+" + "".join(f"(?<!{re.escape(end)})" for end in HELPER_NAMES),
-    f"at least two {NAME_RULE}, and not end in {', '.join(HELPER_NAMES)}, which deploys use",
-    255,
-)
+NAME_END = f"not end in {', '.join(HELPER_NAMES)}, which deploys use"
+NAME_PATTERN = f"(?!.*{HELPER_NAME.pattern})[a-zA-Z0-9][a-zA-Z0-9_.-]+"
+NAME = string_schema(NAME_PATTERN, f"at least two {NAME_RULE}, and {NAME_END}", 255)
 NETWORK_NAME = string_schema(CONTAINER, f"a network's name: {NAME_RULE}", 255, "front")
 MODE_RULE = "bridge, host, none, container:ID or a network's name"
 NETWORK_MODE = string_schema(f"(container:)?{CONTAINER}", MODE_RULE)
 CAPABILITIES = array_of(string_schema("[A-Za-z][A-Za-z0-9_]*", "a capability", 64, "ALL"))
-# A hundredth is the Engine's own floor; much less would round to "no limit".
-CPUS = integer_schema(0.01, 10**6, NO_LIMIT, "integer|number")
 SECONDS = integer_schema(0.001, 10**6, "the image's own", "integer|number")
 ULIMIT = {**array_of(integer_schema(-1, 2**63 - 1)), **integer_schema(-1, 2**63 - 1)}
 ULIMIT.update(type="integer|array", description=ULIMIT_RULE, check=check_ulimit)
@@ -2786,36 +2743,73 @@ SYSCTL = string_schema("[a-zA-Z0-9_./-]+", "a sysctl")
 SYSCTLS = map_of(SYSCTL, STRING, {"net.core.somaxconn": "1024"})
 SHARED = f"host|container:{CONTAINER}"  # the host's or another container's namespace
 IPC_RULE = "host, none, private, shareable or container:ID"
-IPC_MODE = string_schema(f"{SHARED}|none|private|shareable", IPC_RULE)
 
 PORTS = object_schema(
     "container_port",
     {"container_port": 80, "host_port": 8080},
+    lambda port, path: {"host_port": 0, "protocol": "tcp", "host_ip": "", **port},
     container_port=PORT,
     host_port=HOST_PORT,
     protocol=one_of("tcp", "udp", "sctp"),
     host_ip=IP,
-    check=lambda port, path: {"host_port": 0, "protocol": "tcp", "host_ip": "", **port},
 )
 VOLUMES = object_schema(
     "target",
     {"source": "/data", "target": "/data"},
+    check_volume,
     source=string_schema("(?s:.+)", "a path or a volume's name"),
     target=string_schema(r"/+[^/](?s:.*)", "an absolute path other than /"),
     read_only=BOOLEAN,
     type=one_of("bind", "volume", "tmpfs"),
-    size_mb=integer_schema(0, 2**40),
+    size_mb=MEGABYTES,
     mode=string_schema("0*[1-7][0-7]{0,3}", "an octal mode up to 7777", 15, "1777"),
-    check=check_volume,
 )
 JOINED = object_schema("name", name=NETWORK_NAME, aliases=array_of(HOST_NAME))
 JOINED.update({**NETWORK_NAME, "type": "string|object", "check": check_network})
 
 # Each field of a create is one row: its place in the Engine's request is below its parent's.
+RESTART_POLICY = object_schema(
+    "name",
+    {"name": "always"},
+    name=at("Name", one_of("no", "always", "on-failure", "unless-stopped")),
+    max_retry_count=at("MaximumRetryCount", COUNT),
+)
+RESOURCES = object_schema(
+    "",
+    {"cpus": 1.5, "memory_mb": 512},
+    # A hundredth is the Engine's own floor; much less would round to "no limit".
+    cpus=at("NanoCpus", integer_schema(0.01, 10**6, NO_LIMIT, "integer|number"), times(10**9), 25),
+    memory_mb=at("Memory", integer_schema(6, 2**40, NO_LIMIT), times(2**20)),
+    memory_swap_mb=at("MemorySwap", integer_schema(-1, 2**40), times(2**20)),
+    cpu_shares=at("CpuShares", integer_schema(2, 262_144, NO_LIMIT)),
+    pids=at("PidsLimit", integer_schema(1, 2**22, NO_LIMIT), since=23),
+    shm_size_mb=at("ShmSize", MEGABYTES, times(2**20), since=22),
+    ulimits=at("Ulimits", ULIMITS, engine_ulimits),
+)
+HEALTHCHECK = object_schema(
+    "",
+    {"cmd": ["curl", "-f", "http://localhost/"], "interval": 10},
+    check_health,
+    cmd=at("Test", STRINGS, lambda cmd: ["CMD", *cmd]),
+    shell=at("Test", STRING, lambda shell: ["CMD-SHELL", shell]),
+    disable=at("Test", BOOLEAN, lambda disable: ["NONE"]),
+    interval=at("Interval", SECONDS, times(10**9)),
+    timeout=at("Timeout", SECONDS, times(10**9)),
+    start_period=at("StartPeriod", SECONDS, times(10**9), since=29),
+    retries=at("Retries", COUNT),
+)
+LOG = object_schema(
+    "",
+    {"driver": "json-file", "max_size_mb": 10, "max_files": 3},
+    driver=at("Type", string_schema("[a-zA-Z0-9_./:-]+", "a log driver")),
+    max_size_mb=at("Config.max-size", integer_schema(1, 2**20), "{}m".format),
+    max_files=at("Config.max-file", integer_schema(1, 10_000), str),
+)
 CREATE = object_schema(
     "image",
     {"image": "nginx:1.27"},
-    image=at("Image", string_schema(f"{IMAGE}|{IMAGE_ID}", IMAGE_RULE, 512)),
+    check_create,
+    image=at("Image", ANY_IMAGE),
     name=at("query.name", NAME),
     cmd=at("Cmd", STRINGS),
     entrypoint=at("Entrypoint", STRINGS),
@@ -2825,58 +2819,13 @@ CREATE = object_schema(
     user=at("User", string_schema(r"[^\s:]+(:[^\s:]+)?", "user or user:group", 255, "1000:1000")),
     hostname=at("Hostname", HOST_NAME),
     ports=at("HostConfig.PortBindings", array_of(PORTS), engine_ports),
-    volumes=at("HostConfig.Mounts", array_of(VOLUMES), engine_mounts, since=25),
+    volumes=at("HostConfig.Mounts", array_of(VOLUMES), lambda v: [*map(engine_mount, v)], since=25),
     networks=at("NetworkingConfig.EndpointsConfig", array_of(JOINED), engine_endpoint),
     network_mode=at("HostConfig.NetworkMode", NETWORK_MODE),
-    restart_policy=at(
-        "HostConfig.RestartPolicy",
-        object_schema(
-            "name",
-            {"name": "always"},
-            name=at("Name", one_of("no", "always", "on-failure", "unless-stopped")),
-            max_retry_count=at("MaximumRetryCount", integer_schema(0, 2**31 - 1)),
-        ),
-    ),
-    resources=at(
-        "HostConfig",
-        object_schema(
-            "",
-            {"cpus": 1.5, "memory_mb": 512},
-            cpus=at("NanoCpus", CPUS, times(10**9), since=25),
-            memory_mb=at("Memory", integer_schema(6, 2**40, NO_LIMIT), times(2**20)),
-            memory_swap_mb=at("MemorySwap", integer_schema(-1, 2**40), times(2**20)),
-            cpu_shares=at("CpuShares", integer_schema(2, 262_144, NO_LIMIT)),
-            pids=at("PidsLimit", integer_schema(1, 2**22, NO_LIMIT), since=23),
-            shm_size_mb=at("ShmSize", integer_schema(0, 2**40), times(2**20), since=22),
-            ulimits=at("Ulimits", ULIMITS, engine_ulimits),
-        ),
-    ),
-    healthcheck=at(
-        "Healthcheck",
-        object_schema(
-            "",
-            {"cmd": ["curl", "-f", "http://localhost/"], "interval": 10},
-            cmd=at("Test", STRINGS, lambda cmd: ["CMD", *cmd]),
-            shell=at("Test", STRING, lambda shell: ["CMD-SHELL", shell]),
-            disable=at("Test", BOOLEAN, lambda disable: ["NONE"]),
-            interval=at("Interval", SECONDS, times(10**9)),
-            timeout=at("Timeout", SECONDS, times(10**9)),
-            start_period=at("StartPeriod", SECONDS, times(10**9), since=29),
-            retries=at("Retries", integer_schema(0, 2**31 - 1)),
-            check=check_health,
-        ),
-        since=24,
-    ),
-    log=at(
-        "HostConfig.LogConfig",
-        object_schema(
-            "",
-            {"driver": "json-file", "max_size_mb": 10, "max_files": 3},
-            driver=at("Type", string_schema("[a-zA-Z0-9_./:-]+", "a log driver")),
-            max_size_mb=at("Config.max-size", integer_schema(1, 2**20), "{}m".format),
-            max_files=at("Config.max-file", integer_schema(1, 10_000), str),
-        ),
-    ),
+    restart_policy=at("HostConfig.RestartPolicy", RESTART_POLICY),
+    resources=at("HostConfig", RESOURCES),
+    healthcheck=at("Healthcheck", HEALTHCHECK, since=24),
+    log=at("HostConfig.LogConfig", LOG),
     init=at("HostConfig.Init", BOOLEAN, since=25),
     tty=at("Tty", BOOLEAN),
     read_only=at("HostConfig.ReadonlyRootfs", BOOLEAN),
@@ -2884,7 +2833,7 @@ CREATE = object_schema(
     no_new_privileges=at("HostConfig.SecurityOpt", BOOLEAN, lambda on: ["no-new-privileges"] * on),
     stop_signal=at("StopSignal", STOP_SIGNAL, signal_name, since=21),
     stop_timeout=at("StopTimeout", integer_schema(0, MAX_STOP), since=25),
-    extra_hosts=at("HostConfig.ExtraHosts", HOSTS, engine_hosts),
+    extra_hosts=at("HostConfig.ExtraHosts", HOSTS, lambda hosts: [*map(":".join, hosts.items())]),
     dns=at("HostConfig.Dns", array_of(IP)),
     platform=at("query.platform", PLATFORM, since=41),
     auto_remove=at("HostConfig.AutoRemove", BOOLEAN, since=25),
@@ -2892,30 +2841,22 @@ CREATE = object_schema(
     # For the master key alone: LIMITED_FIELDS has none of these.
     privileged=at("HostConfig.Privileged", BOOLEAN),
     cap_add=at("HostConfig.CapAdd", CAPABILITIES),
-    devices=at("HostConfig.Devices", array_of(DEVICE), engine_devices),
+    devices=at("HostConfig.Devices", array_of(DEVICE), lambda d: [*map(engine_device, d)]),
     gpus=at("HostConfig.DeviceRequests", GPUS, engine_gpus, since=40),
-    security_opt=at("HostConfig.SecurityOpt", array_of(STRING, example=["seccomp=unconfined"])),
+    security_opt=at("HostConfig.SecurityOpt", array_of(STRING, ["seccomp=unconfined"])),
     sysctls=at("HostConfig.Sysctls", SYSCTLS, since=23),
     pid_mode=at("HostConfig.PidMode", string_schema(SHARED, "host or container:ID")),
-    ipc_mode=at("HostConfig.IpcMode", IPC_MODE),
-    check=check_create,
+    ipc_mode=at("HostConfig.IpcMode", string_schema(f"{SHARED}|none|private|shareable", IPC_RULE)),
 )
-RUN = object_schema(
-    "image",
-    {"image": "nginx:1.27", "cmd": ["nginx", "-t"]},
-    timeout=integer_schema(1, MAX_STOP),
-    **CREATE["properties"],
-    check=check_run,
-)
+RUN_ROWS = {"timeout": integer_schema(1, MAX_STOP), **CREATE["properties"]}
+RUN_ROWS["auto_remove"] = absent("must be left out: the container of a run is always removed")
+RUN = object_schema("image", {"image": "nginx:1.27", "cmd": ["nginx", "-t"]}, check_run, **RUN_ROWS)
 GATE_TIME = {"type": "integer|number", "description": "a number of seconds", "example": 10}
 GATE_TIME.update(minimum=0, maximum=MAX_GATE)
-DEPLOY = object_schema(
-    "image",
-    example={"image": "nginx:1.27"},
-    check=check_deploy,
-    deploy=object_schema("", timeout=GATE_TIME, stable=GATE_TIME),
-    **{field: schema for field, schema in CREATE["properties"].items() if field != "name"},
-)
+DEPLOY_ROWS = {"deploy": object_schema("", timeout=GATE_TIME, stable=GATE_TIME)}
+DEPLOY_ROWS.update((name, row) for name, row in CREATE["properties"].items() if name != "name")
+DEPLOY_ROWS["auto_remove"] = absent("must be absent: nothing could bring the container back")
+DEPLOY = object_schema("image", {"image": "nginx:1.27"}, check_create, **DEPLOY_ROWS)
 DEPLOY_QUERY = object_schema("", adopt=BOOLEAN)
 POLICY = object_schema("Name", Name=STRING, MaximumRetryCount=integer_schema(0, 2**63 - 1))
 # What the labels that hold JSON hold.
@@ -2924,9 +2865,7 @@ JOURNAL = {
     "was": object_schema("running restart", running=BOOLEAN, restart=POLICY),
     "gate": object_schema("timeout stable", timeout=GATE_TIME, stable=GATE_TIME),
 }
-PULL = object_schema(
-    "image", {"image": "nginx:1.27"}, image=string_schema(IMAGE, IMAGE_RULE, 512), platform=PLATFORM
-)
+PULL = object_schema("image", {"image": "nginx:1.27"}, image=NAMED_IMAGE, platform=PLATFORM)
 STOP = object_schema("", timeout=integer_schema(0, MAX_STOP), signal=SIGNAL)
 KILL = object_schema("", signal=SIGNAL)
 FILE_PATH = string_schema("(?s:.*)", "an absolute path", MAX_PATH, "/etc/app.conf")
@@ -2942,51 +2881,34 @@ FILE = object_schema(
     gid=USER_ID,
     atomic=BOOLEAN,
 )
-PRUNE = object_schema(
-    "",
-    repository=string_schema(REPOSITORY, "a repository without a tag", 255, "ghcr.io/acme/web"),
-    keep=integer_schema(0, 1000),
-    dry_run=BOOLEAN,
-)
-IMAGE_QUERY = object_schema("image", image=CREATE["properties"]["image"])
+WITHOUT_TAG = string_schema(REPOSITORY, "a repository without a tag", 255, "ghcr.io/acme/web")
+PRUNE = object_schema("", repository=WITHOUT_TAG, keep=integer_schema(0, 1000), dry_run=BOOLEAN)
+IMAGE_QUERY = object_schema("image", image=ANY_IMAGE)
 SUBNET = string_schema("[0-9a-fA-F.:]+/[0-9]{1,3}", "a subnet", 64, "172.30.0.0/16")
+SUBNET["check"] = check_subnet
 NEW_NETWORK = object_schema(
-    "name",
-    {"name": "front"},
-    name=NETWORK_NAME,
-    internal=BOOLEAN,
-    subnet={**SUBNET, "check": check_subnet},
-    labels=LABELS,
+    "name", {"name": "front"}, name=NETWORK_NAME, internal=BOOLEAN, subnet=SUBNET, labels=LABELS
 )
-LIST_QUERY = object_schema(
-    "",
-    all=BOOLEAN,
-    label=string_schema("(?s:[^=]+(=.*)?)", "key or key=value"),
-    name=string_schema("(?s:.+)", "a part of a container's name"),
-)
+LABEL_QUERY = string_schema("(?s:[^=]+(=.*)?)", "key or key=value")
+NAME_QUERY = string_schema("(?s:.+)", "a part of a container's name")
+LIST_QUERY = object_schema("", all=BOOLEAN, label=LABEL_QUERY, name=NAME_QUERY)
 REMOVE_QUERY = object_schema("", force=BOOLEAN, v=BOOLEAN)
+TIMES = dict.fromkeys(("since", "until"), string_schema(most=64))
 LOGS_QUERY = object_schema(
     "",
     follow=BOOLEAN,
     tail=string_schema("all|[0-9]{1,9}", "all or an integer of at least 0"),
-    since=string_schema(longest=64),
-    until=string_schema(longest=64),
-    timestamps=BOOLEAN,
-    stdout=BOOLEAN,
-    stderr=BOOLEAN,
+    **TIMES,
+    **dict.fromkeys(("timestamps", "stdout", "stderr"), BOOLEAN),
     format=one_of("text", "json"),
     last_event_id=string_schema(EVENT_ID, "an id that a log stream sent: 1700000000.000000000-1"),
 )
-
 STATS_QUERY = object_schema("", follow=BOOLEAN)
+EVENT_TYPES = "container image network volume daemon builder plugin service node secret config"
 EVENTS_QUERY = object_schema(
     "",
-    since=string_schema(longest=64),
-    until=string_schema(longest=64),
-    type=one_of(
-        *("container", "image", "network", "volume", "daemon", "builder", "plugin"),
-        *("service", "node", "secret", "config"),
-    ),
+    **TIMES,
+    type=one_of(*EVENT_TYPES.split()),
     action=string_schema("(?s:.+)", "an action such as die", 512),
     container=string_schema(CONTAINER, f"a container's id or name: {NAME_RULE}", 255),
     last_event_id=string_schema(ENGINE_EVENT_ID, "an id such as 1700000000000000000-1"),
