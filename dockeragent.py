@@ -1,30 +1,45 @@
 #!/usr/bin/env python3
-"""dockeragent: a small, safe HTTP API in front of one Docker Engine.
+"""dockeragent: a small, safe HTTP API for one Docker Engine.
 
-    API_KEY=... python3 dockeragent.py
+    API_KEY_FILE=agent.key python3 -I dockeragent.py
 
-Whoever holds the key is root on the host: creating a container can mount the host's filesystem,
-and POST /api/v1/files writes any file under HOST_ROOT. There are no users, no roles, no sandbox.
+Whoever has the master key is root on the host: creating a container can mount the host's
+filesystem, and POST /api/v1/files writes any file under HOST_ROOT. A limited key (KEYS_FILE) may
+do what its entry lists, and is not root.
 
 Trusted: the environment, the Engine, the process's own files. Not trusted: whoever reaches the
-port (before the key is checked), what a container prints, and the tree under HOST_ROOT, where
-somebody else may be swapping folders for links while a file is being written.
+port, the holder of a limited key, what a container prints, an image's own configuration, and the
+tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
-The file reads top to bottom; each section uses only names defined above it:
+The file reads top to bottom; each section uses only names defined above it. What must be trusted
+stands first, up to line 2536, and a reviewer may stop there:
 
-    Constants, Errors, Configuration, Logging, Rate limiter, Validation, Request schemas,
-    Sockets, Engine client, Containers and images, Files, Logs, Endpoints, Routes,
-    HTTP handler, Server, Command line
+    Constants, Errors
+    B, what decides for a key: Validation, Keys and policy, Configuration
+    A, what a client without a key reaches: Logging, Rate limiter, Sockets, HTTP handler, Server
+       (between them, for a client with a key: Requests)
+    C, what touches the host's files: Files
+
+Nothing up to there names what comes after it: Server is handed the table of routes, and `decide`
+is handed a function that asks the Engine. What comes after is reached by a checked request only,
+and speaks to nobody but the Engine:
+
+    Request schemas, Engine client, Containers and images, Images, Logs, Deploy, One-off runs,
+    Sight, Endpoints, Routes, Command line
+
+Of that, `send_create` (what a limited key's image brings) and Deployment.recover (which acts on
+names that a limited key chose) deserve a look all the same.
 
 Invariants, each stated again on the line that keeps it:
- 1. The key is compared in one place, on bytes, in constant time; without it only /health answers.
- 2. A request head is matched byte for byte by the grammar below before any other code sees it, and
-    unread body bytes always close the connection.
+ 1. Keys are compared in one place, as digests, in constant time; without one only /health answers.
+ 2. A request's head is matched byte for byte by the grammar below before any other code sees it,
+    and unread body bytes always close the connection.
  3. No size, count or wait comes from a peer without a constant that bounds it.
  4. No path is checked and then used: the walk that checks is the walk that opens.
  5. Container output reaches an event stream only through the function that splits CR.
- 6. Ids and names match a regex before they are put in an Engine URL, and are quoted there.
- 7. The key, request bodies and file contents never reach a log line.
+ 6. Ids and names match a pattern before they are put in an Engine URL, and are quoted there.
+ 7. Keys, request bodies and file contents never reach a log line, nor does anything that a client
+    without a key sent but its method and X-Request-ID.
 """
 
 from __future__ import annotations
@@ -71,7 +86,7 @@ from urllib.parse import quote, unquote, urlencode
 # Constants: every limit and wait, with its unit and reason; the grammars
 # --------------------------------------------------------------------------------------------------
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 API = "/api/v1"
 
 # What a client may send, and how long it may take (seconds, for the whole step, not per read).
@@ -188,7 +203,7 @@ ENGINE_EVENT_ID = r"([0-9]{1,19})-[1-9][0-9]{0,14}"
 
 # Python's phrases changed between 3.9 and 3.13 (413, 414, 416, 422); these are RFC 9110's.
 PHRASES = {status.value: status.phrase for status in http.HTTPStatus}
-PHRASES.update({413: "Content Too Large", 414: "URI Too Long"})
+PHRASES.update({413: "Content Too Large", 414: "URI Too Long", 422: "Unprocessable Content"})
 
 # --------------------------------------------------------------------------------------------------
 # Errors: one class a client is told about, one envelope

@@ -8614,9 +8614,6 @@ def test_readme_and_help_have_every_variable_and_its_default() -> None:
     rows = table_rows(readme_section("## Configuration"))
     found = [(row[0].strip("`"), row[1].strip("`")) for row in rows]
     assert found == [(setting.name, setting.default or "-") for setting in da.SETTINGS]
-    assert [setting.name.lower() for setting in da.SETTINGS] == list(da.Config._fields)[
-        : len(found)
-    ]
     for setting in da.SETTINGS:
         assert f"  {setting.name} " in da.usage()
 
@@ -8642,7 +8639,7 @@ def test_readme_has_every_field(schema: str) -> None:
 
 def test_readme_has_the_numbers_of_the_constants() -> None:
     rows = table_rows(readme_section("## Errors, limits and timeouts"))
-    assert len(rows) > 20
+    assert len(rows) > 15
     for what, limit, _, constant in rows:
         value = getattr(da, constant.strip("`"))
         forms = [f"{value:g} s"] if isinstance(value, float) else [f"{value:,}"]
@@ -8693,32 +8690,6 @@ def test_importing_the_file_does_nothing_but_define_names() -> None:
     assert (result.stdout, result.stderr) == ("[] 1\n", "")
 
 
-def test_readme_session_works(engine: RealEngine, name: str, tmp_path: Path) -> None:
-    [session] = readme_blocks("# dockeragent", "console")[:1]
-    port, lines = str(free_port()), []
-    for line in re.findall(r"(?m)^\$ (.*)", session):
-        line = line.replace("3000", port).replace("clock", name).replace('"busybox"', f'"{IMAGE}"')
-        line = line.replace("python3 dockeragent.py", f"{sys.executable} {SOURCE}")
-        line = re.sub(r"^curl -N (.*)", r"{ timeout 3 curl -sSN \1 || [ $? = 124 ]; }", line)
-        lines.append(re.sub(r"^curl ", "curl -fsS ", line))
-        if line.endswith("&"):
-            lines.append(
-                f"trap 'kill $!; wait' EXIT; until curl -s 127.0.0.1:{port}; do sleep 0.05; done"
-            )
-    output = shell("\n".join(lines), tmp_path)
-    for promised in ('"connected"', '"warnings":[]', "retry: 3000", "data: ", "stopped", "removed"):
-        assert promised in output
-
-
-def test_readme_command_for_a_fresh_machine_works(engine: RealEngine, tmp_path: Path) -> None:
-    command = readme_blocks("# dockeragent", "sh")[0].replace("dockeragent.py", str(SOURCE))
-    command = command.replace("python3", f"timeout -s TERM 2 {sys.executable}")
-    output = shell(command.rstrip() + " || [ $? = 124 ]", tmp_path, LISTEN_ADDR="127.0.0.1:0")
-    assert '"listening"' in output
-    assert '"stopped"' in output
-    assert stat.S_IMODE((tmp_path / "dockeragent.key").stat().st_mode) == 0o600
-
-
 @contextlib.contextmanager
 def readme_registry(folder: Path) -> Iterator[str]:
     """A registry on loopback that has the test image; yields what to write before its name."""
@@ -8742,22 +8713,39 @@ def readme_registry(folder: Path) -> Iterator[str]:
             process.terminate()
 
 
-def test_readme_api_commands_work(engine: RealEngine, name: str, tmp_path: Path) -> None:
-    script = "\n".join(readme_blocks("## API", "sh"))
-    assert script.count("curl") >= 18
-    with readme_registry(tmp_path) as registry, Agent(HOST_ROOT=str(tmp_path)) as agent:
-        script = script.replace("http://127.0.0.1:3000", f"http://127.0.0.1:{agent.port}")
-        script = script.replace("busybox:", f"{registry}busybox:")
-        script = script.replace('"busybox"', f'"{IMAGE}"')
-        script = script.replace("containers/clock", f"containers/{name}")
-        script = script.replace('"clock"', f'"{name}"').replace("curl ", "curl -fsS --max-time 30 ")
-        url = f"http://127.0.0.1:{agent.port}/api/v1"
-        output = shell(script, tmp_path, A=url, H=f"X-API-Key: {KEY}")
+def test_readme_commands_work_pasted_into_one_shell(
+    engine: RealEngine, name: str, tmp_path: Path
+) -> None:
+    sections = ("## Start", "## A day with it", "## Keys", "## API")
+    script = "\n".join(block for at in sections for block in readme_blocks(at, "sh"))
+    assert script.count("curl") >= 45
+    shutil.copy(SOURCE, tmp_path / "dockeragent.py")
+    # A file beside the agent must not take a library's place.
+    (tmp_path / "json.py").write_text("raise SystemExit('imported')")
+    port = str(free_port())
+    with readme_registry(tmp_path) as registry:
+        image = f'"{registry}busybox:latest"'
+        script = re.sub('"busybox(:latest)?"', image, script).replace("3000", port)
+        script = re.sub(r"\b(clock|web|api|job|migrate|front|data)\b(?!/v1)", rf"{name}-\1", script)
+        script = script.replace("HOST_ROOT=/ ", f"HOST_ROOT={tmp_path} ")
+        script = re.sub(
+            r"(?m)curl -sS(?!.*echo broken)", "curl --fail-with-body -sS --max-time 60 ", script
+        )
+        ends = f"trap 'kill $(jobs -p); docker rm -fv {name}-clock {name}-web {name}-api' EXIT\n"
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        output = shell(ends + script, tmp_path, timeout=300, TOKEN="token", PATH=path)
+        shell(f"docker volume rm {name}-data", tmp_path)
     for action in ("paused", "unpaused", "restarted", "killed", "started", "stopped", "removed"):
         assert f'"message":"container {action}"' in output
-    for promised in ("event: end", "event: done", '"digest":"sha256:', '"stream":"stdout"'):
-        assert promised in output
-    assert (tmp_path / "etc/clock/clock.conf").read_text() == "zone = UTC\n"
+    for promised in (
+        *("retry: 3000", "event: end", "event: done", "event: step", '"rolled_back":true'),
+        *('"digest":"sha256:', '"stream":"stdout"', '"cpu_percent"', '"exit_code":3', "zone = UTC"),
+        *('"networks":', '"volumes":', '"images":', '"removed":', "container_state{", '"sha256"'),
+    ):
+        assert promised in output, promised
+    assert KEY not in output and not (tmp_path / "etc" / f"{name}-clock/clock.conf").exists()
+    for private in ("agent.key", "agent.header", "ci.key"):
+        assert stat.S_IMODE((tmp_path / private).stat().st_mode) == 0o600
 
 
 def test_readme_unit_passes_systemd_analyze(tmp_path: Path) -> None:
@@ -8810,7 +8798,9 @@ def test_readme_nginx_passes_lines_on_as_they_come(
                     assert b"event: end" in response.read()
             finally:
                 nginx.terminate()
-        line = until(lambda: [at for at in agent.lines("request") if "follow" in at["path"]], "log")
+        line = until(
+            lambda: [at for at in agent.lines("request") if at["route"].endswith("/logs")], "log"
+        )
         assert line[0]["client_ip"] == "127.0.0.2"
 
 
@@ -8833,26 +8823,26 @@ def agent_image(engine: RealEngine) -> Iterator[str]:
     shell(f"docker rmi -f {tag}", HERE)
 
 
-@pytest.mark.parametrize(
-    ("index", "root"), [(0, True), (1, True), (2, False)], ids=["plain", "hardened", "not root"]
-)
+@pytest.mark.parametrize(("index", "root"), [(0, True), (1, False)], ids=["hardened", "not root"])
 def test_readme_image_runs(
     agent_image: str, engine: RealEngine, name: str, tmp_path: Path, index: int, root: bool
 ) -> None:
     blocks = "\n".join(readme_blocks("### In a container", "sh"))
     runs = re.findall(r"(?ms)^docker run .*?[^\\]$", blocks)
-    (export,) = re.findall("(?m)^export .*$", blocks)
     container, sibling = f"{name}-agent", f"{name}-sibling"
     command = runs[index].replace("--name dockeragent", f"--name {container} --health-interval 1s")
     command = command.replace("127.0.0.1:3000:3000", "127.0.0.1::3000").replace(
-        "/host dockeragent", f"/host {agent_image}"
+        "/host:rslave dockeragent", f"/host:rslave {agent_image}"
     )
     command = re.sub(r"/var/run/docker\.sock(?=:|\))", engine.path, command, count=1 + (not root))
-    (tmp_path / "dockeragent.key").write_text(KEY)
+    install = "".join(re.findall("(?m)^install -m 640 .*\n", blocks))
+    install = install.replace("/var/run/docker.sock", engine.path)
+    (tmp_path / "agent.key").write_text(KEY)
+    (tmp_path / "agent.key").chmod(0o600)
     # Below /tmp, which others may enter, unlike pytest's own folders.
     host = Path(tempfile.mkdtemp(dir="/tmp"))
     try:
-        shell(f"{export}\n{command}", tmp_path)
+        shell(f"{install}{command}", tmp_path)
         until(lambda: engine.inspect(container)["State"]["Health"]["Status"] == "healthy", "health")
         config = engine.inspect(container)
         port = config["NetworkSettings"]["Ports"]["3000/tcp"][0]["HostPort"]
@@ -8893,7 +8883,7 @@ def test_readme_stack_runs(agent_image: str, engine: RealEngine, tmp_path: Path)
     (tmp_path / "stack.yml").write_text(
         stack.replace("/var/run/docker.sock:", f"{engine.path}:", 1)
     )
-    (tmp_path / "dockeragent.key").write_text(KEY + "\n")
+    (tmp_path / "agent.key").write_text(KEY + "\n")
     shell("docker swarm init --advertise-addr 127.0.0.1", tmp_path)
     try:
         commands = commands.replace("stack deploy", "stack deploy --resolve-image never")
