@@ -1066,7 +1066,7 @@ def parse_keys(text: bytes, places: list[str]) -> tuple[Key, ...]:
             refuse(f"{here}.master", "stands with expires alone: a master key has no limits")
         for path in entry.get("binds", []) + entry.get("files", []):
             for real, place in itertools.product((path, os.path.realpath(path)), places):
-                if f"{real}/".startswith(f"{place}/") or f"{place}/".startswith(f"{real}/"):
+                if os.path.commonpath([real, place]) in (real, place):
                     refuse(f"{here}.binds", f"{path} would give away {place}")
         entry = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
         entry["images"] = tuple(map(full_pattern, entry.get("images", ())))
@@ -1091,7 +1091,8 @@ def forbidden_places(values: Json) -> list[str]:
     names = "api_key_file", "keys_file", "tls_cert_file", "tls_key_file", "tls_client_ca_file"
     paths = [values[name] for name in (*names, "docker_cert_path")]
     paths += [values["docker_host"].path, values["listen_addr"].path]
-    places = FORBIDDEN_PATHS + [os.path.abspath(path) for path in paths if path]
+    # abspath leaves two slashes at the beginning as they are.
+    places = FORBIDDEN_PATHS + ["/" + os.path.abspath(path).lstrip("/") for path in paths if path]
     return places + [os.path.realpath(place) for place in places]
 
 
