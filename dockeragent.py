@@ -4665,7 +4665,7 @@ NEXT, PREV, OLD = HELPER_NAMES
 NO_RESTART = {"Name": "no", "MaximumRetryCount": 0}
 NEVER_STARTED = "0001-01-01T00:00:00Z"
 GATE = {"timeout": 60, "stable": 10}  # seconds
-NO_EVIDENCE: Json = {"exit_code": None, "health": None, "logs": []}
+NO_EVIDENCE: Json = {"rolled_back": False, "exit_code": None, "health": None, "logs": []}
 UNREACHABLE = (502, 503, 504)  # statuses of an Engine that has to be waited for
 
 Told = queue.SimpleQueue[tuple[str, Any]]  # events: name and data; the last is "done" or "error"
@@ -4718,10 +4718,8 @@ def health_of(container: Json) -> str:
 
 
 def own_container() -> str:
-    """Return the id of the container that this process runs in, "" for none.
-
-    The Engine mounts these files from a folder named by the id, whatever the network and hostname.
-    """
+    """Return the id of the container that this process runs in, "" for none."""
+    # The Engine mounts these files from a folder named by the id, whatever network and hostname.
     with contextlib.suppress(OSError), open("/proc/self/mountinfo") as file:
         path = r"/([0-9a-f]{64})/\S* /etc/(?:hostname|hosts|resolv\.conf) "
         if match := re.search(path, file.read()):
@@ -4730,10 +4728,7 @@ def own_container() -> str:
 
 
 class Deployment:
-    """The containers of one name, and the steps from one state of their names to the next.
-
-    Each step is one Engine call, and may be the last before a crash.
-    """
+    """The containers of one name; each step is one Engine call, perhaps the last before a crash."""
 
     def __init__(self, engine: Engine, name: str, stopping: threading.Event) -> None:
         """stopping: is set once no swap may begin."""
@@ -4751,11 +4746,6 @@ class Deployment:
         names = {self.name + suffix: suffix for suffix in ("", *HELPER_NAMES)}
         ids = ids_by_name(self.engine, f"^/?({'|'.join(map(re.escape, names))})$")
         return {suffix: ids[name] for name, suffix in names.items() if name in ids}
-
-    def exists(self) -> bool:
-        with contextlib.suppress(EngineError):
-            return "" in self.look()
-        return False
 
     def inspect(self, container: str) -> Json:
         inspected = self.engine.json("GET", container_path(container, "json"))
@@ -4801,10 +4791,7 @@ class Deployment:
             self.warnings.append(f"{self.name}{OLD} could not be removed: {error.message}")
 
     def start(self, new: Found) -> None:
-        """Start the new container and wait until it is healthy or has run long enough.
-
-        Raises GateError, EngineError, and Stopping if it runs while the agent is being stopped.
-        """
+        """Start the new container and pass the gate. Raises GateError, EngineError, Stopping."""
         self.told.put(("step", {"step": "start"}))
         start_container(self.engine, new.id)
         self.pass_gate(new)
@@ -4854,10 +4841,7 @@ class Deployment:
     # Recovery
 
     def roll_back(self, new: Found, old: Found) -> None:
-        """Give the old container back its name, policy and run; remove the new one.
-
-        The new one goes last, because its labels tell how the old one was.
-        """
+        """Give the old container back its name, policy and run; remove the new one."""
         self.told.put(("step", {"step": "rollback"}))
         self.set_restart(new, NO_RESTART)  # a commit may have begun
         self.stop(new)
@@ -4874,18 +4858,16 @@ class Deployment:
                 if error.status in UNREACHABLE:
                     raise
                 self.problem = f"; and the old container does not start: {error.message}"
-        remove_container(self.engine, new.id)
+        remove_container(self.engine, new.id)  # last: its labels tell how the old one was
         self.outcome, self.is_unfinished = "rolled back", False
 
     def judge(self, new: Found, old: Found) -> None:
         """Commit if the new container passes the gate, else roll back."""
-        if self.failed or new.container["State"].get("StartedAt") == NEVER_STARTED:
-            return self.roll_back(new, old)
-        try:
-            self.pass_gate(new)
-        except GateError:
-            return self.roll_back(new, old)
-        return self.commit(new, old)
+        if not self.failed and new.container["State"].get("StartedAt") != NEVER_STARTED:
+            with contextlib.suppress(GateError):
+                self.pass_gate(new)
+                return self.commit(new, old)
+        return self.roll_back(new, old)
 
     def finish(self, new: Found, _: None) -> None:
         """Remove what a first deploy left; start a container that has lost its old one."""
@@ -4916,10 +4898,7 @@ class Deployment:
     }
 
     def recover(self) -> None:
-        """Finish or undo what the names show to be unfinished.
-
-        Raises ApiError (409) for what no deploy has left, and EngineError.
-        """
+        """Finish or undo what is unfinished. Raises ApiError (409) for what no deploy has left."""
         ids = self.look()
         if ids.keys() <= {""}:
             return
@@ -5015,9 +4994,8 @@ class Deployment:
             host["Mounts"] = self.carry_volumes(old, host.get("Mounts", []))
         gate, replaces = {**GATE, **body.get("deploy", {})}, old.id if old else ""
         journal = Journal(self.name, digest, restart_policy(host), replaces, was, gate)
-        texts = {
-            k: v if isinstance(v, str) else json.dumps(v) for k, v in journal._asdict().items()
-        }
+        fields = journal._asdict().items()
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in fields}
         container["Labels"] = {**container.get("Labels", {}), **agent_labels(key, **texts)}
         host["RestartPolicy"] = NO_RESTART
         query["name"] = self.name + NEXT
@@ -5078,7 +5056,7 @@ class Deployment:
 
     def evidence(self, new: Found) -> Json:
         """Return what the Engine knows of a container that failed."""
-        known: Json = {"rolled_back": False, **NO_EVIDENCE}
+        known = dict(NO_EVIDENCE)
         with contextlib.suppress(ApiError):
             container = self.inspect(new.id)
             state, tty = container["State"], bool(container["Config"].get("Tty"))
@@ -5095,10 +5073,7 @@ class Deployment:
         return {**self.describe(found, image), **shown}
 
     def describe(self, found: Found, image: Json) -> Json:
-        """Return a container's id, its image, and that image by the digest that a pull takes.
-
-        image: the one that the tag names now.
-        """
+        """Return a container's id, image and image digest; image: what the tag names now."""
         reference = str(found.container["Config"].get("Image") or "")
         own = require(found.container, "Image", str)
         repository, _ = split_image(reference)
@@ -5124,24 +5099,17 @@ class Deploys:
         return bool(self._busy)
 
     def before_write(self, name: str) -> bool:
-        """Recover what a crash left of a name before its container is changed; return whether.
-
-        Raises ApiError (409) while it is being deployed, and EngineError.
-        """
-        name = HELPER_NAME.sub("", name)
-        self._check_free(name)
-        deployment = Deployment(self._engine, name, self.stopping)
+        """Recover a name before its container is changed; return whether. Raises ApiError."""
+        deployment = Deployment(self._engine, HELPER_NAME.sub("", name), self.stopping)
+        self._check_free(deployment.name)
         if deployment.look().keys() <= {""}:
             return False
-        self._claim(name)
+        self._claim(deployment.name)
         self._run(deployment, functools.partial(self._recover, deployment, retries=False))
         return True
 
     def begin(self, request: Request, auth: str) -> Told:
-        """Start a deploy, which goes on whatever its client does; return its events.
-
-        Raises ApiError: 409 if the name is being deployed already, 503 for too many of a key's.
-        """
+        """Start a deploy, which its client cannot end; return its events. Raises ApiError."""
         deployment = Deployment(self._engine, request.name, self.stopping)
         act = functools.partial(self._deploy, deployment, request, auth)
         self._start(deployment, act, request.key)
@@ -5204,7 +5172,9 @@ class Deploys:
             end = "done", deployment.deploy(request, auth)
         except ApiError as error:
             if isinstance(error, EngineError) and not error.members:  # nothing was touched
-                error.members = {"rolled_back": deployment.exists(), **NO_EVIDENCE}
+                error.members = known = dict(NO_EVIDENCE)
+                with contextlib.suppress(EngineError):
+                    known["rolled_back"] = "" in deployment.look()
             end, fields["error"] = ("error", error), error.message
         self._log("warning" if "error" in fields else "info", "deploy", **fields)
         if deployment.is_unfinished:
@@ -5214,17 +5184,17 @@ class Deploys:
 
     def _recover(self, deployment: Deployment, *, retries: bool = True) -> None:
         """Recover a name and log it. retries: while the Engine is unreachable."""
-        error = None
+        message = ""
         while not self.stopping.is_set():
             try:
                 deployment.recover()
-            except ApiError as failure:
-                error = failure
-            if not (retries and error and error.status in UNREACHABLE):
-                break
-            self.stopping.wait(RECOVERY_INTERVAL)
-            error = None
-        message = error.message if error else "; ".join(deployment.warnings)
+            except ApiError as error:
+                if retries and error.status in UNREACHABLE:
+                    self.stopping.wait(RECOVERY_INTERVAL)
+                    continue
+                message = error.message
+            break
+        message = message or "; ".join(deployment.warnings)
         fields = {"container": deployment.name, "outcome": deployment.outcome, "error": message}
         if deployment.outcome or message:
             self._log("warning", "recovery", **fields)
