@@ -4936,8 +4936,7 @@ class Deployment:
             if running and health_of(old.container) != "unhealthy":
                 return self.answer(old, image, None, changed=False)
         replaced = self.describe(old, image) if old else None
-        new, warnings = self.create(request, digest, image, old)
-        self.warnings += warnings
+        new = self.create(request, digest, image, old)
         try:
             if old:
                 self.swap(new, old)
@@ -4980,10 +4979,8 @@ class Deployment:
             raise ApiError(409, f"{self.name} was not deployed by this agent; {rule}")
         return old
 
-    def create(
-        self, request: Request, digest: str, image: Json, old: Found | None
-    ) -> tuple[Found, list[str]]:
-        """Return the new container, created beside the old one, and warnings. Raises ApiError."""
+    def create(self, request: Request, digest: str, image: Json, old: Found | None) -> Found:
+        """Return the new container, created beside the old one. Raises ApiError."""
         key, body = request.key, request.body
         look_up_networks(self.engine, body)
         query, container = engine_container(self.engine, body)
@@ -5016,7 +5013,8 @@ class Deployment:
                     remove_container(self.engine, left)
                 self.is_unfinished = False
             raise
-        return new, made.get("Warnings") or []
+        self.warnings += made.get("Warnings") or []
+        return new
 
     def carry_volumes(self, old: Found, mounts: list[Json]) -> list[Json]:
         """Return mounts, with the old container's anonymous volumes at their targets."""
@@ -5092,11 +5090,7 @@ class Deploys:
         self.stopping = threading.Event()  # to be set when the agent is stopped
         self._engine, self._log = engine, log
         self._lock = threading.Lock()
-        self._busy: dict[str, Key] = {}  # by name: whose deploy it is, STRANGER for a recovery
-
-    def active(self) -> bool:
-        """Return whether the agent's stop should wait, within its grace."""
-        return bool(self._busy)
+        self.busy: dict[str, Key] = {}  # by name: whose deploy it is, STRANGER for a recovery
 
     def before_write(self, name: str) -> bool:
         """Recover a name before its container is changed; return whether. Raises ApiError."""
@@ -5133,24 +5127,24 @@ class Deploys:
                     self._start(deployment, functools.partial(self._recover, deployment))
 
     def _check_free(self, name: str) -> None:
-        if name in self._busy:
+        if name in self.busy:
             raise ApiError(409, f"{name} is being deployed; try again later", {"Retry-After": "5"})
 
     def _claim(self, name: str, key: Key = STRANGER) -> None:
         with self._lock:
             self._check_free(name)
             # Invariant: no limited key starts threads without bound, or takes those of another.
-            held = sum(owner is key for owner in self._busy.values())
+            held = sum(owner is key for owner in self.busy.values())
             if key.name and not key.master and held >= MAX_DEPLOYS:
                 raise ApiError(503, f"key {key.name} has too many deploys; try again later")
-            self._busy[name] = key
+            self.busy[name] = key
 
     def _start(self, deployment: Deployment, act: Callable[[], Any], key: Key = STRANGER) -> None:
         self._claim(deployment.name, key)
         try:
             threading.Thread(target=self._run, args=(deployment, act), daemon=True).start()
         except RuntimeError as error:  # no thread to be had
-            del self._busy[deployment.name]
+            del self.busy[deployment.name]
             raise ApiError(503, "the agent has no more threads; try again later") from error
 
     def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
@@ -5161,7 +5155,7 @@ class Deploys:
         except Exception as error:  # no request may be there any more to log it
             self._log("error", "bug", traceback=describe_bug(error))
         with self._lock:
-            del self._busy[deployment.name]
+            del self.busy[deployment.name]
         deployment.told.put(end)
 
     def _deploy(self, deployment: Deployment, request: Request, auth: str) -> tuple[str, Any]:
@@ -5213,11 +5207,10 @@ RunPart = Union[list[Line], Json]  # lines, or at last how the run ended
 def run_stream(
     engine: Engine, live: set[str], request: Request, pull: Callable[[], object], *, events: bool
 ) -> Stream:
-    """Yield the response of a run, as events or as one JSON object.
+    """Yield the response of a run. live: gets the run's token for as long as it lasts.
 
-    live: gets the run's token for as long as it lasts. The first piece comes once the container has
-    started: until then an error is a status. However the stream ends, the container is removed
-    first. Raises ApiError or ClientGone.
+    The first piece comes once the container has started: until then an error is a status. However
+    the stream ends, the container is removed first. Raises ApiError or ClientGone.
     """
     body, token = request.body, secrets.token_hex(16)
     labels = {**body.get("labels", {}), RUN_LABEL: token}
@@ -5349,10 +5342,7 @@ def remove_run(engine: Engine, token: str) -> None:
 
 @expected_shape()
 def remove_left_runs(engine: Engine, log: Log, live: Collection[str], status: str = "") -> None:
-    """Remove the containers of runs that an agent left when it was killed. Raises EngineError.
-
-    live: the tokens of runs that go on. status: look only at containers in this state.
-    """
+    """Remove what a killed agent left of runs; live: the tokens of those that go on."""
     for container in find_runs(engine, RUN_LABEL, status):
         token = container["Labels"][RUN_LABEL]
         if not token or token in live:  # other containers of the agent's have it empty
@@ -5632,10 +5622,7 @@ class Agent(NamedTuple):
 
 
 def inspect_container(request: Request, agent: Agent) -> tuple[bytes, Json]:
-    """Return the Engine's inspect JSON of the container in the path, as it came and decoded.
-
-    Raises EngineError.
-    """
+    """Return the inspect JSON of the container in the path, as it came and decoded."""
     body = agent.engine.call("GET", container_path(request.name, "json"))
     found: Json = decode_response(body)
     name = str(found.get("Name", "")).removeprefix("/")
@@ -5742,9 +5729,8 @@ def stop_signal(engine: Engine, wanted: str, config: Json, action: str) -> Json:
 
     Before API 1.42 a stop takes none, and podman ignores it: only the container's own can be had.
     """
-    version = engine.version(
-        time.monotonic() + CALL_TIMEOUT, refresh=True
-    )  # it may be another by now
+    # Asked anew: it may be another by now.
+    version = engine.version(time.monotonic() + CALL_TIMEOUT, refresh=True)
     if int(version.partition(".")[2]) >= 42 and not engine.is_podman:
         return {"signal": signal_name(wanted)}
     own = str(config.get("StopSignal") or "SIGTERM")
@@ -5794,12 +5780,10 @@ def logs(request: Request, agent: Agent) -> Response:
     cursor = LogCursor(source, last)
     wanted = None if asked["tail"] == "all" else int(asked["tail"])
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
+    render = functools.partial(render_events if asked["follow"] else render_items, **shape)
     if asked["follow"]:
-        render = functools.partial(render_events, **shape)
         return event_stream(log_events(cursor, found, wanted, render))
-    return Response(
-        stream=log_document(cursor.read(wanted), functools.partial(render_items, **shape))
-    )
+    return Response(stream=log_document(cursor.read(wanted), render))
 
 
 EVENT_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
@@ -5813,9 +5797,7 @@ def deploy(request: Request, agent: Agent) -> Response:
     told = agent.deploys.begin(request, registry_auth(request))
     if wants_events(request):
         return event_stream(deploy_events(told))
-    kind = ""
-    while kind not in ("done", "error"):
-        kind, data = told.get()
+    kind, data = next(each for each in iter(told.get, None) if each[0] in ("done", "error"))
     if kind == "error":
         raise data
     return Response(data, 201 if data["changed"] and not data["replaced"] else 200)
@@ -5831,9 +5813,7 @@ def deploy_events(told: Told) -> Stream:
         except queue.Empty:
             yield PING
             continue
-        if kind == "error":
-            data = envelope(data)
-        yield event(kind, data)
+        yield event(kind, envelope(data) if kind == "error" else data)
 
 
 def wants_events(request: Request) -> bool:
@@ -5859,9 +5839,8 @@ def pull(request: Request, agent: Agent) -> Response:
     request.target.update(image=request.body["image"])
     if wants_events(request):
         return event_stream(pull_events(request, agent, auth))
-    return Response(
-        pull_image(agent.engine, request.body, auth, request.interrupts._replace(stop=None))
-    )
+    interrupts = request.interrupts._replace(stop=None)
+    return Response(pull_image(agent.engine, request.body, auth, interrupts))
 
 
 def pull_events(request: Request, agent: Agent, auth: str) -> Stream:
@@ -5893,9 +5872,7 @@ def stats(request: Request, agent: Agent) -> Response:
 
 def events(request: Request, agent: Agent) -> Response:
     asked = request.query
-    moments = {
-        name: parse_moment(name, asked[name]) for name in ("since", "until") if name in asked
-    }
+    moments = {n: parse_moment(n, asked[n]) for n in ("since", "until") if n in asked}
     # The header first: a browser that reconnects sends it beside the URL it began with.
     event_id = request.header("Last-Event-ID") or asked.get("last_event_id", "")
     if match := re.fullmatch(ENGINE_EVENT_ID, event_id):
@@ -5946,8 +5923,15 @@ def post_run(request: Request, agent: Agent) -> Response:
     return Response(stream=stream, headers=EVENT_HEADERS if events else {})
 
 
-def list_covered(request: Request, kind: str, rows: list[Json]) -> Response:
-    return Response({kind: [row for row in rows if request.key.covers(kind, row["name"])]})
+def list_covered(
+    request: Request, agent: Agent, kind: str, read: Callable[[Engine], list[Json]]
+) -> Response:
+    rows = [row for row in read(agent.engine) if request.key.covers(kind, row["name"])]
+    return Response({kind: rows})
+
+
+list_networks = functools.partial(list_covered, kind="networks", read=read_networks)
+list_volumes = functools.partial(list_covered, kind="volumes", read=read_volumes)
 
 
 def list_images(request: Request, agent: Agent) -> Response:
@@ -5974,10 +5958,6 @@ def prune(request: Request, agent: Agent) -> Response:
     return Response(prune_images(agent.engine, request.key, repository, keep, dry_run=dry_run))
 
 
-def list_networks(request: Request, agent: Agent) -> Response:
-    return list_covered(request, "networks", read_networks(agent.engine))
-
-
 def post_network(request: Request, agent: Agent) -> Response:
     request.target.update(network=request.body["name"])
     return Response(*create_network(agent.engine, request.body))
@@ -5987,10 +5967,6 @@ def delete_network(request: Request, agent: Agent) -> Response:
     request.target.update(network=request.name)
     remove_network(agent.engine, request.name)
     return Response({"message": "network removed"})
-
-
-def list_volumes(request: Request, agent: Agent) -> Response:
-    return list_covered(request, "volumes", read_volumes(agent.engine))
 
 
 def delete_volume(request: Request, agent: Agent) -> Response:
@@ -6018,13 +5994,10 @@ def write_file(request: Request, agent: Agent) -> Response:
 def get_file(request: Request, agent: Agent) -> Response:
     path = request.query["path"]
     content, status = read_beneath(file_tree(request, agent, path), path)
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
-        "X-File-Mode": f"{stat.S_IMODE(status.st_mode):04o}",
-        "X-File-Uid": str(status.st_uid),
-        "X-File-Gid": str(status.st_gid),
-    }
+    etag, mode = hashlib.sha256(content).hexdigest(), stat.S_IMODE(status.st_mode)
+    headers = {"Content-Type": "application/octet-stream", "ETag": f'"{etag}"'}
+    headers.update({"X-File-Mode": f"{mode:04o}", "X-File-Uid": str(status.st_uid)})
+    headers["X-File-Gid"] = str(status.st_gid)
     return Response(content, headers=headers)
 
 
@@ -6216,7 +6189,7 @@ def run(config: Config) -> int:
         agent.deploys.stopping.set()
         server.stop()
         deadline = time.monotonic() + GRACE
-        while (server.slots or agent.deploys.active()) and time.monotonic() < deadline:
+        while (server.slots or agent.deploys.busy) and time.monotonic() < deadline:
             if signal.sigtimedwait(STOP_SIGNALS, 0.05):
                 log("warning", "stopped at once")
                 os._exit(1)
