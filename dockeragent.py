@@ -217,6 +217,16 @@ class EngineError(ApiError):
     """The Engine refused, is unreachable (503), timed out (504) or sent a bad response (502)."""
 
 
+@contextlib.contextmanager
+def tolerate(*statuses: int) -> Iterator[None]:
+    """Suppress an EngineError with one of these statuses."""
+    try:
+        yield
+    except EngineError as error:
+        if error.status not in statuses:
+            raise
+
+
 class ClientGone(Exception):
     """The client has disconnected or stopped reading."""
 
@@ -3468,12 +3478,9 @@ def image_path(image: str) -> str:
 
 def find_image(engine: Engine, image: str) -> Json:
     """Return an inspected image, {} if there is none. Raises EngineError."""
-    try:
+    with tolerate(404):
         return engine.json("GET", image_path(image))
-    except EngineError as error:
-        if error.status != 404:
-            raise
-        return {}
+    return {}
 
 
 def ids_by_name(engine: Engine, pattern: str, status: str = "") -> dict[str, str]:
@@ -3568,11 +3575,8 @@ def removed_on_failure(engine: Engine, container: str) -> Iterator[None]:
 def remove_container(engine: Engine, container: str) -> None:
     """Remove a container of this id and its anonymous volumes, if it is still there."""
     query = {"force": 1, "v": 1}
-    try:
+    with tolerate(404, 409):  # auto_remove: the Engine itself removes it
         engine.call("DELETE", container_path(container), query, seconds=START_TIMEOUT)
-    except EngineError as error:
-        if error.status not in (404, 409):  # auto_remove: the Engine itself removes it
-            raise
 
 
 def connect_networks(engine: Engine, container: str, body: Json) -> None:
@@ -3807,13 +3811,10 @@ def remove_reference(engine: Engine, reference: str) -> dict[str, list[str]]:
 
 def is_removed(engine: Engine, reference: str) -> bool:
     """Remove a reference; return False if it is gone already, or its image in use by now."""
-    try:
+    with tolerate(404, 409):
         remove_reference(engine, reference)
-    except EngineError as error:
-        if error.status not in (404, 409):
-            raise
-        return False
-    return True
+        return True
+    return False
 
 
 @expected_shape()
@@ -4201,12 +4202,9 @@ class LogSource(NamedTuple):
 
     def inspect(self) -> Json | None:
         """Return the container's inspect JSON, None if it was removed. Raises EngineError."""
-        try:
+        with tolerate(404):
             return self.engine.json("GET", container_path(self.container, "json"))
-        except EngineError as error:
-            if error.status != 404:
-                raise
-            return None
+        return None
 
 
 class LogReading:
@@ -4467,12 +4465,9 @@ class LogCursor:
         podman before 5 sends no head until there is a line. Raises EngineError.
         """
         seconds = min(self.patience, max(HEAD_WAIT, self.due - time.monotonic()))
-        try:
+        with tolerate(504):
             return self._open(tail, follow=True, seconds=seconds)
-        except EngineError as error:
-            if error.status != 504:
-                raise
-            return None
+        return None
 
     def _reading(self, response: EngineResponse, unknown: int | None) -> LogReading:
         """Return the lines of a response that come after `last`."""
@@ -4962,13 +4957,10 @@ class Deployment:
 
     def find_old(self, image: Json, *, adopt: bool) -> Found | None:
         """Return the container that has the name. Raises ApiError (409) if it must stay."""
-        try:
+        old = None
+        with tolerate(404):
             old = self.find(self.name, image)
-        except EngineError as error:
-            if error.status != 404:
-                raise
-            return None
-        if old.container.get("Name") != f"/{self.name}":  # the name begins another's id
+        if not old or old.container.get("Name") != f"/{self.name}":  # the name begins another's id
             return None
         if old.id == own_container():
             raise ApiError(409, f"{self.name} is the container that the agent itself runs in")
@@ -5277,13 +5269,10 @@ def run_parts(
 
 def kill_run(source: LogSource) -> bool:
     """Kill a container; return False if it has ended by itself. Raises EngineError."""
-    try:
+    with tolerate(404, 409):
         source.engine.call("POST", container_path(source.container, "kill"))
-    except EngineError as error:
-        if error.status not in (404, 409):
-            raise
-        return False
-    return True
+        return True
+    return False
 
 
 def run_items(lines: list[Line]) -> list[bytes]:
@@ -5609,12 +5598,9 @@ class Agent(NamedTuple):
 
     def ask(self, path: str) -> Json | None:
         """Return the Engine's JSON for a path, None if there is no such thing."""
-        try:
+        with tolerate(404):
             return self.engine.json("GET", path)
-        except EngineError as error:
-            if error.status != 404:
-                raise
-            return None
+        return None
 
     def tidy(self, now: float) -> None:
         """Close what has been idle for too long; called twice a second."""
