@@ -232,6 +232,16 @@ class EngineError(ApiError):
     """The Engine refused, is unreachable (503), timed out (504) or sent a bad response (502)."""
 
 
+@contextlib.contextmanager
+def tolerate(*statuses: int) -> Iterator[None]:
+    """Suppress an EngineError with one of these statuses."""
+    try:
+        yield
+    except EngineError as error:
+        if error.status not in statuses:
+            raise
+
+
 class ClientGone(Exception):
     """The client has disconnected or stopped reading."""
 
@@ -3449,12 +3459,9 @@ def image_path(image: str) -> str:
 
 def find_image(engine: Engine, image: str) -> Json:
     """Return an inspected image, {} if there is none. Raises EngineError."""
-    try:
+    with tolerate(404):
         return engine.json("GET", image_path(image))
-    except EngineError as error:
-        if error.status != 404:
-            raise
-        return {}
+    return {}
 
 
 def ids_by_name(engine: Engine, pattern: str, status: str = "") -> dict[str, str]:
@@ -3549,11 +3556,8 @@ def removed_on_failure(engine: Engine, container: str) -> Iterator[None]:
 def remove_container(engine: Engine, container: str) -> None:
     """Remove a container of this id and its anonymous volumes, if it is still there."""
     query = {"force": 1, "v": 1}
-    try:
+    with tolerate(404, 409):  # auto_remove: the Engine itself removes it
         engine.call("DELETE", container_path(container), query, seconds=START_TIMEOUT)
-    except EngineError as error:
-        if error.status not in (404, 409):  # auto_remove: the Engine itself removes it
-            raise
 
 
 def connect_networks(engine: Engine, container: str, body: Json) -> None:
@@ -3788,13 +3792,10 @@ def remove_reference(engine: Engine, reference: str) -> dict[str, list[str]]:
 
 def is_removed(engine: Engine, reference: str) -> bool:
     """Remove a reference; return False if it is gone already, or its image in use by now."""
-    try:
+    with tolerate(404, 409):
         remove_reference(engine, reference)
-    except EngineError as error:
-        if error.status not in (404, 409):
-            raise
-        return False
-    return True
+        return True
+    return False
 
 
 @expected_shape()
@@ -4182,12 +4183,9 @@ class LogSource(NamedTuple):
 
     def inspect(self) -> Json | None:
         """Return the container's inspect JSON, None if it was removed. Raises EngineError."""
-        try:
+        with tolerate(404):
             return self.engine.json("GET", container_path(self.container, "json"))
-        except EngineError as error:
-            if error.status != 404:
-                raise
-            return None
+        return None
 
 
 class LogReading:
@@ -4448,12 +4446,9 @@ class LogCursor:
         podman before 5 sends no head until there is a line. Raises EngineError.
         """
         seconds = min(self.patience, max(HEAD_WAIT, self.due - time.monotonic()))
-        try:
+        with tolerate(504):
             return self._open(tail, follow=True, seconds=seconds)
-        except EngineError as error:
-            if error.status != 504:
-                raise
-            return None
+        return None
 
     def _reading(self, response: EngineResponse, unknown: int | None) -> LogReading:
         """Return the lines of a response that come after `last`."""
@@ -4646,7 +4641,7 @@ NEXT, PREV, OLD = HELPER_NAMES
 NO_RESTART = {"Name": "no", "MaximumRetryCount": 0}
 NEVER_STARTED = "0001-01-01T00:00:00Z"
 GATE = {"timeout": 60, "stable": 10}  # seconds
-NO_EVIDENCE: Json = {"exit_code": None, "health": None, "logs": []}
+NO_EVIDENCE: Json = {"rolled_back": False, "exit_code": None, "health": None, "logs": []}
 UNREACHABLE = (502, 503, 504)  # statuses of an Engine that has to be waited for
 
 Told = queue.SimpleQueue[tuple[str, Any]]  # events: name and data; the last is "done" or "error"
@@ -4699,10 +4694,8 @@ def health_of(container: Json) -> str:
 
 
 def own_container() -> str:
-    """Return the id of the container that this process runs in, "" for none.
-
-    The Engine mounts these files from a folder named by the id, whatever the network and hostname.
-    """
+    """Return the id of the container that this process runs in, "" for none."""
+    # The Engine mounts these files from a folder named by the id, whatever network and hostname.
     with contextlib.suppress(OSError), open("/proc/self/mountinfo") as file:
         path = r"/([0-9a-f]{64})/\S* /etc/(?:hostname|hosts|resolv\.conf) "
         if match := re.search(path, file.read()):
@@ -4711,10 +4704,7 @@ def own_container() -> str:
 
 
 class Deployment:
-    """The containers of one name, and the steps from one state of their names to the next.
-
-    Each step is one Engine call, and may be the last before a crash.
-    """
+    """The containers of one name; each step is one Engine call, perhaps the last before a crash."""
 
     def __init__(self, engine: Engine, name: str, stopping: threading.Event) -> None:
         """stopping: is set once no swap may begin."""
@@ -4732,11 +4722,6 @@ class Deployment:
         names = {self.name + suffix: suffix for suffix in ("", *HELPER_NAMES)}
         ids = ids_by_name(self.engine, f"^/?({'|'.join(map(re.escape, names))})$")
         return {suffix: ids[name] for name, suffix in names.items() if name in ids}
-
-    def exists(self) -> bool:
-        with contextlib.suppress(EngineError):
-            return "" in self.look()
-        return False
 
     def inspect(self, container: str) -> Json:
         inspected = self.engine.json("GET", container_path(container, "json"))
@@ -4782,10 +4767,7 @@ class Deployment:
             self.warnings.append(f"{self.name}{OLD} could not be removed: {error.message}")
 
     def start(self, new: Found) -> None:
-        """Start the new container and wait until it is healthy or has run long enough.
-
-        Raises GateError, EngineError, and Stopping if it runs while the agent is being stopped.
-        """
+        """Start the new container and pass the gate. Raises GateError, EngineError, Stopping."""
         self.told.put(("step", {"step": "start"}))
         start_container(self.engine, new.id)
         self.pass_gate(new)
@@ -4835,10 +4817,7 @@ class Deployment:
     # Recovery
 
     def roll_back(self, new: Found, old: Found) -> None:
-        """Give the old container back its name, policy and run; remove the new one.
-
-        The new one goes last, because its labels tell how the old one was.
-        """
+        """Give the old container back its name, policy and run; remove the new one."""
         self.told.put(("step", {"step": "rollback"}))
         self.set_restart(new, NO_RESTART)  # a commit may have begun
         self.stop(new)
@@ -4855,18 +4834,16 @@ class Deployment:
                 if error.status in UNREACHABLE:
                     raise
                 self.problem = f"; and the old container does not start: {error.message}"
-        remove_container(self.engine, new.id)
+        remove_container(self.engine, new.id)  # last: its labels tell how the old one was
         self.outcome, self.is_unfinished = "rolled back", False
 
     def judge(self, new: Found, old: Found) -> None:
         """Commit if the new container passes the gate, else roll back."""
-        if self.failed or new.container["State"].get("StartedAt") == NEVER_STARTED:
-            return self.roll_back(new, old)
-        try:
-            self.pass_gate(new)
-        except GateError:
-            return self.roll_back(new, old)
-        return self.commit(new, old)
+        if not self.failed and new.container["State"].get("StartedAt") != NEVER_STARTED:
+            with contextlib.suppress(GateError):
+                self.pass_gate(new)
+                return self.commit(new, old)
+        return self.roll_back(new, old)
 
     def finish(self, new: Found, _: None) -> None:
         """Remove what a first deploy left; start a container that has lost its old one."""
@@ -4897,10 +4874,7 @@ class Deployment:
     }
 
     def recover(self) -> None:
-        """Finish or undo what the names show to be unfinished.
-
-        Raises ApiError (409) for what no deploy has left, and EngineError.
-        """
+        """Finish or undo what is unfinished. Raises ApiError (409) for what no deploy has left."""
         ids = self.look()
         if ids.keys() <= {""}:
             return
@@ -4938,8 +4912,7 @@ class Deployment:
             if running and health_of(old.container) != "unhealthy":
                 return self.answer(old, image, None, changed=False)
         replaced = self.describe(old, image) if old else None
-        new, warnings = self.create(request, digest, image, old)
-        self.warnings += warnings
+        new = self.create(request, digest, image, old)
         try:
             if old:
                 self.swap(new, old)
@@ -4965,13 +4938,10 @@ class Deployment:
 
     def find_old(self, image: Json, *, adopt: bool) -> Found | None:
         """Return the container that has the name. Raises ApiError (409) if it must stay."""
-        try:
+        old = None
+        with tolerate(404):
             old = self.find(self.name, image)
-        except EngineError as error:
-            if error.status != 404:
-                raise
-            return None
-        if old.container.get("Name") != f"/{self.name}":  # the name begins another's id
+        if not old or old.container.get("Name") != f"/{self.name}":  # the name begins another's id
             return None
         if old.id == own_container():
             raise ApiError(409, f"{self.name} is the container that the agent itself runs in")
@@ -4982,10 +4952,8 @@ class Deployment:
             raise ApiError(409, f"{self.name} was not deployed by this agent; {rule}")
         return old
 
-    def create(
-        self, request: Request, digest: str, image: Json, old: Found | None
-    ) -> tuple[Found, list[str]]:
-        """Return the new container, created beside the old one, and warnings. Raises ApiError."""
+    def create(self, request: Request, digest: str, image: Json, old: Found | None) -> Found:
+        """Return the new container, created beside the old one. Raises ApiError."""
         key, body = request.key, request.body
         look_up_networks(self.engine, body)
         query, container = engine_container(self.engine, body)
@@ -4996,9 +4964,8 @@ class Deployment:
             host["Mounts"] = self.carry_volumes(old, host.get("Mounts", []))
         gate, replaces = {**GATE, **body.get("deploy", {})}, old.id if old else ""
         journal = Journal(self.name, digest, restart_policy(host), replaces, was, gate)
-        texts = {
-            k: v if isinstance(v, str) else json.dumps(v) for k, v in journal._asdict().items()
-        }
+        fields = journal._asdict().items()
+        texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in fields}
         container["Labels"] = {**container.get("Labels", {}), **agent_labels(key, **texts)}
         host["RestartPolicy"] = NO_RESTART
         query["name"] = self.name + NEXT
@@ -5019,7 +4986,8 @@ class Deployment:
                     remove_container(self.engine, left)
                 self.is_unfinished = False
             raise
-        return new, made.get("Warnings") or []
+        self.warnings += made.get("Warnings") or []
+        return new
 
     def carry_volumes(self, old: Found, mounts: list[Json]) -> list[Json]:
         """Return mounts, with the old container's anonymous volumes at their targets."""
@@ -5059,7 +5027,7 @@ class Deployment:
 
     def evidence(self, new: Found) -> Json:
         """Return what the Engine knows of a container that failed."""
-        known: Json = {"rolled_back": False, **NO_EVIDENCE}
+        known = dict(NO_EVIDENCE)
         with contextlib.suppress(ApiError):
             container = self.inspect(new.id)
             state, tty = container["State"], bool(container["Config"].get("Tty"))
@@ -5076,10 +5044,7 @@ class Deployment:
         return {**self.describe(found, image), **shown}
 
     def describe(self, found: Found, image: Json) -> Json:
-        """Return a container's id, its image, and that image by the digest that a pull takes.
-
-        image: the one that the tag names now.
-        """
+        """Return a container's id, image and image digest; image: what the tag names now."""
         reference = str(found.container["Config"].get("Image") or "")
         own = require(found.container, "Image", str)
         repository, _ = split_image(reference)
@@ -5098,31 +5063,20 @@ class Deploys:
         self.stopping = threading.Event()  # to be set when the agent is stopped
         self._engine, self._log = engine, log
         self._lock = threading.Lock()
-        self._busy: dict[str, Key] = {}  # by name: whose deploy it is, STRANGER for a recovery
-
-    def active(self) -> bool:
-        """Return whether the agent's stop should wait, within its grace."""
-        return bool(self._busy)
+        self.busy: dict[str, Key] = {}  # by name: whose deploy it is, STRANGER for a recovery
 
     def before_write(self, name: str) -> bool:
-        """Recover what a crash left of a name before its container is changed; return whether.
-
-        Raises ApiError (409) while it is being deployed, and EngineError.
-        """
-        name = HELPER_NAME.sub("", name)
-        self._check_free(name)
-        deployment = Deployment(self._engine, name, self.stopping)
+        """Recover a name before its container is changed; return whether. Raises ApiError."""
+        deployment = Deployment(self._engine, HELPER_NAME.sub("", name), self.stopping)
+        self._check_free(deployment.name)
         if deployment.look().keys() <= {""}:
             return False
-        self._claim(name)
+        self._claim(deployment.name)
         self._run(deployment, functools.partial(self._recover, deployment, retries=False))
         return True
 
     def begin(self, request: Request, auth: str) -> Told:
-        """Start a deploy, which goes on whatever its client does; return its events.
-
-        Raises ApiError: 409 if the name is being deployed already, 503 for too many of a key's.
-        """
+        """Start a deploy, which its client cannot end; return its events. Raises ApiError."""
         deployment = Deployment(self._engine, request.name, self.stopping)
         act = functools.partial(self._deploy, deployment, request, auth)
         self._start(deployment, act, request.key)
@@ -5146,24 +5100,24 @@ class Deploys:
                     self._start(deployment, functools.partial(self._recover, deployment))
 
     def _check_free(self, name: str) -> None:
-        if name in self._busy:
+        if name in self.busy:
             raise ApiError(409, f"{name} is being deployed; try again later", {"Retry-After": "5"})
 
     def _claim(self, name: str, key: Key = STRANGER) -> None:
         with self._lock:
             self._check_free(name)
             # Invariant: no limited key starts threads without bound, or takes those of another.
-            held = sum(owner is key for owner in self._busy.values())
+            held = sum(owner is key for owner in self.busy.values())
             if key.name and not key.master and held >= MAX_DEPLOYS:
                 raise ApiError(503, f"key {key.name} has too many deploys; try again later")
-            self._busy[name] = key
+            self.busy[name] = key
 
     def _start(self, deployment: Deployment, act: Callable[[], Any], key: Key = STRANGER) -> None:
         self._claim(deployment.name, key)
         try:
             threading.Thread(target=self._run, args=(deployment, act), daemon=True).start()
         except RuntimeError as error:  # no thread to be had
-            del self._busy[deployment.name]
+            del self.busy[deployment.name]
             raise ApiError(503, "the agent has no more threads; try again later") from error
 
     def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
@@ -5174,7 +5128,7 @@ class Deploys:
         except Exception as error:  # no request may be there any more to log it
             self._log("error", "bug", traceback=describe_bug(error))
         with self._lock:
-            del self._busy[deployment.name]
+            del self.busy[deployment.name]
         deployment.told.put(end)
 
     def _deploy(self, deployment: Deployment, request: Request, auth: str) -> tuple[str, Any]:
@@ -5185,7 +5139,9 @@ class Deploys:
             end = "done", deployment.deploy(request, auth)
         except ApiError as error:
             if isinstance(error, EngineError) and not error.members:  # nothing was touched
-                error.members = {"rolled_back": deployment.exists(), **NO_EVIDENCE}
+                error.members = known = dict(NO_EVIDENCE)
+                with contextlib.suppress(EngineError):
+                    known["rolled_back"] = "" in deployment.look()
             end, fields["error"] = ("error", error), error.message
         self._log("warning" if "error" in fields else "info", "deploy", **fields)
         if deployment.is_unfinished:
@@ -5195,17 +5151,17 @@ class Deploys:
 
     def _recover(self, deployment: Deployment, *, retries: bool = True) -> None:
         """Recover a name and log it. retries: while the Engine is unreachable."""
-        error = None
+        message = ""
         while not self.stopping.is_set():
             try:
                 deployment.recover()
-            except ApiError as failure:
-                error = failure
-            if not (retries and error and error.status in UNREACHABLE):
-                break
-            self.stopping.wait(RECOVERY_INTERVAL)
-            error = None
-        message = error.message if error else "; ".join(deployment.warnings)
+            except ApiError as error:
+                if retries and error.status in UNREACHABLE:
+                    self.stopping.wait(RECOVERY_INTERVAL)
+                    continue
+                message = error.message
+            break
+        message = message or "; ".join(deployment.warnings)
         fields = {"container": deployment.name, "outcome": deployment.outcome, "error": message}
         if deployment.outcome or message:
             self._log("warning", "recovery", **fields)
@@ -5224,11 +5180,10 @@ RunPart = Union[list[Line], Json]  # lines, or at last how the run ended
 def run_stream(
     engine: Engine, live: set[str], request: Request, pull: Callable[[], object], *, events: bool
 ) -> Stream:
-    """Yield the response of a run, as events or as one JSON object.
+    """Yield the response of a run. live: gets the run's token for as long as it lasts.
 
-    live: gets the run's token for as long as it lasts. The first piece comes once the container has
-    started: until then an error is a status. However the stream ends, the container is removed
-    first. Raises ApiError or ClientGone.
+    The first piece comes once the container has started: until then an error is a status. However
+    the stream ends, the container is removed first. Raises ApiError or ClientGone.
     """
     body, token = request.body, secrets.token_hex(16)
     labels = {**body.get("labels", {}), RUN_LABEL: token}
@@ -5295,13 +5250,10 @@ def run_parts(
 
 def kill_run(source: LogSource) -> bool:
     """Kill a container; return False if it has ended by itself. Raises EngineError."""
-    try:
+    with tolerate(404, 409):
         source.engine.call("POST", container_path(source.container, "kill"))
-    except EngineError as error:
-        if error.status not in (404, 409):
-            raise
-        return False
-    return True
+        return True
+    return False
 
 
 def run_items(lines: list[Line]) -> list[bytes]:
@@ -5360,10 +5312,7 @@ def remove_run(engine: Engine, token: str) -> None:
 
 @expected_shape()
 def remove_left_runs(engine: Engine, log: Log, live: Collection[str], status: str = "") -> None:
-    """Remove the containers of runs that an agent left when it was killed. Raises EngineError.
-
-    live: the tokens of runs that go on. status: look only at containers in this state.
-    """
+    """Remove what a killed agent left of runs; live: the tokens of those that go on."""
     for container in find_runs(engine, RUN_LABEL, status):
         token = container["Labels"][RUN_LABEL]
         if not token or token in live:  # other containers of the agent's have it empty
@@ -5630,12 +5579,9 @@ class Agent(NamedTuple):
 
     def ask(self, path: str) -> Json | None:
         """Return the Engine's JSON for a path, None if there is no such thing."""
-        try:
+        with tolerate(404):
             return self.engine.json("GET", path)
-        except EngineError as error:
-            if error.status != 404:
-                raise
-            return None
+        return None
 
     def tidy(self, now: float) -> None:
         """Close what has been idle for too long; called twice a second."""
@@ -5643,10 +5589,7 @@ class Agent(NamedTuple):
 
 
 def inspect_container(request: Request, agent: Agent) -> tuple[bytes, Json]:
-    """Return the Engine's inspect JSON of the container in the path, as it came and decoded.
-
-    Raises EngineError.
-    """
+    """Return the inspect JSON of the container in the path, as it came and decoded."""
     body = agent.engine.call("GET", container_path(request.name, "json"))
     found: Json = decode_response(body)
     name = str(found.get("Name", "")).removeprefix("/")
@@ -5753,9 +5696,8 @@ def stop_signal(engine: Engine, wanted: str, config: Json, action: str) -> Json:
 
     Before API 1.42 a stop takes none, and podman ignores it: only the container's own can be had.
     """
-    version = engine.version(
-        time.monotonic() + CALL_TIMEOUT, refresh=True
-    )  # it may be another by now
+    # Asked anew: it may be another by now.
+    version = engine.version(time.monotonic() + CALL_TIMEOUT, refresh=True)
     if int(version.partition(".")[2]) >= 42 and not engine.is_podman:
         return {"signal": signal_name(wanted)}
     own = str(config.get("StopSignal") or "SIGTERM")
@@ -5805,12 +5747,10 @@ def logs(request: Request, agent: Agent) -> Response:
     cursor = LogCursor(source, last)
     wanted = None if asked["tail"] == "all" else int(asked["tail"])
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
+    render = functools.partial(render_events if asked["follow"] else render_items, **shape)
     if asked["follow"]:
-        render = functools.partial(render_events, **shape)
         return event_stream(log_events(cursor, found, wanted, render))
-    return Response(
-        stream=log_document(cursor.read(wanted), functools.partial(render_items, **shape))
-    )
+    return Response(stream=log_document(cursor.read(wanted), render))
 
 
 EVENT_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
@@ -5824,9 +5764,7 @@ def deploy(request: Request, agent: Agent) -> Response:
     told = agent.deploys.begin(request, registry_auth(request))
     if wants_events(request):
         return event_stream(deploy_events(told))
-    kind = ""
-    while kind not in ("done", "error"):
-        kind, data = told.get()
+    kind, data = next(each for each in iter(told.get, None) if each[0] in ("done", "error"))
     if kind == "error":
         raise data
     return Response(data, 201 if data["changed"] and not data["replaced"] else 200)
@@ -5842,9 +5780,7 @@ def deploy_events(told: Told) -> Stream:
         except queue.Empty:
             yield PING
             continue
-        if kind == "error":
-            data = envelope(data)
-        yield event(kind, data)
+        yield event(kind, envelope(data) if kind == "error" else data)
 
 
 def wants_events(request: Request) -> bool:
@@ -5870,9 +5806,8 @@ def pull(request: Request, agent: Agent) -> Response:
     request.target.update(image=request.body["image"])
     if wants_events(request):
         return event_stream(pull_events(request, agent, auth))
-    return Response(
-        pull_image(agent.engine, request.body, auth, request.interrupts._replace(stop=None))
-    )
+    interrupts = request.interrupts._replace(stop=None)
+    return Response(pull_image(agent.engine, request.body, auth, interrupts))
 
 
 def pull_events(request: Request, agent: Agent, auth: str) -> Stream:
@@ -5904,9 +5839,7 @@ def stats(request: Request, agent: Agent) -> Response:
 
 def events(request: Request, agent: Agent) -> Response:
     asked = request.query
-    moments = {
-        name: parse_moment(name, asked[name]) for name in ("since", "until") if name in asked
-    }
+    moments = {n: parse_moment(n, asked[n]) for n in ("since", "until") if n in asked}
     # The header first: a browser that reconnects sends it beside the URL it began with.
     event_id = request.header("Last-Event-ID") or asked.get("last_event_id", "")
     if match := re.fullmatch(ENGINE_EVENT_ID, event_id):
@@ -5957,8 +5890,15 @@ def post_run(request: Request, agent: Agent) -> Response:
     return Response(stream=stream, headers=EVENT_HEADERS if events else {})
 
 
-def list_covered(request: Request, kind: str, rows: list[Json]) -> Response:
-    return Response({kind: [row for row in rows if request.key.covers(kind, row["name"])]})
+def list_covered(
+    request: Request, agent: Agent, kind: str, read: Callable[[Engine], list[Json]]
+) -> Response:
+    rows = [row for row in read(agent.engine) if request.key.covers(kind, row["name"])]
+    return Response({kind: rows})
+
+
+list_networks = functools.partial(list_covered, kind="networks", read=read_networks)
+list_volumes = functools.partial(list_covered, kind="volumes", read=read_volumes)
 
 
 def list_images(request: Request, agent: Agent) -> Response:
@@ -5985,10 +5925,6 @@ def prune(request: Request, agent: Agent) -> Response:
     return Response(prune_images(agent.engine, request.key, repository, keep, dry_run=dry_run))
 
 
-def list_networks(request: Request, agent: Agent) -> Response:
-    return list_covered(request, "networks", read_networks(agent.engine))
-
-
 def post_network(request: Request, agent: Agent) -> Response:
     request.target.update(network=request.body["name"])
     return Response(*create_network(agent.engine, request.body))
@@ -5998,10 +5934,6 @@ def delete_network(request: Request, agent: Agent) -> Response:
     request.target.update(network=request.name)
     remove_network(agent.engine, request.name)
     return Response({"message": "network removed"})
-
-
-def list_volumes(request: Request, agent: Agent) -> Response:
-    return list_covered(request, "volumes", read_volumes(agent.engine))
 
 
 def delete_volume(request: Request, agent: Agent) -> Response:
@@ -6029,13 +5961,10 @@ def write_file(request: Request, agent: Agent) -> Response:
 def get_file(request: Request, agent: Agent) -> Response:
     path = request.query["path"]
     content, status = read_beneath(file_tree(request, agent, path), path)
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
-        "X-File-Mode": f"{stat.S_IMODE(status.st_mode):04o}",
-        "X-File-Uid": str(status.st_uid),
-        "X-File-Gid": str(status.st_gid),
-    }
+    etag, mode = hashlib.sha256(content).hexdigest(), stat.S_IMODE(status.st_mode)
+    headers = {"Content-Type": "application/octet-stream", "ETag": f'"{etag}"'}
+    headers.update({"X-File-Mode": f"{mode:04o}", "X-File-Uid": str(status.st_uid)})
+    headers["X-File-Gid"] = str(status.st_gid)
     return Response(content, headers=headers)
 
 
@@ -6227,7 +6156,7 @@ def run(config: Config) -> int:
         agent.deploys.stopping.set()
         server.stop()
         deadline = time.monotonic() + GRACE
-        while (server.slots or agent.deploys.active()) and time.monotonic() < deadline:
+        while (server.slots or agent.deploys.busy) and time.monotonic() < deadline:
             if signal.sigtimedwait(STOP_SIGNALS, 0.05):
                 log("warning", "stopped at once")
                 os._exit(1)
