@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2536, and a reviewer may stop there:
+stands first, up to line 2505, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -907,8 +907,8 @@ SETTINGS = (
 # A container that mounts one of these, or a folder that holds one, is root on the host.
 KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
 FORBIDDEN_PATHS = "/proc /sys /dev /run /var/run /var/lib/docker /var/lib/containerd".split()
-NAME_PATTERN = r"\*|[a-zA-Z0-9][a-zA-Z0-9_.-]*\*?"
-NAMES = array_of(string_schema(NAME_PATTERN, "a name, or its beginning and *", 255))
+KEY_PATTERN = r"\*|[a-zA-Z0-9][a-zA-Z0-9_.-]*\*?"
+NAMES = array_of(string_schema(KEY_PATTERN, "a name, or its beginning and *", 255))
 ABSOLUTE_PATH = r"(?:/(?!\.\.?(?:/|\Z))[^/*:\0]+)+"
 PATHS = array_of(string_schema(ABSOLUTE_PATH, "an absolute path without *, :, . or .."))
 # The host part stands in full: ghcr.io* would be ghcr.io.evil.com too.
@@ -1154,8 +1154,7 @@ class Log:
     """Writes log lines to stdout; drops and counts them rather than wait for a slow reader."""
 
     def __init__(self, level: str) -> None:
-        self._rank = LEVELS[level]
-        self._descriptor = 1
+        self._rank, self._descriptor = LEVELS[level], 1
         with contextlib.suppress(OSError):
             if os.isatty(1):
                 # A terminal polls writable while one byte fits, and may be stopped (Ctrl-S). It is
@@ -1163,8 +1162,7 @@ class Log:
                 flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
                 self._descriptor = os.open("/proc/self/fd/1", flags)
         self._mend = b""  # ends the line that a full disk cut short
-        self._dropped = 0
-        self._lock = threading.Lock()
+        self._dropped, self._lock = 0, threading.Lock()
         self._poll = select.poll()
         self._poll.register(self._descriptor, select.POLLOUT)
 
@@ -1607,9 +1605,6 @@ def find_route(routes: Iterable[Route], method: str, segments: list[str]) -> tup
     raise ApiError(404, "there is nothing at this path; the README lists the endpoints")
 
 
-http_date = functools.lru_cache(maxsize=1)(functools.partial(email.utils.formatdate, usegmt=True))
-
-
 def find_key(keys: Iterable[Key], shown: bytes) -> Key:
     """Return the key that was shown, STRANGER if there is no such key or it has expired."""
     digest, found = hashlib.sha256(shown).digest(), STRANGER
@@ -1647,16 +1642,15 @@ class Connection(socketserver.BaseRequestHandler):
             self.is_kept = self.shake_hands(context, deadline)
         while self.is_kept and self.wait_for_request(deadline):
             self.serve()
-            is_known = self.slot.key is not STRANGER
-            deadline = time.monotonic() + (IDLE_TIMEOUT if is_known else STRANGER_IDLE_TIMEOUT)
+            idle = STRANGER_IDLE_TIMEOUT if self.slot.key is STRANGER else IDLE_TIMEOUT
+            deadline = time.monotonic() + idle
 
     def shake_hands(self, context: ssl.SSLContext, deadline: float) -> bool:
         """Return whether the connection is a TLS one now."""
         interrupts = Interrupts(stop=self.server.stopping)
         try:
-            self.sock = self.slot.sock = context.wrap_socket(
-                self.sock, server_side=True, do_handshake_on_connect=False
-            )
+            tls = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+            self.sock = self.slot.sock = tls
             while interrupts.wait_readable(self.sock, deadline):
                 with contextlib.suppress(ssl.SSLWantReadError):
                     self.sock.do_handshake()
@@ -1857,7 +1851,8 @@ class Connection(socketserver.BaseRequestHandler):
             body = response.body if is_bytes else encode_json(response.body) + b"\n"
             self.send_head(request, response, {"Content-Length": str(len(body))}, body)
             return
-        chunk = to_chunk if request.minor else bytes
+        # RFC 9112 section 7.1; the last chunk is empty.
+        chunk = (lambda data: b"%x\r\n%b\r\n" % (len(data), data)) if request.minor else bytes
         with contextlib.closing(response.stream) as stream:
             pieces = filter(None, stream)  # an empty chunk would be the last
             first = chunk(next(pieces))
@@ -1887,7 +1882,7 @@ class Connection(socketserver.BaseRequestHandler):
         # No text from the request is in it that has not matched a pattern.
         head = (
             f"HTTP/1.1 {request.status} {PHRASES[request.status]}\r\n{lines}"
-            f"X-Request-ID: {request.id}\r\nDate: {http_date(int(time.time()))}\r\n"
+            f"X-Request-ID: {request.id}\r\nDate: {email.utils.formatdate(usegmt=True)}\r\n"
             "X-Content-Type-Options: nosniff\r\n\r\n"
         ).encode("latin-1")
         request.sent = -len(head)  # so that the body's bytes are counted
@@ -1910,11 +1905,6 @@ class Connection(socketserver.BaseRequestHandler):
         except OSError as error:
             self.has_answered = False
             raise ClientGone from error
-
-
-def to_chunk(data: bytes) -> bytes:
-    """Return data as one chunk (RFC 9112 section 7.1); the last chunk if it is empty."""
-    return b"%x\r\n%b\r\n" % (len(data), data)
 
 
 # --------------------------------------------------------------------------------------------------
