@@ -4722,7 +4722,7 @@ class Deployment:
     def find(self, container: str, image: Json | None = None) -> Found:
         """Return a container by its id or name. image: one that is at hand, as inspected."""
         inspected = self.inspect(container)
-        labels = inspected["Config"].get("Labels") or {}
+        labels = config_of(inspected, "Labels")
         own = {name: text for name, text in labels.items() if name.startswith(OWN_LABELS)}
         journal = read_journal(own)
         if journal.name:
@@ -4730,19 +4730,17 @@ class Deployment:
                 image = find_image(self.engine, require(inspected, "Image", str))
             # Invariant: no image can pass for a deploy. A container that the agent did not create
             # has its image's labels with this prefix, and no others.
-            if own.items() <= ((image.get("Config") or {}).get("Labels") or {}).items():
+            if own.items() <= config_of(image, "Labels").items():
                 journal = NO_JOURNAL
         return Found(container_id(inspected), inspected, journal)
 
     # The steps
 
     def rename(self, found: Found, suffix: str) -> None:
-        query = {"name": self.name + suffix}
-        self.engine.call("POST", container_path(found.id, "rename"), query)
+        self.engine.call("POST", container_path(found.id, "rename"), {"name": self.name + suffix})
 
     def set_restart(self, found: Found, policy: Json) -> None:
-        body = {"RestartPolicy": policy}
-        self.engine.call("POST", container_path(found.id, "update"), body=body)
+        self.engine.call("POST", container_path(found.id, "update"), body={"RestartPolicy": policy})
 
     def stop(self, found: Found) -> None:
         seconds = own_stop_timeout(found.container["Config"]) + CALL_TIMEOUT
