@@ -395,6 +395,7 @@ def object_schema(required: str, example: Any = None, check: Any = None, **rows:
 
 
 NOTHING = object_schema("")
+BOOLEAN = {"type": "boolean", "description": "true or false"}
 
 
 def decode_json(body: bytes) -> Any:
@@ -776,6 +777,7 @@ def check_count(key: Key, name: str, names: Iterable[str]) -> None:
 
 Networks = tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+ENGINE_SOCKET = "unix:///var/run/docker.sock"
 
 
 class ConfigError(Exception):
@@ -825,14 +827,12 @@ class Setting(NamedTuple):
 
 
 def parse_int(least: int, most: int, text: str) -> int:
-    """Return an integer in ASCII digits. Raises ValueError."""
     if not (re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most):
         raise ValueError(f"{text!r} is not an integer from {least} to {most}")
     return int(text)
 
 
-def parse_matching(pattern: str, rule: str, text: str) -> str:
-    """Return text. Raises ValueError, which states the rule, if the pattern does not match it."""
+def parse_text(pattern: str, rule: str, text: str) -> str:
     if not re.fullmatch(pattern, text):
         raise ValueError(f"{text!r} is not {rule}")
     return text
@@ -851,7 +851,6 @@ def parse_listen(text: str) -> Address:
 
 
 def parse_engine(text: str) -> Address:
-    """Return the Engine's address from DOCKER_HOST's forms. Raises ValueError."""
     name = r"[a-zA-Z0-9._-]+|\[[0-9a-fA-F:.]+\]"
     match = re.fullmatch(f"unix://(/.*[^/])|(tcp|https?)://({name})(?::([0-9]+))?/?", text)
     if not match:
@@ -862,7 +861,6 @@ def parse_engine(text: str) -> Address:
 
 
 def parse_networks(text: str) -> Networks:
-    """Return the networks of a comma-separated list of CIDRs. Raises ValueError."""
     networks = tuple(ipaddress.ip_network(part.strip()) for part in text.split(",") if part.strip())
     for network in networks:
         if getattr(network.network_address, "ipv4_mapped", None):
@@ -870,11 +868,9 @@ def parse_networks(text: str) -> Networks:
     return networks
 
 
-parse_api_version = functools.partial(
-    parse_matching, r"(1\.[0-9]{1,3})?", "an Engine API version such as 1.41"
-)
-parse_path = functools.partial(parse_matching, "(?s:/.*)", "an absolute path")
-parse_level = functools.partial(parse_matching, "|".join(LEVELS), "debug, info, warning or error")
+parse_version = functools.partial(parse_text, r"(1\.[0-9]{1,3})?", "an API version such as 1.41")
+parse_path = functools.partial(parse_text, "(?s:/.*)", "an absolute path")
+parse_level = functools.partial(parse_text, "|".join(LEVELS), "debug, info, warning or error")
 parse_limit = functools.partial(parse_int, 0, 10**8)
 parse_count = functools.partial(parse_int, 1, 10**6)
 
@@ -883,15 +879,10 @@ SETTINGS = (
     Setting("API_KEY_FILE", "", "file to read the master key from"),
     Setting("KEYS_FILE", "", "JSON file of named keys with limits"),
     Setting("LISTEN_ADDR", ":3000", "or 127.0.0.1:3000, [::1]:3000, unix:///path", parse_listen),
-    Setting(
-        "DOCKER_HOST",
-        "unix:///var/run/docker.sock",
-        "or tcp://host:port, http://, https://",
-        parse_engine,
-    ),
+    Setting("DOCKER_HOST", ENGINE_SOCKET, "or tcp://host:port, http://, https://", parse_engine),
     Setting("DOCKER_TLS_VERIFY", "", "when not empty, tcp:// uses TLS"),
     Setting("DOCKER_CERT_PATH", "", "folder of ca.pem, cert.pem and key.pem (~/.docker)"),
-    Setting("DOCKER_API_VERSION", "", "such as 1.41; negotiated by default", parse_api_version),
+    Setting("DOCKER_API_VERSION", "", "such as 1.41; negotiated by default", parse_version),
     Setting("HOST_ROOT", "/host", "where the host's / is mounted; / on a bare host", parse_path),
     Setting("RATE_LIMIT", "100", "requests per 60 s per client; 0 turns it off", parse_limit),
     Setting("TRUSTED_PROXIES", "", "CIDRs whose X-Forwarded-For is believed", parse_networks),
@@ -904,52 +895,34 @@ SETTINGS = (
 
 
 # A container that mounts one of these, or a folder that holds one, is root on the host.
-FORBIDDEN_PATHS = ["/proc", "/sys", "/dev", "/run", "/var/run", "/var/lib/docker"]
-FORBIDDEN_PATHS += ["/var/lib/containerd"]
+FORBIDDEN_PATHS = "/proc /sys /dev /run /var/run /var/lib/docker /var/lib/containerd".split()
 KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
-NAMES = array_of(
-    string_schema(r"\*|[a-zA-Z0-9][a-zA-Z0-9_.-]*\*?", "a name, or its beginning and *", 255)
+NAME_PATTERN = r"\*|[a-zA-Z0-9][a-zA-Z0-9_.-]*\*?"
+NAMES = array_of(string_schema(NAME_PATTERN, "a name, or its beginning and *", 255))
+ABSOLUTE_PATH = r"(?:/(?!\.\.?(?:/|\Z))[^/*:\0]+)+"
+PATHS = array_of(string_schema(ABSOLUTE_PATH, "an absolute path without *, :, . or .."))
+# The host part stands in full: ghcr.io* would be ghcr.io.evil.com too.
+IMAGE_PATTERN = r"\*|[^*\s]*/[^*\s]*\*?|[^*./\s]+\*?|[^*/\s]+(:[^*/\s]*\*?)?"
+EXPIRY = r"(?a:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d))"
+LIMITS = {"memory_mb": integer_schema(6, 2**40), "pids": integer_schema(1, 2**22)}
+LIMITS["cpus"] = integer_schema(0.01, 10**6, kind="integer|number")
+LIMITS["containers"] = integer_schema(0, 2**31)
+KEY_ENTRY = object_schema(
+    "name sha256",
+    name=string_schema(f"(?!master\\Z){KEY_NAME}", "1 to 64 of A-Z a-z 0-9 . _ -"),
+    sha256=string_schema("[0-9a-f]{64}", "64 hexadecimal digits; see new-key"),
+    master=BOOLEAN,
+    expires=string_schema(EXPIRY, "a time such as 2027-06-30T00:00:00Z"),
+    allow=array_of(one_of(*DECISIONS)),
+    images=array_of(string_schema(IMAGE_PATTERN, "an image")),
+    **dict.fromkeys(("containers", "networks", "volumes"), NAMES),
+    **dict.fromkeys(("binds", "files"), PATHS),
+    ports=array_of(string_schema("[0-9]{1,5}(-[0-9]{1,5})?", "8000 or 8000-8099")),
+    labels=array_of(string_schema(r"[^*]+\*?|\*", "a label, or its beginning and *")),
+    cache=BOOLEAN,
+    limits=object_schema("", **LIMITS),
 )
-PATHS = array_of(
-    string_schema(r"(?:/(?!\.\.?(?:/|\Z))[^/*:\0]+)+", "an absolute path without *, :, . or ..")
-)
-KEYS = object_schema(
-    "keys",
-    keys=array_of(
-        object_schema(
-            "name sha256",
-            name=string_schema(f"(?!master\\Z){KEY_NAME}", "1 to 64 of A-Z a-z 0-9 . _ -"),
-            sha256=string_schema("[0-9a-f]{64}", "64 hexadecimal digits; see new-key"),
-            master={"type": "boolean", "description": "true or false"},
-            expires=string_schema(
-                r"[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(Z|[+-][0-9]{2}:[0-9]{2})",
-                "a time such as 2027-06-30T00:00:00Z",
-            ),
-            allow=array_of(one_of(*DECISIONS)),
-            containers=NAMES,
-            # The host part stands in full: ghcr.io* would be ghcr.io.evil.com too.
-            images=array_of(
-                string_schema(
-                    r"\*|[^*\s]*/[^*\s]*\*?|[^*./\s]+\*?|[^*/\s]+(:[^*/\s]*\*?)?", "an image"
-                )
-            ),
-            networks=NAMES,
-            volumes=NAMES,
-            binds=PATHS,
-            files=PATHS,
-            ports=array_of(string_schema("[0-9]{1,5}(-[0-9]{1,5})?", "8000 or 8000-8099")),
-            labels=array_of(string_schema(r"[^*]+\*?|\*", "a label, or its beginning and *")),
-            cache={"type": "boolean", "description": "true or false"},
-            limits=object_schema(
-                "",
-                memory_mb=integer_schema(6, 2**40),
-                cpus=integer_schema(0.01, 10**6, kind="integer|number"),
-                pids=integer_schema(1, 2**22),
-                containers=integer_schema(0, 2**31),
-            ),
-        )
-    ),
-)
+KEYS = object_schema("keys", keys=array_of(KEY_ENTRY))
 
 
 def describe(error: Exception) -> str:
@@ -961,21 +934,16 @@ def describe(error: Exception) -> str:
 
 
 def load_config(environ: Mapping[str, str]) -> Config:
-    """Parse the environment; an empty variable counts as unset.
-
-    Raises ConfigError with one line per problem.
-    """
+    """Parse the environment; an empty variable counts as unset. Raises ConfigError."""
     values: Json = {}
     problems: list[str] = []
-    for setting in SETTINGS:
+    for name, default, _, parse in SETTINGS:
         try:
-            value = setting.parse(environ.get(setting.name) or setting.default)
-            values[setting.name.lower()] = value
+            values[name.lower()] = parse(environ.get(name) or default)
         except ValueError as error:
-            problems.append(f"{setting.name}: {describe(error)}")
-    if problems:
-        raise ConfigError(*problems)
-    for name, load in ("keys", load_keys), ("server_tls", serve_tls), ("engine_tls", engine_tls):
+            problems.append(f"{name}: {describe(error)}")
+    loaders = {"keys": load_keys, "server_tls": serve_tls, "engine_tls": engine_tls}
+    for name, load in ({} if problems else loaders).items():
         try:
             values[name] = load(values)
         except ConfigError as error:
@@ -1016,15 +984,14 @@ def load_keys(values: Json) -> tuple[Key, ...]:
         keys = (Key("master", hashlib.sha256(key).digest(), master=True),)
     elif path:
         raise ConfigError(f"API_KEY_FILE: {path} has no key in it")
-    if values["keys_file"]:
-        problems = f"KEYS_FILE: {values['keys_file']}: "
+    if path := values["keys_file"]:
         try:
-            keys += parse_keys(read_file("KEYS_FILE", values["keys_file"]), values)
+            keys += parse_keys(read_file("KEYS_FILE", path), values)
+            for field in "name", "digest":
+                if len({getattr(key, field) for key in keys}) < len(keys):
+                    refuse("keys", f"two have the same {field}")
         except ApiError as error:
-            raise ConfigError(problems + error.message) from error
-        for field in "name", "digest":
-            if len({getattr(key, field) for key in keys}) < len(keys):
-                raise ConfigError(f"{problems}two keys have the same {field}")
+            raise ConfigError(f"KEYS_FILE: {path}: {error.message}") from error
     if not keys:
         raise ConfigError("API_KEY: is required; try API_KEY=$(openssl rand -hex 32)")
     return keys
@@ -1037,19 +1004,19 @@ def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
     """
     keys = []
     for index, entry in enumerate(validate(KEYS, decode_json(text))["keys"]):
-        place = f"keys[{index}]"
+        here = f"keys[{index}]"
         if entry.get("master") and not entry.keys() <= {"name", "sha256", "master", "expires"}:
-            refuse(f"{place}.master", "stands with expires alone: a master key has no limits")
+            refuse(f"{here}.master", "stands with expires alone: a master key has no limits")
         for field, path in [(f, path) for f in ("binds", "files") for path in entry.get(f, ())]:
-            if place_that_leaks := forbidden_place(path, values):
-                refuse(f"{place}.{field}", f"{path} would give away {place_that_leaks}")
+            if place := forbidden_place(path, values):
+                refuse(f"{here}.{field}", f"{path} would give away {place}")
         entry = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
         entry["images"] = tuple(map(full_pattern, entry.get("images", ())))
         if "expires" in entry:
             try:
                 moment = datetime.datetime.fromisoformat(entry["expires"].replace("Z", "+00:00"))
             except ValueError as error:
-                refuse(f"{place}.expires", str(error))
+                refuse(f"{here}.expires", str(error))
             entry["expires"] = moment.timestamp()
         keys.append(Key(digest=bytes.fromhex(entry.pop("sha256")), **entry))
     return tuple(keys)
@@ -1088,7 +1055,7 @@ def named_files(values: Json) -> list[str]:
 
 def read_file(variable: str, path: str) -> bytes:
     """Return a small file's content. Raises ConfigError."""
-    with config_errors(variable, path), open(path, "rb") as file:
+    with config_errors(variable, path) as file:
         content = file.read(MAX_BODY + 1)
     if len(content) > MAX_BODY:
         raise ConfigError(f"{variable}: {path} is too large")
@@ -1098,12 +1065,12 @@ def read_file(variable: str, path: str) -> bytes:
 def serve_tls(values: Json) -> ssl.SSLContext | None:
     """Return the listener's TLS context, if it has one. Raises ConfigError."""
     names = "TLS_CERT_FILE", "TLS_KEY_FILE", "TLS_CLIENT_CA_FILE"
-    cert, key, ca = files = [(name, values[name.lower()]) for name in names]
+    files = [(name, values[name.lower()]) for name in names]
     given = [name for name, path in files if path]
-    missing = [name for name, path in (cert, key) if not path]
+    missing = [name for name in names[:2] if name not in given]
     if given and missing:
         raise ConfigError(f"{missing[0]}: is required with {given[0]}")
-    return tls_context(ssl.PROTOCOL_TLS_SERVER, cert, key, ca) if given else None
+    return tls_context(ssl.PROTOCOL_TLS_SERVER, *files) if given else None
 
 
 def engine_tls(values: Json) -> ssl.SSLContext | None:
@@ -1114,21 +1081,20 @@ def engine_tls(values: Json) -> ssl.SSLContext | None:
     if not (verify or values["docker_cert_path"]):
         return ssl.create_default_context()
     folder = values["docker_cert_path"] or os.path.expanduser("~/.docker")
-    names = ("cert.pem", "key.pem", "ca.pem")
-    cert, key, ca = (("DOCKER_CERT_PATH", os.path.join(folder, name)) for name in names)
-    if not (os.path.exists(cert[1]) or os.path.exists(key[1])):
-        cert = key = ("DOCKER_CERT_PATH", "")
-    return tls_context(ssl.PROTOCOL_TLS_CLIENT, cert, key, ca)
+    paths = [os.path.join(folder, name) for name in ("cert.pem", "key.pem", "ca.pem")]
+    if not any(map(os.path.exists, paths[:2])):
+        paths[:2] = "", ""
+    return tls_context(ssl.PROTOCOL_TLS_CLIENT, *(("DOCKER_CERT_PATH", path) for path in paths))
 
 
-def tls_context(
-    protocol: Any, cert: tuple[str, str], key: tuple[str, str], ca: tuple[str, str]
-) -> ssl.SSLContext:
-    """Return a context from three files, each as (variable, path or ""). Raises ConfigError.
+def tls_context(protocol: Any, *files: tuple[str, str]) -> ssl.SSLContext:
+    """Return a context; files: certificate, key and CA, each as (variable, path or "").
 
     Not create_default_context, which from Python 3.13 on refuses certificates made as Docker's
     manual says. PROTOCOL_TLS_CLIENT verifies the certificate and the host's name, too.
+    Raises ConfigError.
     """
+    cert, key, ca = files
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # Renegotiation costs the server more than the client, so it would be a way to overload it.
@@ -1147,11 +1113,11 @@ def tls_context(
 
 
 @contextlib.contextmanager
-def config_errors(variable: str, path: str) -> Iterator[None]:
-    """Turn an OSError raised while using the file into a ConfigError that names the variable."""
+def config_errors(variable: str, path: str) -> Iterator[io.BufferedReader]:
+    """Open a file; turn an OSError while it is used into a ConfigError that names the variable."""
     try:
-        with open(path, "rb"):
-            yield
+        with open(path, "rb") as file:
+            yield file
     except OSError as error:
         message = f"{variable}: {path} cannot be used: {error.strerror or error}"
         raise ConfigError(message) from error
@@ -2719,7 +2685,6 @@ def at(place: str, schema: Schema, convert: Any = None, since: int = 0) -> Schem
 
 STRING = string_schema(most=MAX_BODY)
 STRINGS = array_of(STRING, ["sleep", "60"])
-BOOLEAN = {"type": "boolean", "description": "true or false"}
 PORT = string_schema("[0-9]+", "a port from 1 to 65535, in ASCII digits", 15)
 PORT.update(type="string|integer", check=check_port)
 HOST_PORT = {**PORT, "pattern": "[0-9]*", "check": functools.partial(check_port, least=0)}
