@@ -1028,7 +1028,7 @@ def forbidden_place(path: str, values: Json) -> str:
     places = [*FORBIDDEN_PATHS, *map(os.path.abspath, named_files(values))]
     for place in [*places, *(host_path(place, root) for place in places)]:
         for real in (path, host_path(path, root), host_path(root + path, root)):
-            if f"{real}/".startswith(f"{place}/") or f"{place}/".startswith(f"{real}/"):
+            if os.path.commonpath([real, place]) in (real, place):
                 return place
     return ""
 
@@ -1036,7 +1036,7 @@ def forbidden_place(path: str, values: Json) -> str:
 def host_path(path: str, root: str) -> str:
     """Return a path with its links resolved; below HOST_ROOT, as the host sees it."""
     real = os.path.realpath(path)
-    return real[len(root) :] if real.startswith(f"{root}/") else real
+    return real[len(root) :] or "/" if f"{real}/".startswith(f"{root}/") else real
 
 
 def full_pattern(pattern: str) -> str:

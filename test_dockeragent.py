@@ -741,6 +741,7 @@ ENTRY = {"name": "ci", "sha256": "a" * 64}
         ("the folder of the socket", {"keys": [{**ENTRY, "binds": ["/var/run"]}]}, "/var/run"),
         ("the socket's real folder", {"keys": [{**ENTRY, "binds": ["/run/docker"]}]}, "/run"),
         ("a folder with the keys file", {"keys": [{**ENTRY, "files": ["FOLDER"]}]}, "keys.json"),
+        ("a link to the root", {"keys": [{**ENTRY, "binds": ["FOLDER/link"]}]}, "/proc"),
         ("a port range of words", {"keys": [{**ENTRY, "ports": ["http"]}]}, "ports[0]"),
         ("an unknown limit", {"keys": [{**ENTRY, "limits": {"memory": 1}}]}, "limits.memory"),
         (
@@ -757,6 +758,7 @@ ENTRY = {"name": "ci", "sha256": "a" * 64}
 )
 def test_wrong_keys_file_is_one_line(text, word, tmp_path):
     content = text if isinstance(text, str) else json.dumps(text)
+    (tmp_path / "link").symlink_to("/")
     path = tmp_path / "keys.json"
     path.write_text(content.replace("MASTER", digest(KEY)).replace("FOLDER", str(tmp_path)))
     for arguments in ([], ["check"]):
