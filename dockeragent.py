@@ -1018,8 +1018,8 @@ def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
         if entry.get("master") and not entry.keys() <= {"name", "sha256", "master", "expires"}:
             refuse(f"{here}.master", "stands with expires alone: a master key has no limits")
         for field, path in [(f, path) for f in ("binds", "files") for path in entry.get(f, ())]:
-            if place_that_leaks := forbidden_place(path, values):
-                refuse(f"{here}.{field}", f"{path} would give away {place_that_leaks}")
+            if place := forbidden_place(path, values):
+                refuse(f"{here}.{field}", f"{path} would give away {place}")
         entry = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
         entry["images"] = tuple(map(full_pattern, entry.get("images", ())))
         if "expires" in entry:
@@ -1046,7 +1046,7 @@ def forbidden_place(path: str, values: Json) -> str:
 def host_path(path: str, root: str) -> str:
     """Return a path with its links resolved; below HOST_ROOT, as the host sees it."""
     real = os.path.realpath(path)
-    return str(real[len(root) :] if real.startswith(f"{root}/") else real)
+    return str(real[len(root) :] or "/") if f"{real}/".startswith(f"{root}/") else real
 
 
 def full_pattern(pattern: str) -> str:
@@ -2903,6 +2903,7 @@ Pool = list[tuple[float, "EngineSocket"]]  # idle connections, and since when ea
 # Statuses that are passed through to the client; any other is 502.
 PASSED_THROUGH_STATUSES = (400, 401, 403, 404, 409, 500, 501)
 BROKEN = "the Engine sent an invalid response"
+FAILURES = (OSError, http.client.HTTPException)
 
 
 class Call(NamedTuple):
@@ -2924,9 +2925,6 @@ class KeptFile(io.BufferedReader):
 
     def close(self) -> None:
         """Do nothing: EngineSocket.close ends the connection."""
-
-    def flush(self) -> None:
-        """Do nothing: http.client flushes it when a response is deleted, perhaps after the end."""
 
 
 class EngineSocket(io.RawIOBase):
@@ -2963,8 +2961,7 @@ class EngineSocket(io.RawIOBase):
         return self.file
 
     def close(self) -> None:
-        self.raw.close()
-        super().close()
+        self.raw.close()  # and not itself: http.client may flush its file afterwards
 
     def is_quiet(self) -> bool:
         """Return whether it is still open, and nothing came that nobody asked for."""
@@ -2972,10 +2969,7 @@ class EngineSocket(io.RawIOBase):
         return not (self.file.peek(1) or NEVER.wait_readable(self.raw, 0))
 
     def exchange(self, call: Call, target: str, deadline: float) -> http.client.HTTPResponse:
-        """Send a request; return the response, its head read.
-
-        Raises OSError, http.client.HTTPException, ClientGone and Stopping.
-        """
+        """Return the response, its head read. Raises FAILURES, ClientGone and Stopping."""
         self.deadline, self.interrupts = deadline, call.interrupts
         connection = http.client.HTTPConnection("docker")
         sock: Any = self
@@ -3000,18 +2994,13 @@ class EngineResponse:
     """A response of the Engine, its head read; the body comes in one piece or in several."""
 
     def __init__(
-        self,
-        sock: EngineSocket,
-        response: http.client.HTTPResponse,
-        deadline: float,
-        pool: Pool | None,
+        self, sock: EngineSocket, response: http.client.HTTPResponse, pool: Pool | None
     ) -> None:
         """pool: where `close` leaves the connection if it can take another request."""
         self.status = response.status
         self.header = response.getheader
-        self._sock, self._response = sock, response
-        self._deadline, self._pool = deadline, pool
-        self._is_done = False
+        self._sock, self._response, self._pool = sock, response, pool
+        self._is_done = response.length == 0
         self._last_read = 0.0
         self.until_end = not response.chunked and response.length is None
 
@@ -3020,53 +3009,48 @@ class EngineResponse:
 
         Raises EngineError (502) if the body is cut short, ClientGone and Stopping.
         """
-        if self._is_done or self._response.length == 0:
-            self._is_done = True
+        if self._is_done:
             return b""
         if self.until_end and (pause := self._last_read + BURST_PAUSE - time.monotonic()) > 0:
             time.sleep(pause)
-        sock = self._sock
         try:
-            sock.deadline = deadline
+            self._sock.deadline = deadline
             try:
-                sock.file.peek(1)  # waits here, so that no time runs out in the middle of a chunk
+                self._sock.file.peek(1)  # waits, so that no time runs out in the middle of a chunk
             except socket.timeout:
                 return None
-            piece = self._read_piece(time.monotonic() + CALL_TIMEOUT)
-        except (OSError, http.client.HTTPException) as error:
-            raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
+            self._sock.deadline = time.monotonic() + CALL_TIMEOUT
+            piece = self._read_piece()
+        except FAILURES as error:
+            raise engine_failure(error) from error
         self._last_read = time.monotonic()
         return piece
 
-    def _read_piece(self, deadline: float) -> bytes:
-        """Return the next bytes of the body. Raises OSError and http.client.HTTPException."""
-        sock, response = self._sock, self._response
-        sock.deadline = deadline
+    def _read_piece(self) -> bytes:
+        """Return the next bytes of the body. Raises FAILURES."""
+        response = self._response
         piece = response.read1(RECV_SIZE)
         if response.chunked and response.chunk_left == 0:
             # http.client would look for this line end only with the next chunk.
-            if sock.file.read(2) != b"\r\n":
+            if self._sock.file.read(2) != b"\r\n":
                 raise http.client.IncompleteRead(b"")
             response.chunk_left = None
-        if not piece:
-            if response.length and not self.until_end:
-                raise http.client.IncompleteRead(b"", response.length)
-            self._is_done = True
+        if response.length and not piece:
+            raise http.client.IncompleteRead(b"", response.length)
+        self._is_done = not piece or response.length == 0
         return piece
 
     def read_all(self) -> bytes:
-        """Return the complete body. Raises EngineError past MAX_RESPONSE or the deadline."""
+        """Return the complete body. Raises EngineError past MAX_RESPONSE or the call's deadline."""
         body = bytearray()
         try:
             while not self._is_done:
-                body += self._read_piece(self._deadline)
+                body += self._read_piece()
                 # Invariant: at most MAX_RESPONSE bytes of a response are buffered.
                 if len(body) > MAX_RESPONSE:
                     raise EngineError(502, "the Engine's response is too large")
-        except socket.timeout as error:
-            raise EngineError(504, "the Engine did not finish its response in time") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
+        except FAILURES as error:
+            raise engine_failure(error) from error
         return bytes(body)
 
     def close(self) -> None:
@@ -3098,9 +3082,7 @@ def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> so
         sock.settimeout(max(0.001, deadline - time.monotonic()))
         if tls:
             # Invariant: the Engine's certificate is verified, and is for the host asked for.
-            sock = on_error.enter_context(
-                tls.wrap_socket(sock, server_hostname=address.host or None)
-            )
+            sock = tls.wrap_socket(sock, server_hostname=address.host or None)
         on_error.pop_all()
     return sock
 
@@ -3110,16 +3092,12 @@ def connect_tcp(address: Address, deadline: float) -> socket.socket:
 
     All of them share the time until deadline. Raises OSError.
     """
-    problem: OSError = socket.timeout("timed out")
-    found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-    for left, (family, kind, protocol, _, there) in zip(range(len(found), 0, -1), found):
-        sock = socket.socket(family, kind, protocol)
+    found: list[Any] = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    for left, (*_, there) in zip(range(len(found), 0, -1), found):
+        patience = max(0.001, (deadline - time.monotonic()) / left)
         try:
-            sock.settimeout(max(0.001, (deadline - time.monotonic()) / left))
-            sock.connect(there)
-            return sock
+            return socket.create_connection(there[:2], patience)
         except OSError as error:
-            sock.close()
             problem = error
     raise problem
 
@@ -3141,7 +3119,7 @@ class Engine:
         self.counting = threading.Lock()  # held while a limited key's containers are counted
         self.unchecked: set[str] = set()  # names of new containers that nobody may start yet
         self._health_lock = threading.Lock()
-        self._health: tuple[float, str] | None = None  # when asked, and what is wrong, "" if well
+        self._health = -math.inf, ""  # when it was asked, and what is wrong
 
     def call(self, method: str, path: str, *args: Any, **options: Any) -> bytes:
         """Return the response's body, b"" if it has none; arguments as Call has them."""
@@ -3191,23 +3169,19 @@ class Engine:
         It is asked at most once in HEALTH_CACHE seconds. While one request waits for it, others get
         the result before, if it is not old.
         """
-        recent = self._health
-        is_recent = recent is not None and time.monotonic() - recent[0] < HEALTH_KEPT
-        if self._health_lock.acquire(blocking=not is_recent):
+        asked, problem = self._health
+        if self._health_lock.acquire(blocking=time.monotonic() - asked >= HEALTH_KEPT):
             try:
-                recent = self._health
-                if recent is None or time.monotonic() - recent[0] >= HEALTH_CACHE:
-                    recent = self._health = time.monotonic(), self._ask_health()
+                asked, problem = self._health
+                if time.monotonic() - asked >= HEALTH_CACHE:
+                    asked, problem = time.monotonic(), ""
+                    self._ping(asked + PING_TIMEOUT)
+            except EngineError as error:
+                problem = error.message
             finally:
+                self._health = asked, problem
                 self._health_lock.release()
-        return recent[1] if recent else ""
-
-    def _ask_health(self) -> str:
-        try:
-            self._ping(time.monotonic() + PING_TIMEOUT)
-        except EngineError as error:
-            return error.message
-        return ""
+        return problem
 
     @contextlib.contextmanager
     def no_creates(self) -> Iterator[None]:
@@ -3251,30 +3225,25 @@ class Engine:
             target += "?" + urlencode(call.query)
         # Invariant: a request that changes something is never sent twice. Only a GET is sent on an
         # idle connection, and again on a new one if the Engine had closed that.
-        is_reusing = call.method == "GET" and not call.http10
+        pool = self._idle if call.method == "GET" and not call.http10 else None
         try:
-            if is_reusing and (sock := self._idle_connection()):
+            if pool and (sock := self._idle_connection()):
                 with contextlib.suppress(ConnectionError):
-                    return self._exchange(sock, call, target, deadline)
-            return self._exchange(self._connect(deadline), call, target, deadline)
-        except socket.timeout as error:
-            raise EngineError(504, "the Engine did not respond in time") from error
-        except (OSError, http.client.HTTPException) as error:
-            raise EngineError(502, f"{BROKEN}: {describe(error)}") from error
+                    return self._exchange(sock, call, target, deadline, pool)
+                self._asked = -math.inf  # the Engine may have been restarted as another version
+            return self._exchange(self._connect(deadline), call, target, deadline, pool)
+        except FAILURES as error:
+            self._asked = -math.inf
+            raise engine_failure(error) from error
 
     def _exchange(
-        self, sock: EngineSocket, call: Call, target: str, deadline: float
+        self, sock: EngineSocket, call: Call, target: str, deadline: float, pool: Pool | None
     ) -> EngineResponse:
         with contextlib.ExitStack() as on_error:
             on_error.callback(sock.close)
-            try:
-                response = sock.exchange(call, target, deadline)
-            except (OSError, http.client.HTTPException):
-                self._asked = -math.inf  # the Engine may have been restarted as another version
-                raise
+            response = sock.exchange(call, target, deadline)
             on_error.pop_all()
-        pool = self._idle if call.method == "GET" and not call.http10 else None
-        return EngineResponse(sock, response, deadline, pool)
+        return EngineResponse(sock, response, pool)
 
     def _idle_connection(self) -> EngineSocket | None:
         while self._idle:
@@ -3291,7 +3260,7 @@ class Engine:
             deadline = min(deadline, time.monotonic() + CONNECT_TIMEOUT)
             return EngineSocket(connect(self.address, self._tls, deadline))
         except (OSError, ValueError) as error:
-            self._asked = -math.inf  # what comes back may be another version
+            self._asked = -math.inf
             message = f"the Engine at {self.address} is not reachable: {describe(error)}"
             if isinstance(error, PermissionError) and self.address.path:
                 message += f"; {socket_access(self.address.path)}"
@@ -3306,6 +3275,13 @@ def socket_access(path: str) -> str:
     with contextlib.suppress(OSError, KeyError):
         group = f"the group {grp.getgrgid(os.stat(path).st_gid).gr_name}"
     return f"run the agent as root or as a member of {group}"
+
+
+def engine_failure(error: Exception) -> EngineError:
+    """Return the error for one of FAILURES."""
+    if isinstance(error, socket.timeout):
+        return EngineError(504, "the Engine did not respond in time")
+    return EngineError(502, f"{BROKEN}: {describe(error)}")
 
 
 def engine_error(status: int, body: bytes) -> EngineError:
