@@ -15,8 +15,8 @@ EXPOSE 3000
 
 # Exec form: there is no shell. It asks /health, so it fails when the engine does not answer too.
 HEALTHCHECK --interval=30s --timeout=10s --start-period=10s --retries=3 \
-    CMD ["/usr/bin/python3", "/dockeragent.py", "healthcheck"]
+    CMD ["/usr/bin/python3", "-I", "/dockeragent.py", "healthcheck"]
 
 # Exec form: the agent is process 1 and gets SIGTERM itself. Requests in flight have 10 s then, so
 # start it with a --stop-timeout of more.
-ENTRYPOINT ["/usr/bin/python3", "/dockeragent.py"]
+ENTRYPOINT ["/usr/bin/python3", "-I", "/dockeragent.py"]
