@@ -3318,6 +3318,39 @@ def container_id(decoded: Json) -> str:
     return str(decoded["Id"])
 
 
+def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[Json | None]:
+    """Yield the objects of a body that has one on each line, and None each PING_INTERVAL.
+
+    silence: seconds without a byte, after which it raises EngineError (504). Raises EngineError
+    (502) for another body, and what `EngineResponse.read` raises.
+    """
+    rest, heard = b"", time.monotonic()
+    due = heard + PING_INTERVAL
+    while (data := response.read(min(due, heard + silence))) != b"":
+        heard = time.monotonic() if data else heard
+        if time.monotonic() >= heard + silence:
+            raise EngineError(504, f"the Engine said nothing for {silence:.0f} s")
+        *lines, rest = (rest + (data or b"")).split(b"\n")
+        # Invariant: no line of the Engine's is held past MAX_LINE.
+        if len(rest) > MAX_LINE:
+            raise EngineError(502, "the Engine's response has too long a line")
+        yield from map(decode_response, filter(bytes.strip, lines))
+        if time.monotonic() >= due:
+            yield None
+            due = time.monotonic() + PING_INTERVAL
+    if rest.strip():
+        yield decode_response(rest)
+
+
+@contextlib.contextmanager
+def expected_shape() -> Iterator[None]:
+    """Turn an error from reading JSON of another shape into an EngineError (502)."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise EngineError(502, "the Engine's response is not of the expected shape") from error
+
+
 # --------------------------------------------------------------------------------------------------
 # Containers and images: our requests to the Engine's, its answers to ours
 # --------------------------------------------------------------------------------------------------
@@ -3326,14 +3359,10 @@ def container_id(decoded: Json) -> str:
 LIST_FIELDS = {"id": "Id", "names": "Names", "image": "Image", "image_id": "ImageID"}
 LIST_FIELDS.update(command="Command", created="Created", state="State", status="Status")
 LIST_FIELDS.update(ports="Ports", labels="Labels")
+PORT_FIELDS = {"ip": "IP", "private_port": "PrivatePort", "public_port": "PublicPort"}
+PORT_FIELDS["type"] = "Type"
 # The labels that the agent sets, after OWN_LABELS.
 AGENT_LABELS = ("key", "run", "name", "spec", "restart", "replaces", "was", "gate")
-PORT_FIELDS = {
-    "ip": "IP",
-    "private_port": "PrivatePort",
-    "public_port": "PublicPort",
-    "type": "Type",
-}
 
 # What the Engine's words for a failed pull mean. Those that come first in a message decide: what
 # follows may be the registry's own text, or a page of HTML. None: the registry failed, 502.
@@ -3407,9 +3436,7 @@ def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
     request: Json = {"query": {}, "HostConfig": {}}
     for place, value in engine_fields(CREATE, body, version):
         *folders, last = place.split(".")
-        target = request
-        for folder in folders:
-            target = target.setdefault(folder, {})
+        target = functools.reduce(lambda above, name: above.setdefault(name, {}), folders, request)
         # Two fields of ours may be one list of the Engine's: SecurityOpt.
         target[last] = target.get(last, []) + value if isinstance(value, list) else value
     # What the Engine wants to be told twice.
@@ -3430,18 +3457,19 @@ def find_image(engine: Engine, image: str) -> Json:
     return {}
 
 
-def ids_by_name(engine: Engine, pattern: str, status: str = "") -> dict[str, str]:
-    """Return the ids of containers whose names match a regex, by name; in one state or in any.
+def find_containers(engine: Engine, **filters: str) -> list[Any]:
+    """Return the Engine's rows of the containers that match filters; an empty one is none."""
+    given = {kind: [value] for kind, value in filters.items() if value}
+    query = {"all": 1, "filters": json.dumps(given)}
+    rows: list[Any] = decode_response(engine.call("GET", "/containers/json", query), list)
+    return rows
 
-    Raises EngineError.
-    """
-    filters = {"name": [pattern], **({"status": [status]} if status else {})}
-    query = {"all": 1, "filters": json.dumps(filters)}
-    rows = decode_response(engine.call("GET", "/containers/json", query), list)
-    try:
-        return {name[1:]: container_id(row) for row in rows for name in row.get("Names") or ()}
-    except (AttributeError, TypeError) as error:
-        raise EngineError(502, "the Engine's response is no list of containers") from error
+
+@expected_shape()
+def ids_by_name(engine: Engine, pattern: str, status: str = "") -> dict[str, str]:
+    """Return the ids of containers whose names match a regex, by name; in one state or in any."""
+    rows = find_containers(engine, name=pattern, status=status)
+    return {name[1:]: container_id(row) for row in rows for name in row.get("Names") or ()}
 
 
 def look_up_networks(engine: Engine, body: Json) -> None:
@@ -3546,10 +3574,15 @@ def split_image(image: str) -> tuple[str, str]:
     return name[:slash] + repository, digest or tag or "latest"
 
 
+def full_repository(image: str) -> str:
+    """Return the full name of an image's repository: "docker.io/library/nginx" for "nginx:1"."""
+    return split_image(full_reference(image))[0]
+
+
 def pull_progress(
     engine: Engine, body: Json, auth: str, interrupts: Interrupts
 ) -> Iterator[Json | None]:
-    """Yield the words of a pull as they come, None after PING_INTERVAL of silence.
+    """Yield the words of a pull as they come, and None each PING_INTERVAL.
 
     Raises EngineError for a pull that fails; closing the generator ends the pull.
     """
@@ -3557,35 +3590,16 @@ def pull_progress(
     if re.fullmatch(IMAGE_ID, body["image"]):
         raise EngineError(404, f"no such image: {body['image']}; an id cannot be pulled")
     query = {"fromImage": name, "tag": tag, **{k: body[k] for k in ("platform",) if k in body}}
-    create = ("POST", "/images/create", query, None, PULL_SILENCE)
-    headers = {"X-Registry-Auth": auth} if auth else {}
+    how = (query, None, PULL_SILENCE, {"X-Registry-Auth": auth} if auth else {}, interrupts)
     try:
-        answer = engine.open(*create, headers=headers, interrupts=interrupts)
+        response = engine.open("POST", "/images/create", *how)
     except EngineError as error:
         raise pull_error(error.status, error.message) from error
-    rest, heard = b"", time.monotonic()
-    with contextlib.closing(answer):
-        while (data := answer.read(time.monotonic() + PING_INTERVAL)) != b"":
-            heard = time.monotonic() if data else heard
-            if time.monotonic() - heard > PULL_SILENCE:
-                raise EngineError(504, f"the Engine said nothing for {PULL_SILENCE:.0f} s")
-            if data is None:
-                yield None
-                continue
-            *lines, rest = (rest + data).split(b"\n")
-            if len(rest) > MAX_LINE:
-                raise EngineError(502, "the Engine's answer has too long a line")
-            yield from map(pull_message, filter(bytes.strip, lines))
-    if rest.strip():
-        yield pull_message(rest)
-
-
-def pull_message(line: bytes) -> Json:
-    """Return one object of a pull's stream. Raises EngineError if it tells of one."""
-    word: Json = decode_response(line)
-    if error := word.get("error") or word.get("errorDetail"):
-        raise pull_error(502, str(error.get("message") if isinstance(error, dict) else error))
-    return word
+    with contextlib.closing(response):
+        for word in json_lines(response, PULL_SILENCE):
+            if word and (told := word.get("error") or word.get("errorDetail")):
+                raise pull_error(502, str(told.get("message") if isinstance(told, dict) else told))
+            yield word
 
 
 def pull_state(word: Json) -> Json:
@@ -3635,37 +3649,31 @@ def pull_result(engine: Engine, image: str, digest: str) -> Json:
 def find_digest(image: Json, repository: str) -> str | None:
     """Return the digest that an inspected image has in a repository, None if it has none there."""
     found = image.get("RepoDigests")
-    default = re.compile("^(?:(?:index[.])?docker[.]io/)?(?:library/)?")  # names may leave it out
     for entry in found if isinstance(found, list) else ():
         name, _, digest = str(entry).partition("@")
-        if default.sub("", name) == default.sub("", repository):
+        if full_repository(name) == full_repository(repository):
             return digest
     return None
 
 
+@expected_shape()
 def shape_list(found: list[Any], key: Key, query: Json) -> list[Json]:
     """Return our rows of the Engine's list: those that the key covers and the query asks for.
 
     Filtered here, not by the Engine: by what the key may see, and with no regular expression.
     """
-    try:
-        rows = [shape_row(container, key) for container in found]
-        return [row for row in rows if is_listed(row, key, query)]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise EngineError(502, "the Engine's answer is no list of containers") from error
+    rows = [shape_row(container, key) for container in found]
+    return [row for row in rows if is_listed(row, key, query)]
 
 
 def shape_row(container: Json, key: Key) -> Json:
     row: Json = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
     row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
     ports = row["ports"] or []
-    row["ports"] = [
-        {ours: port.get(theirs) for ours, theirs in PORT_FIELDS.items()} for port in ports
-    ]
+    row["ports"] = [{ours: port.get(PORT_FIELDS[ours]) for ours in PORT_FIELDS} for port in ports]
     if not key.master:
         row["names"] = own_names(row)
-        labels = dict(row["labels"])
-        row["labels"] = {name: labels[name] for name in labels if not name.startswith(OWN_LABELS)}
+        row["labels"] = {k: v for k, v in row["labels"].items() if not k.startswith(OWN_LABELS)}
     return row
 
 
@@ -3693,23 +3701,8 @@ IMAGE_FIELDS.update(size="Size", created="Created")
 NETWORK_FIELDS = {"id": "Id", "name": "Name", "driver": "Driver", "internal": "Internal"}
 NETWORK_FIELDS.update(labels="Labels")
 VOLUME_FIELDS = {"name": "Name", "driver": "Driver", "created": "CreatedAt", "labels": "Labels"}
-PREDEFINED_NETWORKS = ("bridge", "host", "none")
 # Held from the look for a network's name to its creation: older Engines allow two of one name.
 NETWORK_CREATION = threading.Lock()
-
-
-@contextlib.contextmanager
-def expected_shape() -> Iterator[None]:
-    """Turn an error from reading JSON of another shape into an EngineError (502)."""
-    try:
-        yield
-    except (AttributeError, KeyError, TypeError) as error:
-        raise EngineError(502, "the Engine's response is not of the expected shape") from error
-
-
-def full_repository(image: str) -> str:
-    """Return the full name of an image's repository: "docker.io/library/nginx" for "nginx:1"."""
-    return split_image(full_reference(image))[0]
 
 
 @expected_shape()
@@ -3719,7 +3712,7 @@ def count_users(engine: Engine) -> collections.Counter[tuple[str, str]]:
     Images are counted by id; networks by id, and by what a container that never ran calls them.
     """
     users: collections.Counter[tuple[str, str]] = collections.Counter()
-    for container in decode_response(engine.call("GET", "/containers/json?all=1"), list):
+    for container in find_containers(engine):
         networks = container["NetworkSettings"]["Networks"] or {}
         used = {("network", value["NetworkID"] or name) for name, value in networks.items()}
         mounts = container["Mounts"] or []
@@ -3745,15 +3738,11 @@ def read_images(engine: Engine) -> list[Json]:
 @expected_shape()
 def remove_reference(engine: Engine, reference: str) -> dict[str, list[str]]:
     """Untag an image, and remove it with its last tag; return {"untagged", "deleted"}."""
-    path = f"/images/{quote(reference)}"
     # Invariant: never forced, so that the Engine itself refuses (409) an image in use.
     with engine.no_creates():
-        body = engine.call("DELETE", path, seconds=START_TIMEOUT)
-    records = decode_response(body, list)
-    return {
-        word.lower(): [record[word] for record in records if word in record]
-        for word in ("Untagged", "Deleted")
-    }
+        body = engine.call("DELETE", f"/images/{quote(reference)}", seconds=START_TIMEOUT)
+    rows = decode_response(body, list)
+    return {w.lower(): [row[w] for row in rows if w in row] for w in ("Untagged", "Deleted")}
 
 
 def is_removed(engine: Engine, reference: str) -> bool:
@@ -3854,7 +3843,7 @@ def remove_network(engine: Engine, name: str) -> None:
         is_used = any(users["network", each] for each in (network["id"], network["id"][:12], name))
         # The Engine minds only running containers; a stopped one could not start again. It never
         # removes a predefined network, and says why.
-        if is_used and name not in PREDEFINED_NETWORKS:
+        if is_used and name not in ("bridge", "host", "none"):
             raise ApiError(409, f"network {name} is used by a container")
         engine.call("DELETE", f"/networks/{quote(network['id'], safe='')}")
 
@@ -5252,20 +5241,12 @@ def run_events(parts: Iterator[RunPart]) -> Stream:
             yield b"".join(b"data: %b\n\n" % item for item in run_items(part)) or PING
 
 
-def find_runs(engine: Engine, label: str, status: str = "") -> list[Json]:
-    """Return the Engine's rows of the containers with a label, in one state or in any."""
-    filters = {"label": [label], "status": [status] if status else []}
-    query = {"all": 1, "filters": encode_json(filters).decode()}
-    rows: list[Json] = decode_response(engine.call("GET", "/containers/json", query), list)
-    return rows
-
-
 def remove_run(engine: Engine, token: str) -> None:
     """Kill and remove a run's container, however the Engine restarts. Raises EngineError."""
     deadline = time.monotonic() + START_TIMEOUT
     while True:
         try:
-            for container in find_runs(engine, f"{RUN_LABEL}={token}"):
+            for container in find_containers(engine, label=f"{RUN_LABEL}={token}"):
                 remove_container(engine, container_id(container))
             return
         except EngineError:
@@ -5277,7 +5258,7 @@ def remove_run(engine: Engine, token: str) -> None:
 @expected_shape()
 def remove_left_runs(engine: Engine, log: Log, live: Collection[str], status: str = "") -> None:
     """Remove what a killed agent left of runs; live: the tokens of those that go on."""
-    for container in find_runs(engine, RUN_LABEL, status):
+    for container in find_containers(engine, label=RUN_LABEL, status=status):
         token = container["Labels"][RUN_LABEL]
         if not token or token in live:  # other containers of the agent's have it empty
             continue
@@ -5319,25 +5300,6 @@ METRICS = {
     "dockeragent_container_state": ("gauge", "1 for the state that the container is in."),
     "dockeragent_container_health": ("gauge", "Whether the container's health check passes."),
 }
-
-
-def json_lines(response: EngineResponse) -> Iterator[Json | None]:
-    """Yield the objects of a body that has one on each line, and None each PING_INTERVAL.
-
-    Raises EngineError (502) for another body, and what `EngineResponse.read` raises.
-    """
-    rest, due = b"", time.monotonic() + PING_INTERVAL
-    while (data := response.read(due)) != b"":
-        *lines, rest = (rest + (data or b"")).split(b"\n")
-        # Invariant: no line of the Engine's is held past MAX_LINE.
-        if len(rest) > MAX_LINE:
-            raise EngineError(502, "the Engine's response has too long a line")
-        yield from map(decode_response, filter(bytes.strip, lines))
-        if time.monotonic() >= due:
-            yield None
-            due = time.monotonic() + PING_INTERVAL
-    if rest.strip():
-        yield decode_response(rest)
 
 
 def stats_sample(raw: Json) -> Json:
