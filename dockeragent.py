@@ -3116,6 +3116,8 @@ class Engine:
         # removes one with which a container is just being created (seen with 20.10 and 28.5).
         self.creates = threading.BoundedSemaphore(MAX_CREATES)
         self.removal = threading.Lock()  # so that two removals do not share them
+        # Held from the look for a network's name to its creation: older Engines allow two of a name.
+        self.networking = threading.Lock()
         self.counting = threading.Lock()  # held while a limited key's containers are counted
         self.unchecked: set[str] = set()  # names of new containers that nobody may start yet
         self._health_lock = threading.Lock()
@@ -3347,7 +3349,7 @@ def expected_shape() -> Iterator[None]:
     """Turn an error from reading JSON of another shape into an EngineError (502)."""
     try:
         yield
-    except (AttributeError, KeyError, TypeError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
         raise EngineError(502, "the Engine's response is not of the expected shape") from error
 
 
@@ -3701,8 +3703,6 @@ IMAGE_FIELDS.update(size="Size", created="Created")
 NETWORK_FIELDS = {"id": "Id", "name": "Name", "driver": "Driver", "internal": "Internal"}
 NETWORK_FIELDS.update(labels="Labels")
 VOLUME_FIELDS = {"name": "Name", "driver": "Driver", "created": "CreatedAt", "labels": "Labels"}
-# Held from the look for a network's name to its creation: older Engines allow two of one name.
-NETWORK_CREATION = threading.Lock()
 
 
 @expected_shape()
@@ -5283,6 +5283,7 @@ INACTIVE_FILES = ("total_inactive_file", "inactive_file")  # in cgroups v1, in c
 NAMED_TYPES = ("container", "image", "network", "volume")  # of events; a key covers them by name
 COUNTED_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
 BUCKETS = ("0.005", "0.025", "0.1", "0.25", "1", "2.5", "10", "60", "+Inf")  # seconds
+ESCAPED = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})  # in a label's value
 REQUESTS_TOTAL = "dockeragent_http_requests_total"
 REQUEST_SECONDS = "dockeragent_http_request_duration_seconds"
 METRICS = {
@@ -5307,7 +5308,7 @@ def stats_sample(raw: Json) -> Json:
 
     Engine API, "Get container stats based on resource usage". Raises EngineError (502).
     """
-    try:
+    with expected_shape():
         cpu, before, memory = raw["cpu_stats"], raw["precpu_stats"], raw["memory_stats"]
         busy = cpu["cpu_usage"]["total_usage"] - before["cpu_usage"]["total_usage"]
         elapsed = cpu.get("system_cpu_usage", 0) - before.get("system_cpu_usage", 0)
@@ -5330,8 +5331,6 @@ def stats_sample(raw: Json) -> Json:
             "block_write_bytes": sum(b["value"] for b in blocks if b["op"].lower() == "write"),
             "pids": raw["pids_stats"].get("current", 0),
         }
-    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
-        raise EngineError(502, "the Engine's response is not statistics") from error
 
 
 def is_running(found: Json | None) -> bool:
@@ -5404,10 +5403,7 @@ def event_data(message: Json, key: Key) -> Json | None:
 def series(metric: str, **labels: Any) -> str:
     """Return a metric with its labels in Prometheus's text format 0.0.4."""
     # Invariant: a label's value ends neither its quotes nor its line.
-    pairs = []
-    for name, value in labels.items():
-        text = re.sub(r'(["\\])', r"\\\1", str(value)).replace("\n", r"\n")
-        pairs.append(f'{name}="{text}"')
+    pairs = [f'{name}="{str(value).translate(ESCAPED)}"' for name, value in labels.items()]
     return f"{metric}{{{','.join(pairs)}}}"
 
 
@@ -5415,11 +5411,11 @@ class Metrics:
     """Counts the requests, by method, route and status, and their seconds."""
 
     def __init__(self) -> None:
-        self._started = time.time()
         self._lock = threading.Lock()
-        self._requests: dict[str, float] = collections.defaultdict(float)
-        self._durations: dict[str, float] = collections.defaultdict(float)
-        self._limited = 0
+        self._values: dict[str, float] = collections.defaultdict(float)
+        self._values[series("dockeragent_build_info", version=VERSION)] = 1
+        self._values["process_start_time_seconds"] = time.time()
+        self._values["dockeragent_rate_limited_total"] = 0
 
     def observe(self, request: Request, seconds: float) -> None:
         """Count one request that has ended."""
@@ -5427,29 +5423,24 @@ class Metrics:
         labels = {"method": request.method if request.method in COUNTED_METHODS else "other"}
         labels["route"] = request.route.path if request.route else "other"
         with self._lock:
-            self._limited += request.status == 429
-            self._requests[series(REQUESTS_TOTAL, **labels, code=request.status)] += 1
+            self._values["dockeragent_rate_limited_total"] += request.status == 429
+            self._values[series(REQUESTS_TOTAL, **labels, code=request.status)] += 1
             for bound in BUCKETS:
                 bucket = series(f"{REQUEST_SECONDS}_bucket", **labels, le=bound)
-                self._durations[bucket] += seconds <= float(bound)
-            self._durations[series(f"{REQUEST_SECONDS}_sum", **labels)] += seconds
-            self._durations[series(f"{REQUEST_SECONDS}_count", **labels)] += 1
+                self._values[bucket] += seconds <= float(bound)
+            self._values[series(f"{REQUEST_SECONDS}_sum", **labels)] += seconds
+            self._values[series(f"{REQUEST_SECONDS}_count", **labels)] += 1
 
     def samples(self) -> dict[str, float]:
-        """Return the values by series, those of one metric together."""
-        result = {
-            series("dockeragent_build_info", version=VERSION): 1,
-            "process_cpu_seconds_total": time.process_time(),
-            "process_start_time_seconds": self._started,
-        }
+        """Return the values by series."""
+        with self._lock:
+            result = {**self._values, "process_cpu_seconds_total": time.process_time()}
         # proc(5), /proc/pid/statm. Suppressed: that no descriptor is free.
         with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
             pages = int(file.read().split()[1])
             result["process_resident_memory_bytes"] = pages * resource.getpagesize()
             result["process_open_fds"] = len(os.listdir("/proc/self/fd"))
-        with self._lock:
-            result["dockeragent_rate_limited_total"] = self._limited
-            return {**result, **self._requests, **self._durations}
+        return result
 
 
 def container_samples(found: bytes, key: Key) -> dict[str, float]:
@@ -5457,35 +5448,31 @@ def container_samples(found: bytes, key: Key) -> dict[str, float]:
 
     Engine API, "List containers". Raises EngineError (502).
     """
-    states, healths = {}, {}
-    try:
+    samples: dict[str, float] = {}
+    with expected_shape():
         for container in decode_response(found, list):
             # One that is linked to has names such as /other/alias, too.
             name = next((n[1:] for n in container["Names"] or () if n.rfind("/") == 0), "")
             if name and key.covers("containers", name):
                 labels = {"name": name, "image": container["Image"]}
                 state = series("dockeragent_container_state", **labels, state=container["State"])
-                states[state] = 1
+                samples[state] = 1
                 # "Up 5 minutes (healthy)", "(unhealthy)" or "(health: starting)"
                 if match := re.search(r"\((healthy|unhealthy|health: \w+)\)$", container["Status"]):
                     health = series("dockeragent_container_health", **labels)
-                    healths[health] = int(match[1] == "healthy")
-    except (AttributeError, KeyError, TypeError) as error:
-        raise EngineError(502, "the Engine's response is no list of containers") from error
-    return {**states, **healths}
+                    samples[health] = int(match[1] == "healthy")
+    return samples
 
 
 def exposition(samples: Mapping[str, float]) -> bytes:
-    """Return values by series, those of one metric together, in the text format 0.0.4."""
-    lines, last = [], ""
+    """Return values by series in Prometheus's text format 0.0.4, those of one metric together."""
+    rows: dict[str, list[str]] = {}
     for name, value in samples.items():
         metric = re.sub(r"(?s)(_bucket|_sum|_count)?({.*)?$", "", name, count=1)
-        if metric != last:
-            kind, meaning = METRICS[metric]
-            lines += [f"# HELP {metric} {meaning}", f"# TYPE {metric} {kind}"]
-        last = metric
-        lines.append(f"{name} {value}")
-    return "\n".join([*lines, ""]).encode("utf-8", "replace")
+        kind, meaning = METRICS[metric]
+        head = [f"# HELP {metric} {meaning}", f"# TYPE {metric} {kind}"]
+        rows.setdefault(metric, head).append(f"{name} {value}")
+    return "\n".join([*itertools.chain(*rows.values()), ""]).encode("utf-8", "replace")
 
 
 # --------------------------------------------------------------------------------------------------
