@@ -14,6 +14,7 @@ import errno
 import hashlib
 import http.client
 import http.server
+import io
 import itertools
 import json
 import os
@@ -31,6 +32,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -835,6 +837,867 @@ def test_one_limited_key_holds_a_quarter_of_the_connections(fake_engine, tmp_pat
         assert agent.get("/api/v1/containers").status == 200
         held[0].close()
         until(lambda: agent.get("/api/v1/containers", key="ci").status == 200, "a free connection")
+
+
+@pytest.mark.parametrize(
+    "pattern, image, whole",
+    cases(
+        ("no host is Docker Hub", "nginx:1", "nginx:1", "docker.io/library/nginx:1"),
+        ("no tag is latest", "nginx", "docker.io/nginx", "docker.io/library/nginx:latest"),
+        (
+            "the Hub's other host",
+            "nginx",
+            "index.docker.io/nginx",
+            "docker.io/library/nginx:latest",
+        ),
+        ("a port is no tag", "localhost:5000/a", "localhost:5000/a", "localhost:5000/a:latest"),
+        ("any tag", "nginx:*", "nginx:2", "docker.io/library/nginx:2"),
+        ("any repository", "acme/*", "acme/a/b:2", "docker.io/acme/a/b:2"),
+        ("any image", "*", "x.io/a", "x.io/a:latest"),
+        (
+            "an id's beginning is a name",
+            "*",
+            "19fb8dfd23d8",
+            "docker.io/library/19fb8dfd23d8:latest",
+        ),
+        ("another tag", "nginx:1", "nginx:2", None),
+        ("a tag that begins alike", "nginx:1", "nginx:1.2", None),
+        ("another repository of the Hub", "nginx", "evil/nginx", None),
+        ("a repository that begins alike", "nginx:*", "nginx-evil", None),
+        ("a user of the Hub named as a host", "ghcr.io/acme/*", "acme/a", None),
+        ("a host that begins alike", "ghcr.io/acme/*", "ghcr.io.evil.com/acme/a", None),
+        ("a host in capitals", "ghcr.io/acme/*", "GHCR.IO/acme/a", None),
+        ("a host with a port", "ghcr.io/acme/*", "ghcr.io:443/acme/a", None),
+        ("a user that begins alike", "ghcr.io/acme/*", "ghcr.io/acme-evil/a", None),
+        ("the host in the path", "ghcr.io/acme/*", "evil.com/ghcr.io/acme/a", None),
+        ("the Hub in the path", "nginx", "evil.com/library/nginx", None),
+        ("an id", "*", "sha256:" + "a" * 64, None),
+        ("an id's digits", "*", "a" * 64, None),
+        ("a digest", "nginx*", "nginx@sha256:" + "a" * 64, None),
+        ("a tag and a digest", "nginx*", "nginx:1@sha256:" + "a" * 64, None),
+    ),
+)
+def test_image_is_compared_and_sent_in_full(pattern, image, whole, pair, tmp_path):
+    entry = {"name": "ci", "key": "ci", "allow": ["images"], "images": [pattern]}
+    keys = da.parse_keys(Path(keys_file(tmp_path, entry)).read_bytes(), CONFIG)
+    request = da.Request("", da.NEVER, ())
+    request.key, request.query = keys[0], {"image": image}
+    try:
+        da.decide(request, "images", ask=pytest.fail)
+        assert request.query == {"image": whole}
+    except da.ApiError as error:
+        assert (error.status, whole) == (403, None)
+        assert error.message.startswith("key ci: images: ")
+
+
+# What parse_keys looks at beside the keys.
+CONFIG = {"host_root": "/none", "docker_host": da.Address(), "listen_addr": da.Address()}
+CONFIG.update(
+    dict.fromkeys("api_key_file keys_file tls_cert_file tls_key_file docker_cert_path".split(), "")
+)
+CONFIG["tls_client_ca_file"] = ""
+
+
+def test_path_of_a_key_is_resolved_as_the_host_sees_it(tmp_path):
+    root = tmp_path / "host"
+    build(root, ["dir srv/conf", "link srv/up ../run", "link srv/run /var/run", "dir run"])
+    named = {**CONFIG, "host_root": str(root), "keys_file": str(root / "srv/conf/keys.json")}
+    for path in ("/srv/up", "/srv/run", "/srv/conf", "/srv"):
+        for field in ("binds", "files"):
+            text = json.dumps({"keys": [{**ENTRY, field: [path]}]}).encode()
+            with pytest.raises(da.ApiError, match=rf"keys\[0\].{field}: {path} would give away"):
+                da.parse_keys(text, named)
+    text = json.dumps({"keys": [{**ENTRY, "binds": ["/srv/con"]}]}).encode()
+    assert da.parse_keys(text, named)[0].binds == ("/srv/con",)
+
+
+def test_route_needs_its_permission(fake_engine, tmp_path):
+    """A key with every other permission, and the widest patterns, gets no further."""
+    every = [route.permission for route in da.ROUTES if route.permission in da.DECISIONS]
+    wide = {name: ["*"] for name in ("containers", "images", "networks", "volumes")}
+    entries = [
+        {"name": f"k{n}", "key": word, "allow": sorted({*every} - {word}), **wide}
+        for n, word in enumerate({*every, da.MASTER_ONLY})
+    ]
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=keys_file(tmp_path, *entries)) as agent:
+        for route in da.ROUTES:
+            if route.permission != da.PUBLIC:
+                path = re.sub("{.*}", "web", route.path)
+                reply = agent.request(route.method, path, key=route.permission)
+                assert_envelope(reply, 403, f": allow: {route.permission} is not allowed")
+        assert fake_engine.requests() == []
+
+
+class Policed(NamedTuple):
+    """An agent with limited keys on the real Engine, among things that are another's.
+
+    The names in scope of the key "ci" begin with `scope`. words: what a word in a row stands for.
+    """
+
+    agent: Agent
+    engine: RealEngine
+    scope: str
+    folder: Path
+    words: dict[str, str]
+
+    def fill(self, value: Any) -> Any:
+        text = json.dumps(value)
+        for word, meaning in self.words.items():
+            text = text.replace(word, meaning)
+        return json.loads(text)
+
+    def containers(self) -> dict[str, str]:
+        """The ids of the containers in scope and of another's, by name, as the Engine sees them."""
+        filters = quote(json.dumps({"name": [self.scope]}))
+        rows = self.engine.call("GET", f"/containers/json?all=1&filters={filters}")[1]
+        return {row["Names"][0][1:]: row["Id"] for row in rows}
+
+    def things(self) -> set[str]:
+        """What the Engine has of containers, volumes, networks and images with these names."""
+        found = [self.engine.call("GET", path)[1] for path in ("/volumes", "/networks")]
+        found.append([row["RepoTags"] for row in self.engine.call("GET", "/images/json")[1]])
+        names = re.findall(r'"([^" ]+)"', json.dumps([found, self.containers()]))
+        return {name for name in names if self.scope in name or name == IMAGE}
+
+    def create(
+        self, way: str, name: str, fields: dict[str, Any], key: str = "ci", query: str = ""
+    ) -> Reply:
+        body = {"image": IMAGE, "cmd": LOOP, "network_mode": "none", "pull": "never", **fields}
+        body = self.fill(body)
+        if way == "deploy":
+            body = {"deploy": {"stable": 0}, **body}
+            return put(self.agent, name, body, query, key=key)
+        if way == "run":
+            body["cmd"] = ["true"]
+        return self.agent.post(f"/api/v1/{way}", {"name": name or None, **body}, key=key)
+
+
+WAYS = ("containers", "run", "deploy")
+EVERY = ["read", "inspect", "logs", "operate", "create", "deploy", "remove", "images", "files"]
+EVERY += ["networks", "volumes", "metrics"]
+
+
+def load_image(engine: RealEngine, tag: str, **config: Any) -> None:
+    """Make an image of the test image's files with any configuration, as its author could."""
+    created = engine.call("POST", "/containers/create", {"Image": IMAGE, "Cmd": LOOP})[1]
+    layer = engine.call("GET", f"/containers/{created['Id']}/export")[1]
+    engine.remove(created["Id"])
+    digests = {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer).hexdigest()]}
+    config = {"Env": ["PATH=/bin"], "Cmd": LOOP, **config}
+    document = {"architecture": "amd64", "os": "linux", "config": config, "rootfs": digests}
+    manifest = [{"Config": "config.json", "RepoTags": [tag], "Layers": ["layer.tar"]}]
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, data in (
+            ("config.json", json.dumps(document).encode()),
+            ("layer.tar", layer),
+            ("manifest.json", json.dumps(manifest).encode()),
+        ):
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    with contextlib.closing(UnixConnection(engine.path)) as connection:
+        headers = {"Content-Type": "application/x-tar"}
+        connection.request("POST", "/images/load", archive.getvalue(), headers)
+        assert b"Loaded image" in connection.getresponse().read()
+
+
+@pytest.fixture(scope="module")
+def policed(engine: RealEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Policed]:
+    folder, scope = tmp_path_factory.mktemp("policed"), f"ky{secrets.token_hex(4)}"
+    build(folder, ["dir static", "dir static2", "dir host/conf", "dir host/conf2"])
+    full = f"docker.io/library/{IMAGE}"
+    ci = {"name": "ci", "key": "ci", "allow": EVERY, "containers": [f"{scope}*"], "cache": True}
+    ci.update(images=[full, f"{scope}*", "ghcr.io/acme/*"], networks=[f"{scope}-front"])
+    ci.update(volumes=[f"{scope}*"], binds=[str(folder / "static")], files=["/conf"])
+    ci.update(ports=["20000-20003", "20010"], labels=["com.acme.*"])
+    ci["limits"] = {"memory_mb": 64, "cpus": 0.5, "pids": 50}
+    bare = {"name": "bare", "key": "bare", "allow": EVERY, "containers": [f"{scope}*"]}
+    bare.update(images=[full], cache=True)
+    wide = {**bare, "name": "wide", "key": "wide", "networks": ["*"], "volumes": ["*"]}
+    few = {**bare, "name": "few", "key": "few", "containers": [f"{scope}-few*"]}
+    few["limits"] = {"containers": 3}
+    star = {**bare, "name": "star", "key": "star", "containers": ["*"]}
+    with contextlib.ExitStack() as stack:
+        networks = {}
+        for name in (f"{scope}-front", f"{scope}-back"):
+            made = engine.call("POST", "/networks/create", {"Name": name, "Internal": True})[1]
+            networks[name] = made["Id"]
+            stack.callback(engine.call, "DELETE", f"/networks/{name}")
+        options = {"type": "none", "o": "bind", "device": "/"}
+        for name, body in ((f"{scope}-plain", {}), (f"{scope}-root", {"DriverOpts": options})):
+            engine.call("POST", "/volumes/create", {"Name": name, **body})
+            stack.callback(engine.call, "DELETE", f"/volumes/{name}?force=1")
+        engine.call("POST", "/volumes/create", {"Name": f"un{scope}"})
+        stack.callback(engine.call, "DELETE", f"/volumes/un{scope}?force=1")
+        forged = f"{scope}:forged"
+        load_image(engine, forged, Labels={"dockeragent.key": "ci"})
+        stack.callback(forget, engine, forged)
+        other = run_by_hand(engine, f"un{scope}")
+        for name, image in ((f"{scope}-hand", IMAGE), (f"{scope}-forged", forged)):
+            run_by_hand(engine, name, Image=image)
+        for name in (f"un{scope}", f"{scope}-hand", f"{scope}-forged"):
+            stack.callback(engine.remove, name)
+        image = engine.call("GET", f"/images/{IMAGE}/json")[1]["Id"]
+        words = {"SCOPE": scope, "FOLDER": str(folder), "IMAGEDIGITS": image[7:], "IMAGEID": image}
+        words.update(OTHERID=other, FRONTID=networks[f"{scope}-front"][:12])
+        path = keys_file(folder, ci, bare, wide, few, star)
+        agent = stack.enter_context(Agent(KEYS_FILE=path, HOST_ROOT=str(folder / "host")))
+        yield Policed(agent, engine, scope, folder, words)
+        for name in names_of(engine, scope):
+            engine.remove(name)
+
+
+def volumes(**fields: Any) -> dict[str, Any]:
+    return {"volumes": [{"target": "/v", **fields}]}
+
+
+def limits(**fields: Any) -> dict[str, Any]:
+    return {"resources": fields}
+
+
+def joined(*networks: Any) -> dict[str, Any]:
+    return {"network_mode": None, "networks": list(networks)}
+
+
+def ports(*numbers: Any) -> dict[str, Any]:
+    return {"ports": [{"container_port": 80, "host_port": number} for number in numbers]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "key, fields, word",
+    cases(
+        ("another's image", "ci", {"image": "redis"}, "images: docker.io/library/redis:latest"),
+        ("an image by its id", "ci", {"image": "IMAGEID"}, "images: "),
+        ("an image by its id's digits", "ci", {"image": "IMAGEDIGITS"}, "images: "),
+        ("a look-alike registry", "ci", {"image": "ghcr.io.evil.com/acme/a"}, "images: "),
+        ("a bind of the root", "ci", volumes(source="/"), "binds: /"),
+        ("a bind of the root by its type", "ci", volumes(source="/", type="bind"), "binds: /"),
+        ("a bind that no list has", "bare", volumes(source="FOLDER/static"), "binds: "),
+        ("a link below a listed bind", "ci", volumes(source="FOLDER/static/l"), "binds: "),
+        ("a folder above it", "ci", volumes(source="FOLDER"), "binds: "),
+        ("a folder that begins alike", "ci", volumes(source="FOLDER/static2"), "binds: "),
+        (
+            "a bind that can be written",
+            "ci",
+            volumes(source="FOLDER/static", read_only=False),
+            "writable",
+        ),
+        ("another's volume", "ci", volumes(source="unSCOPE"), "volumes: un"),
+        ("a volume that no list has", "bare", volumes(source="SCOPE-plain"), "volumes: "),
+        (
+            "a volume that is a bind of the root",
+            "ci",
+            volumes(source="SCOPE-root"),
+            "which has options",
+        ),
+        ("the host's network", "wide", {"network_mode": "host"}, "network_mode: host"),
+        ("the host's network in the list", "wide", joined("host"), "network_mode: host"),
+        ("another's network", "ci", joined("SCOPE-back"), "networks: "),
+        ("another's network as the second", "ci", joined("SCOPE-front", "SCOPE-back"), "-back"),
+        ("another's network as the mode", "ci", {"network_mode": "SCOPE-back"}, "networks: "),
+        ("a network that no list has", "bare", joined("SCOPE-front"), "networks: "),
+        ("the default network", "ci", {"network_mode": None}, "networks: bridge"),
+        ("the default network for a star", "wide", {"network_mode": "bridge"}, "networks: bridge"),
+        (
+            "a website as alias",
+            "ci",
+            joined({"name": "SCOPE-front", "aliases": ["api.stripe.com"]}),
+            "stripe",
+        ),
+        ("another's name as hostname", "ci", {"hostname": "unSCOPE"}, "hostname or alias: un"),
+        (
+            "another's name as hostname, networked",
+            "ci",
+            {**joined("SCOPE-front"), "hostname": "db"},
+            "alias: db",
+        ),
+        (
+            "the network of another's container",
+            "ci",
+            {"network_mode": "container:unSCOPE"},
+            "container:un",
+        ),
+        ("the same by its id", "ci", {"network_mode": "container:OTHERID"}, "container:"),
+        ("the network of nobody", "ci", {"network_mode": "container:SCOPE-none"}, "container:"),
+        (
+            "that of one made with more rights",
+            "ci",
+            {"network_mode": "container:SCOPE-hand"},
+            "container:",
+        ),
+        (
+            "that of one whose image says so",
+            "ci",
+            {"network_mode": "container:SCOPE-forged"},
+            "container:",
+        ),
+        ("a port below its range", "ci", ports(19999), "ports: 19999"),
+        ("a port above its range", "ci", ports(20000, 20004), "ports: 20004"),
+        ("a port beside a single one", "ci", ports("20011"), "ports: 20011"),
+        ("any port, without a range", "bare", ports(0), "ports: one that the Engine picks"),
+        ("hundreds of ports", "ci", ports(*[0] * 33), "ports: more than 32"),
+        ("a proxy's label", "ci", {"labels": {"traefik.enable": "true"}}, "labels: traefik.enable"),
+        ("a label that no list has", "bare", {"labels": {"com.acme.a": "1"}}, "labels: com.acme.a"),
+        ("too much memory", "ci", limits(memory_mb=65), "memory_mb: more than 64"),
+        ("too many processors", "ci", limits(cpus=0.51), "cpus: more than 0.5"),
+        ("too many processes", "ci", limits(pids=51), "pids: more than 50"),
+        ("swap without end", "ci", limits(memory_swap_mb=-1), "memory_swap_mb: "),
+        (
+            "swap beside the memory",
+            "ci",
+            limits(memory_mb=64, memory_swap_mb=65),
+            "memory_swap_mb: ",
+        ),
+        ("a large share", "ci", limits(cpu_shares=1025), "cpu_shares: more than 1024"),
+        ("locked memory", "ci", limits(ulimits={"memlock": -1}), "ulimits: memlock"),
+        ("real time", "ci", limits(ulimits={"nofile": 9, "rtprio": 9}), "ulimits: rtprio"),
+        (
+            "a check each millisecond",
+            "ci",
+            {"healthcheck": {"cmd": ["a"], "interval": 0.001}},
+            "interval",
+        ),
+        (
+            "a check just too often",
+            "ci",
+            {"healthcheck": {"cmd": ["a"], "interval": 0.999}},
+            "interval",
+        ),
+        ("a long stop", "ci", {"stop_timeout": 121}, "stop_timeout: more than 120"),
+        ("a log that calls out", "ci", {"log": {"driver": "syslog"}}, "log.driver: syslog"),
+        ("a large log", "ci", {"log": {"max_size_mb": 101}}, "log.max_size_mb: more than 100"),
+        ("many log files", "ci", {"log": {"max_files": 11}}, "log.max_files: more than 10"),
+        ("all privileges", "wide", {"privileged": True}, "privileged: "),
+        ("a capability", "wide", {"cap_add": ["NET_ADMIN"]}, "cap_add: "),
+        ("a disk", "wide", {"devices": ["/dev/sda"]}, "devices: "),
+        ("a processor of graphics", "wide", {"gpus": "all"}, "gpus: "),
+        ("no seccomp", "wide", {"security_opt": ["seccomp=unconfined"]}, "security_opt: "),
+        ("a sysctl", "wide", {"sysctls": {"net.core.somaxconn": "1"}}, "sysctls: "),
+        ("the host's processes", "wide", {"pid_mode": "host"}, "pid_mode: "),
+        ("the host's shared memory", "wide", {"ipc_mode": "host"}, "ipc_mode: "),
+        ("no privileges, in so many words", "wide", {"privileged": False}, "privileged: "),
+    ),
+)
+def test_limited_key_is_refused(policed, way, key, fields, word):
+    before = policed.things()
+    reply = policed.create(way, f"{policed.scope}-a", fields, key)
+    assert_envelope(reply, 403, f"key {key}: ", word, " is not allowed")
+    assert policed.things() == before
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "key, name, fields, query, status, word",
+    cases(
+        ("another's name", "ci", "unSCOPE", {}, "", 403, "containers: unSCOPE"),
+        ("a name that begins another", "few", "SCOPE-fe", {}, "", 403, "containers: "),
+        ("no name", "ci", "", {}, "", 403, "containers: no name"),
+        ("no name for a star", "star", "", {}, "", 403, "containers: no name"),
+        ("a deploy's helper name", "ci", "SCOPE-hand.old", {}, "", 400, "name"),
+        ("a container that no deploy made", "ci", "SCOPE-hand", {}, "", 409, ""),
+        ("the same, adopted", "ci", "SCOPE-hand", {}, "?adopt=true", 403, "adopt: "),
+        (
+            "a network by the beginning of its id",
+            "wide",
+            "SCOPE-a",
+            joined("FRONTID"),
+            "",
+            404,
+            "FRONTID",
+        ),
+        ("a network that is not there", "wide", "SCOPE-a", joined("SCOPE-none"), "", 404, "-none"),
+        (
+            "the agent's own label",
+            "ci",
+            "SCOPE-a",
+            {"labels": {"dockeragent.key": ""}},
+            "",
+            400,
+            "",
+        ),
+        (
+            "a path that the Engine would clean",
+            "ci",
+            "SCOPE-a",
+            volumes(source="FOLDER/static/../../x"),
+            "",
+            400,
+            "",
+        ),
+        ("doubled slashes", "ci", "SCOPE-a", volumes(source="FOLDER//static"), "", 400, ""),
+    ),
+)
+def test_limited_key_creates_nothing_else(policed, way, key, name, fields, query, status, word):
+    if (way == "deploy" and not name) or (way != "deploy" and query):
+        return
+    before = policed.containers(), policed.things()
+    reply = policed.create(way, policed.fill(name), fields, key, query)
+    assert reply.status == status and policed.fill(word) in reply.json()["message"], reply.body
+    assert (policed.containers(), policed.things()) == before
+
+
+def test_what_a_limited_container_gets_unasked(policed):
+    """From an image that brings labels and a check of its own."""
+    engine, name, image = policed.engine, f"{policed.scope}-b", f"{policed.scope}-labels:1"
+    labels = {"traefik.enable": "true", "dockeragent.was": "x", "dockeragent.x": "y"}
+    check = {"Test": ["CMD", "true"], "Interval": 10**9}
+    load_image(engine, image, Labels={**labels, "com.acme.team": "web"}, Healthcheck=check)
+    try:
+        bind = {"source": f"{policed.folder}/static", "target": "/b"}
+        named = {"source": f"{policed.scope}-plain", "target": "/n"}
+        fields = {"image": image, "volumes": [bind, named, {"target": "/anonymous"}]}
+        assert policed.create("containers", name, fields).status == 201
+        found = engine.inspect(name)
+        host, config = found["HostConfig"], found["Config"]
+        assert config["Image"] == f"docker.io/library/{image}"
+        memory = 64 * 2**20
+        assert (host["Memory"], host["MemorySwap"]) == (memory, memory)
+        assert (host["NanoCpus"], host["PidsLimit"]) == (500_000_000, 50)
+        log = {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}}
+        assert host["LogConfig"] == log
+        assert {word.removeprefix("CAP_") for word in host["CapDrop"]} == {"NET_RAW", "MKNOD"}
+        mounts = {mount["Target"]: mount for mount in host["Mounts"]}
+        assert mounts["/b"]["ReadOnly"] and mounts["/b"]["BindOptions"]["NonRecursive"]
+        assert not mounts["/n"].get("ReadOnly") and not host["Privileged"]
+        assert config["Labels"].pop("dockeragent.key") == "ci"
+        assert config["Labels"].pop("com.acme.team") == "web"
+        assert set(config["Labels"]) > set(labels) and set(config["Labels"].values()) == {""}
+    finally:
+        engine.remove(name)
+        forget(engine, image)
+
+
+@pytest.mark.parametrize(
+    "fields, place, value",
+    cases(
+        ("0 is no way around the memory", limits(memory_mb=0), "Memory", 64 * 2**20),
+        (
+            "0 is no way around the swap",
+            limits(memory_mb=32, memory_swap_mb=0),
+            "MemorySwap",
+            32 * 2**20,
+        ),
+        ("0 is no way around the processors", limits(cpus=0), "NanoCpus", 5 * 10**8),
+        ("0 is no way around the processes", limits(pids=0), "PidsLimit", 50),
+        ("null is as good as not asked", {"resources": None, "log": None}, "Memory", 64 * 2**20),
+        ("less is less", limits(memory_mb=32, pids=5), "PidsLimit", 5),
+        (
+            "its own log",
+            {"log": {"driver": "local", "max_size_mb": 100, "max_files": 10}},
+            "LogConfig.Type",
+            "local",
+        ),
+        (
+            "half a log is rotated",
+            {"log": {"max_files": 2}},
+            "LogConfig.Config",
+            {"max-size": "10m", "max-file": "2"},
+        ),
+        ("the last port of a range", ports(20003, 20010, 0), "PortBindings.80/tcp", None),
+        ("a listed network", joined("SCOPE-front"), "NetworkMode", "FRONT"),
+        (
+            "without privileges to gain",
+            {"cap_drop": ["ALL"]},
+            "CapDrop",
+            ["ALL", "NET_RAW", "MKNOD"],
+        ),
+    ),
+)
+def test_limited_key_asks_for_what_it_may(policed, fields, place, value):
+    name = f"{policed.scope}-c"
+    try:
+        assert policed.create("containers", name, fields).status == 201
+        found = policed.engine.inspect(name)["HostConfig"]
+        for part in place.split("."):
+            found = found[part]
+        if value == "FRONT":
+            assert found.startswith(policed.words["FRONTID"])
+        elif value is None:
+            assert {binding["HostPort"] for binding in found} == {"20003", "20010", ""}
+        else:
+            assert (
+                [str(v).removeprefix("CAP_") for v in found] == value
+                if "Cap" in place
+                else found == value
+            )
+    finally:
+        policed.engine.remove(name)
+
+
+def test_disk_below_a_bind_is_not_in_it(policed):
+    """A recursive bind would hold it, and writable: read-only is only the uppermost mount."""
+    below = policed.folder / "static/disk"
+    below.mkdir(exist_ok=True)
+    subprocess.run(["mount", "-t", "tmpfs", "none", str(below)], check=True)
+    try:
+        (below / "secret").touch()
+        fields = volumes(source="FOLDER/static", read_only=True)
+        script = "ls /v/disk; touch /v/disk/x /v/x || echo refused"
+        body = policed.fill({"image": IMAGE, "cmd": ["sh", "-c", script], **fields})
+        body.update(name=f"{policed.scope}-d", network_mode="none")
+        reply = policed.agent.post("/api/v1/run", body, key="ci")
+        assert [line["line"] for line in reply.json()["lines"]][-1] == "refused"
+        assert b"secret" not in reply.body
+        assert sorted(os.listdir(below)) == ["secret"]
+        assert os.listdir(policed.folder / "static") == ["disk"]
+    finally:
+        subprocess.run(["umount", str(below)], check=True)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "brought, fields, is_refused",
+    cases(
+        ("each nanosecond", {"Interval": 1}, {}, True),
+        ("below zero, which is at once", {"Interval": -1}, {}, True),
+        ("at first each millisecond", {"StartInterval": 10**6}, {}, True),
+        ("its times, with a check of ours", {"Interval": 10**6}, {"cmd": ["true"]}, True),
+        ("its check, with times of ours", {"Interval": 10**6}, {"interval": 1}, False),
+        ("its check, turned off", {"Interval": 10**6}, {"disable": True}, False),
+    ),
+)
+def test_check_that_an_image_brings(policed, way, brought, fields, is_refused):
+    engine, name, image = policed.engine, f"{policed.scope}-e", f"{policed.scope}-check:1"
+    if "StartInterval" in brought and engine.call("GET", "/version")[1]["ApiVersion"] < "1.44":
+        pytest.skip("this Engine has no StartInterval")
+    load_image(engine, image, Healthcheck={"Test": ["CMD", "true"], **brought})
+    try:
+        more = {"healthcheck": fields} if fields else {}
+        reply = policed.create(way, name, {"image": image, **more})
+        if is_refused:
+            assert_envelope(reply, 403, "key ci: healthcheck: ")
+            assert name not in policed.containers()
+        else:
+            assert reply.status in (200, 201)
+    finally:
+        engine.remove(name)
+        forget(engine, image)
+
+
+def test_ten_creates_at_once_are_no_more_than_three(policed):
+    def create(number: int) -> None:
+        name = f"{policed.scope}-few{number}"
+        replies.append(policed.create(WAYS[number % 2 * 2], name, {}, "few"))
+
+    replies: list[Reply] = []
+    threads = [threading.Thread(target=create, args=(number,)) for number in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    try:
+        made = [name for name in policed.containers() if "-few" in name]
+        assert sorted(reply.status for reply in replies) == [201] * 3 + [403] * 7
+        assert len(made) == 3
+        for way in WAYS:
+            reply = policed.create(way, f"{policed.scope}-few", {}, "few")
+            assert_envelope(reply, 403, "limits: more than 3 containers")
+        deployed = [name for name in made if int(name[-1]) % 2]
+        for name in deployed[:1]:  # its helpers do not count
+            assert policed.create("deploy", name, {"env": ["A=1"]}, "few").status == 200
+        assert len([name for name in policed.containers() if "-few" in name]) == 3
+    finally:
+        for name in policed.containers():
+            if "-few" in name:
+                policed.engine.remove(name)
+
+
+def test_network_of_an_own_container_may_be_shared(policed):
+    own, second = f"{policed.scope}-f", f"{policed.scope}-g"
+    try:
+        assert policed.create("containers", own, {}).status == 201
+        reply = policed.create("containers", second, {"network_mode": f"container:{own}"})
+        assert reply.status == 201
+        mode = policed.engine.inspect(second)["HostConfig"]["NetworkMode"]
+        assert mode == f"container:{policed.engine.inspect(own)['Id']}"
+    finally:
+        policed.engine.remove(second)
+        policed.engine.remove(own)
+
+
+CONTAINER_ROUTES = [route for route in da.ROUTES if "{id}" in route.path]
+
+
+@pytest.mark.parametrize(
+    "route", CONTAINER_ROUTES, ids=[f"{r.method} {r.path[7:]}" for r in CONTAINER_ROUTES]
+)
+def test_container_of_another_is_as_if_it_were_not_there(policed, route):
+    def ask(name: str) -> dict[str, Any]:
+        path = route.path.replace("{id}", name)
+        reply = policed.agent.request(route.method, path, key="ci")
+        assert_envelope(reply, 404)
+        assert set(reply.headers) == headers
+        return {**reply.json(), "message": reply.json()["message"].replace(name, "")}
+
+    other = policed.words["OTHERID"]
+    headers = set(policed.agent.get("/api/v1/containers/none", key="ci").headers)
+    nobody = ask("none")
+    before = policed.engine.inspect(other)
+    for name in (f"un{policed.scope}", other, other[:12], f"un{policed.scope}%2e"[:-3]):
+        assert ask(name) == nobody
+    assert policed.engine.inspect(other) == before
+
+
+def test_own_container_is_known_by_its_id_too(policed):
+    name = f"{policed.scope}-h"
+    try:
+        identity = policed.create("containers", name, {}).json()["id"]
+        for given in (name, identity, identity[:12]):
+            assert (
+                policed.agent.get(f"/api/v1/containers/{given}", key="ci").json()["Id"] == identity
+            )
+        reply = policed.agent.delete(f"/api/v1/containers/{identity[:12]}?force=1", key="ci")
+        assert reply.status == 200 and name not in policed.containers()
+    finally:
+        policed.engine.remove(name)
+
+
+@pytest.mark.parametrize("status", [400, 404, 500])
+def test_beginning_of_two_ids_is_no_container(fake_engine, tmp_path, status):
+    entry = {"name": "ci", "key": "ci", "allow": ["inspect", "create"], "containers": ["*"]}
+    message = {"message": "Multiple IDs found with provided prefix: a"}
+    fake_engine.script["GET /containers/a/json"] = http_answer(message, status)
+    entry.update(images=["a"], cache=True)
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=keys_file(tmp_path, entry)) as agent:
+        assert_envelope(agent.get("/api/v1/containers/a", key="ci"), 404, "no such container: a")
+        body = {"image": "a", "name": "bb", "network_mode": "container:a"}
+        assert_envelope(agent.post("/api/v1/containers", body, key="ci"), 403, "container:a")
+        assert fake_engine.changes() == []
+
+
+def test_action_is_for_the_container_that_was_checked(fake_engine, tmp_path):
+    """Its name may be another's by the time that the Engine is asked to act."""
+    own = {"Id": "1" * 64, "Name": "/web", "Config": {}}
+    for name in ("web", own["Id"]):
+        fake_engine.script[f"GET /containers/{name}/json"] = http_answer(own)
+    entry = {"name": "ci", "key": "ci", "allow": ["operate"], "containers": ["web"]}
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=keys_file(tmp_path, entry)) as agent:
+        agent.post("/api/v1/containers/web/kill", key="ci")
+    assert [seen.target for seen in fake_engine.changes()] == [f"/containers/{own['Id']}/kill"]
+
+
+@pytest.mark.parametrize(
+    "created, start, status, word",
+    cases(
+        ("a label of a moved tag", {"Labels": {"traefik.enable": "1"}}, 409, 409, "traefik.enable"),
+        ("a check of a moved tag", {"Healthcheck": {"Interval": 1}}, 409, 409, "healthcheck"),
+    ),
+)
+def test_container_is_looked_at_before_anybody_can_start_it(
+    fake_engine, tmp_path, created, start, status, word
+):
+    """The tag is moved between the look at the image and the create."""
+    identity, starts = "1" * 64, []
+    found = {"Id": identity, "Name": "/web", "Config": created}
+    entry = {"name": "ci", "key": "ci", "allow": ["create", "operate"], "containers": ["web"]}
+    entry.update(images=["a"], cache=True)
+    fake_engine.script["GET /images/docker.io/library/a%3Alatest/json"] = http_answer({"Id": "i"})
+    fake_engine.script["GET /containers/json"] = http_answer([])
+    for name in ("web", identity):
+        fake_engine.script[f"GET /containers/{name}/json"] = http_answer(found)
+    fake_engine.script[f"DELETE /containers/{identity}"] = NO_CONTENT
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=keys_file(tmp_path, entry)) as agent:
+
+        def start_meanwhile(sock: socket.socket) -> None:
+            starts.append(agent.post("/api/v1/containers/web/start", key="ci"))
+            sock.sendall(http_answer({"Id": identity, "Warnings": []}, 201))
+
+        fake_engine.script["POST /containers/create"] = start_meanwhile
+        body = {"image": "a", "name": "web", "network_mode": "none"}
+        assert_envelope(agent.post("/api/v1/containers", body, key="ci"), status, word)
+        assert_envelope(starts[0], start, "is being created")
+    asked = [f"{seen.method} {seen.target.partition('?')[0]}" for seen in fake_engine.changes()]
+    assert asked == ["POST /containers/create", f"DELETE /containers/{identity}"]
+
+
+def test_lists_leave_out_what_is_anothers(policed):
+    agent, scope, begun = policed.agent, policed.scope, time.time()
+    run_by_hand(policed.engine, f"un{scope}2")
+    policed.engine.remove(f"un{scope}2")
+    name = f"{scope}-i"
+    try:
+        assert policed.create("containers", name, {}).status == 201
+        for query in ("all=1", f"all=1&name={scope}", "all=1&label=" + LABEL):
+            rows = agent.get(f"/api/v1/containers?{query}", key="ci").json()["containers"]
+            assert rows and all(row["names"][0][1:].startswith(scope) for row in rows)
+            assert "dockeragent." not in json.dumps(rows)
+        for query in ("label=dockeragent.key", "label=dockeragent.key=ci", f"name=un{scope}"):
+            rows = agent.get(f"/api/v1/containers?all=1&{query}", key="ci").json()["containers"]
+            assert rows == []
+        found = parse_metrics(agent.get("/metrics", key="ci").body)
+        names = {labels["name"] for labels in with_name(found, CONTAINER_STATE)}
+        assert name in names and all(each.startswith(scope) for each in names)
+        query = f"since={int(begun)}&until={int(time.time()) + 1}"
+        heard = parse_events(agent.get(f"/api/v1/events?{query}", key="ci").body)
+        seen = [json.loads(event.data) for event in heard if "name" in json.loads(event.data)]
+        assert name in {event["name"] for event in seen} and "dockeragent." not in str(seen)
+        assert all(event["name"].startswith(scope) for event in seen)
+        for kind in ("networks", "volumes"):
+            rows = agent.get(f"/api/v1/{kind}", key="ci").json()[kind]
+            assert {row["name"] for row in rows} == {
+                "networks": {f"{scope}-front"},
+                "volumes": {f"{scope}-plain", f"{scope}-root"},
+            }[kind]
+        images = agent.get("/api/v1/images", key="ci").json()["images"]
+        assert {tag for row in images for tag in row["tags"]} == {IMAGE, f"{scope}:forged"}
+    finally:
+        policed.engine.remove(name)
+
+
+@pytest.mark.parametrize(
+    "method, path, body, status",
+    cases(
+        ("another's volume", "DELETE", "volumes/unSCOPE", None, 403),
+        ("a network, though listed", "DELETE", "networks/SCOPE-front", None, 403),
+        ("a network of its own", "POST", "networks", {"name": "SCOPE-new"}, 403),
+        ("another's image", "DELETE", "images?image=redis", None, 403),
+        ("its own image by its id", "DELETE", "images?image=IMAGEID", None, 403),
+        (
+            "its own image by the beginning of its id",
+            "DELETE",
+            "images?image=IMAGESHORT",
+            None,
+            403,
+        ),
+        ("another's images", "POST", "images/prune", {"repository": "redis"}, 403),
+        ("a pull of another's", "POST", "images/pull", {"image": "redis"}, 403),
+        ("a pull of an id", "POST", "images/pull", {"image": "IMAGEDIGITS"}, 403),
+    ),
+)
+def test_limited_key_changes_nothing_that_is_anothers(policed, method, path, body, status):
+    before = policed.things()
+    path = policed.fill(path).replace("IMAGESHORT", policed.words["IMAGEDIGITS"][:12])
+    reply = policed.agent.request(method, f"/api/v1/{path}", policed.fill(body), key="ci")
+    assert_envelope(reply, status, "key ci: ")
+    assert policed.things() == before
+
+
+@pytest.mark.parametrize(
+    "key, path, fields, status",
+    cases(
+        ("a new file", "ci", "/conf/new", {}, 201),
+        ("a path that is cleaned", "ci", "//conf/./sub//new", {}, 201),
+        ("all modes up to 0777", "ci", "/conf/new", {"permission": "0777"}, 201),
+        ("a file elsewhere", "ci", "/etc/cron.d/x", {}, 403),
+        ("a folder that begins alike", "ci", "/conf2/x", {}, 403),
+        ("the folder itself", "ci", "/conf", {}, 403),
+        ("climbing out", "ci", "/conf/../conf2/x", {}, 403),
+        ("no path", "ci", "", {}, 403),
+        ("any file, without a list", "bare", "/conf/new", {}, 403),
+        ("a program of root's", "ci", "/conf/new", {"permission": "4755"}, 403),
+        ("a program of a group's", "ci", "/conf/new", {"permission": "02755"}, 403),
+        ("a sticky file", "ci", "/conf/new", {"permission": "1777"}, 403),
+        ("through a link that a container has planted", "ci", "/conf/out/x", {}, 403),
+        ("over such a link", "ci", "/conf/file", {}, 403),
+    ),
+)
+def test_files_of_a_limited_key(policed, key, path, fields, status):
+    root = policed.folder / "host"
+    shutil.rmtree(root / "conf")
+    build(root, ["dir conf", "link conf/out ../conf2", "link conf/file ../conf2/file"])
+    before = snapshot(policed.folder)
+    reply = policed.agent.post("/api/v1/files", {"path": path, **fields}, key=key)
+    assert reply.status == status, reply.body
+    if status != 201:
+        assert snapshot(policed.folder) == before
+        quoted = quote(path)
+        for method in ("GET", "DELETE"):
+            reply = policed.agent.request(method, f"/api/v1/files?path={quoted}", key=key)
+            assert reply.status == (404 if "permission" in fields else 403)
+    assert os.listdir(root / "conf2") == []
+
+
+class PrivateImage(NamedTuple):
+    agent: Agent
+    image: str  # in the host's cache, from a registry that wants a password
+    digest: str
+
+
+@pytest.fixture(scope="module")
+def private(
+    engine: RealEngine, registries: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PrivateImage]:
+    image = f"{registries.locked}:1"
+    repository = registries.locked.rpartition("/")[0]
+    entry = {
+        "allow": ["create", "deploy", "images"],
+        "containers": ["*"],
+        "images": [f"{repository}/*"],
+    }
+    strict = {"name": "strict", "key": "strict", **entry}
+    cached = {"name": "cached", "key": "cached", "cache": True, **entry}
+    path = keys_file(tmp_path_factory.mktemp("private"), strict, cached)
+    with Agent(KEYS_FILE=path) as agent:
+        reply = agent.post("/api/v1/images/pull", {"image": image}, headers=encode_auth())
+        yield PrivateImage(agent, image, reply.json()["digest"])
+    forget(engine, image)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "key, suffix, pull, password, status",
+    cases(
+        ("no password", "strict", ":1", None, "", 401),
+        ("a wrong password", "strict", ":1", "always", "wrong", 401),
+        ("from the cache", "strict", ":1", "never", "pass", 403),
+        ("from the cache if it is there", "strict", ":1", "missing", "pass", 403),
+        ("by its digest", "strict", "DIGEST", None, "pass", 403),
+        ("with its password", "strict", ":1", None, "pass", 201),
+        ("from the cache, allowed", "cached", ":1", "never", "", 201),
+        ("by its digest, allowed", "cached", "DIGEST", "missing", "", 201),
+    ),
+)
+def test_private_image_of_another_stays_private(
+    private, engine, name, way, key, suffix, pull, password, status
+):
+    auth = encode_auth({"username": "user", "password": password}) if password else {}
+    image = private.image.removesuffix(":1") + suffix.replace("DIGEST", f"@{private.digest}")
+    body = {"image": image, "cmd": ["true"] if way == "run" else LOOP, "network_mode": "none"}
+    if way == "deploy":
+        body["deploy"] = {"stable": 0}
+        reply = put(private.agent, name, {**body, "pull": pull}, key=key, headers=auth)
+    else:
+        body.update(name=name, pull=pull)
+        reply = private.agent.post(f"/api/v1/{way}", body, key=key, headers=auth)
+    assert reply.status == (200 if (status, way) == (201, "run") else status), reply.body
+    is_there = engine.call("GET", f"/containers/{name}/json")[0] == 200
+    assert is_there == (reply.status == 201)
+
+
+def test_digest_is_no_way_to_remove_or_pull(private, engine):
+    image = f"{private.image.removesuffix(':1')}@{private.digest}"
+    for reply in (
+        private.agent.delete(f"/api/v1/images?image={quote(image)}", key="strict"),
+        private.agent.post("/api/v1/images/pull", {"image": image}, key="strict"),
+    ):
+        assert_envelope(reply, 403, "images: ")
+    assert engine.call("GET", f"/images/{private.image}/json")[0] == 200
+
+
+def test_limited_key_holds_up_no_deploys_but_its_own(fake_engine, tmp_path):
+    release = threading.Event()
+    fake_engine.script["POST /images/create"] = lambda sock: release.wait(WAIT)
+    more = {"allow": ["deploy"], "containers": ["*"], "images": ["a"]}
+    entries = [{"name": key, "key": key, **more} for key in ("ci", "cd")]
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=keys_file(tmp_path, *entries)) as agent:
+        with contextlib.ExitStack() as stack:
+
+            def begin(name: str, key: str) -> bytes:
+                sock = stack.enter_context(agent.connect())
+                body = b'{"image": "a", "network_mode": "none"}'
+                fields = ("Accept: text/event-stream", f"Content-Length: {len(body)}")
+                line = f"PUT /api/v1/containers/{name}"
+                sock.sendall(message(line, *fields, body=body, key=key))
+                return sock.recv(100)
+
+            for number in range(da.MAX_DEPLOYS):
+                assert b" 200 " in begin(f"web{number}", "ci")
+            assert b" 503 " in begin("one-more", "ci")
+            for key in ("cd", KEY):
+                assert b" 200 " in begin(f"of-{key}", key)
+        release.set()
 
 
 # Logging
