@@ -3116,7 +3116,7 @@ class Engine:
         # removes one with which a container is just being created (seen with 20.10 and 28.5).
         self.creates = threading.BoundedSemaphore(MAX_CREATES)
         self.removal = threading.Lock()  # so that two removals do not share them
-        # Held from the look for a network's name to its creation: older Engines allow two of a name.
+        # Held while a network is looked for and created: older Engines allow two of one name.
         self.networking = threading.Lock()
         self.counting = threading.Lock()  # held while a limited key's containers are counted
         self.unchecked: set[str] = set()  # names of new containers that nobody may start yet
@@ -3817,7 +3817,7 @@ def create_network(engine: Engine, body: Json) -> tuple[Json, int]:
     options["Internal"] = body.get("internal", False)
     if subnet := body.get("subnet"):
         options.update(EnableIPv6=":" in subnet, IPAM={"Config": [{"Subnet": subnet}]})
-    if not NETWORK_CREATION.acquire(timeout=CALL_TIMEOUT):
+    if not engine.networking.acquire(timeout=CALL_TIMEOUT):
         raise ApiError(503, "other networks are being created; try again later")
     try:
         if found := find_network(engine, body["name"]):
@@ -3829,7 +3829,7 @@ def create_network(engine: Engine, body: Json) -> tuple[Json, int]:
             return found, 200
         raise
     finally:
-        NETWORK_CREATION.release()
+        engine.networking.release()
     return find_network(engine, body["name"]) or {}, 201
 
 
