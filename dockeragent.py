@@ -4211,6 +4211,10 @@ class LogReading:
     def unfinished(self) -> Iterator[list[Line]]:
         yield self.rest
 
+    def has_begun(self, streams: Iterable[int]) -> bool:
+        """Return whether of each stream a line began in here, or none was unfinished before."""
+        return self._begun.issuperset(streams)
+
     def whole(self) -> set[int]:
         """Return the streams that have no unfinished line here, for certain."""
         return set() if self.doubtful else self._begun - self._assembler.unfinished.keys()
@@ -4312,17 +4316,19 @@ class LogCursor:
 
         unfinished: also what its end left without a newline.
         """
-        reading = yield from self._find()
+        reading = yield from self._find(unfinished=unfinished)
         if reading.final != self._final():  # it was cut short, or more was written meanwhile
-            reading = yield from self._find(http10=False)  # in which a cut is an error
+            # In HTTP/1.1 a cut is an error.
+            reading = yield from self._find(unfinished=unfinished, http10=False)
         yield self._hand_out(reading, reading.rest if unfinished else [])
 
     def _find(
-        self, *, follow: bool = False, http10: bool = True
+        self, *, follow: bool = False, unfinished: bool = False, http10: bool = True
     ) -> Generator[list[Line], None, LogReading]:
         """Yield the lines after `last` from a reading that has it; return the reading.
 
         follow: also the lines that come after those, until the Engine ends its response.
+        unfinished: from a reading that has all that is unfinished at its end.
         """
         damage, self._dropped = None, False
         for tail in self._tails():
@@ -4342,13 +4348,21 @@ class LogCursor:
                 self._is_short = reading.done and reading.entries < (tail or LOOK)
                 if reading.doubtful or not reading.met:
                     continue
+                # A line that was begun before the reading, and to which nothing was added, is not
+                # in it. Where the log is damaged, what can be read is all there is.
+                if unfinished and not damage and not reading.has_begun(self._outputs()):
+                    continue
                 if follower:
                     yield from self._arriving(self._reading(follower, unknown and 1))
                 return reading
         if damage:
             raise damage
         self.last, self._skip = None, 0  # it is gone, so all that is left came after it
-        return (yield from self._find(follow=follow, http10=http10))
+        return (yield from self._find(follow=follow, unfinished=unfinished, http10=http10))
+
+    def _outputs(self) -> frozenset[int]:
+        """Return the streams asked for that a container writes; a terminal has one."""
+        return self._source.kinds & ({1} if self._source.tty else {1, 2})
 
     def _tails(self) -> Iterator[int | None]:
         """Yield among how many of the last entries to look for `last`; None: all."""

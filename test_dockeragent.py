@@ -6877,6 +6877,16 @@ def test_line_that_a_run_left_unfinished_is_not_joined_with_the_next_run(agent, 
     assert follow_lines(agent, name, f"last_event_id={ids[1]}") == ["a", "prompt"]
 
 
+def test_line_that_one_stream_left_unfinished_far_before_the_end_of_the_log(agent, engine):
+    # Lines so short that thousands are on their way to the log when the end of stderr comes there.
+    script = "seq 6000; sleep 3; printf other >&2; yes | head -n 60000"
+    name = engine.run("sh", "-c", script, wait=False)
+    until(lambda: read_lines(agent, name, "tail=1") == ["6000"], "the first lines")
+    lines = follow_lines(agent, name)
+    assert lines.count("y") == 60000
+    assert lines.count("other") == 1
+
+
 def test_log_that_rotates_faster_than_it_is_read_gives_what_is_there(agent, engine):
     rotating = {"Type": "json-file", "Config": {"max-size": "20k", "max-file": "2"}}
     config = {"NetworkMode": "none", "LogConfig": rotating}
