@@ -2679,7 +2679,7 @@ def absent(rule: str) -> Schema:
     return {**BOOLEAN, "check": lambda value, path: refuse(path, rule)}
 
 
-def at(place: str, schema: Schema, convert: Any = None, since: int = 0) -> Schema:
+def at(place: str, schema: Schema, convert: Any = lambda value: value, since: int = 0) -> Schema:
     """Return a row of CREATE: its place in the Engine's request, its value there, its first API."""
     return {**schema, "place": place, "convert": convert, "since": since}
 
@@ -3417,8 +3417,7 @@ def engine_fields(
         if row.get("properties"):
             yield from engine_fields(row, value, version, f"{row['place']}.", f"{path}{name}.")
         elif "place" in row:
-            convert = row["convert"]
-            yield place + row["place"], convert(value) if convert else value
+            yield place + row["place"], row["convert"](value)
 
 
 def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
