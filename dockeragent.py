@@ -1008,10 +1008,7 @@ def load_keys(values: Json) -> tuple[Key, ...]:
 
 
 def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
-    """Return the keys of a keys file. Raises ApiError, whose message names the wrong field.
-
-    values: the other variables, by which some paths are forbidden.
-    """
+    """Return the keys of a keys file. Raises ApiError, whose message names the wrong field."""
     keys = []
     for index, entry in enumerate(validate(KEYS, decode_json(text))["keys"]):
         here = f"keys[{index}]"
@@ -2278,7 +2275,7 @@ def reopen(found: int, flags: int) -> int:
 
 
 def read_content(found: int, longest: int) -> bytes:
-    """Return a file's content, and of a longer one the first longest + 1 bytes. Raises OSError."""
+    """Return a file's content, of a longer one the first longest + 1 bytes. Raises OSError."""
     try:
         descriptor = reopen(found, os.O_RDONLY | os.O_NOATIME)
     except PermissionError:  # only the owner may leave the time of access as it is
@@ -6020,7 +6017,6 @@ def new_key(name: str) -> int:
 
 
 def check(config: Config) -> int:
-    """Print the warnings of a configuration that would start, and "ok"; return 0."""
     print_error(*(f"warning: {line}" for line in config.warnings))
     print("ok")
     return 0
