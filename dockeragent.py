@@ -1008,10 +1008,7 @@ def load_keys(values: Json) -> tuple[Key, ...]:
 
 
 def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
-    """Return the keys of a keys file. Raises ApiError, whose message names the wrong field.
-
-    values: the other variables, by which some paths are forbidden.
-    """
+    """Return the keys of a keys file. Raises ApiError, whose message names the wrong field."""
     keys = []
     for index, entry in enumerate(validate(KEYS, decode_json(text))["keys"]):
         here = f"keys[{index}]"
@@ -2278,7 +2275,7 @@ def reopen(found: int, flags: int) -> int:
 
 
 def read_content(found: int, longest: int) -> bytes:
-    """Return a file's content, and of a longer one the first longest + 1 bytes. Raises OSError."""
+    """Return a file's content, of a longer one the first longest + 1 bytes. Raises OSError."""
     try:
         descriptor = reopen(found, os.O_RDONLY | os.O_NOATIME)
     except PermissionError:  # only the owner may leave the time of access as it is
@@ -3658,21 +3655,31 @@ def find_digest(image: Json, repository: str) -> str | None:
 
 
 @expected_shape()
-def shape_list(found: list[Any], key: Key, query: Json) -> list[Json]:
-    """Return our rows of the Engine's list: those that the key covers and the query asks for.
+def shape_list(body: bytes, key: Key, query: Json) -> bytes:
+    """Return our list of the Engine's: the rows that the key covers and the query asks for.
 
     Filtered here, not by the Engine: by what the key may see, and with no regular expression.
     """
-    rows = [shape_row(container, key) for container in found]
-    return [row for row in rows if is_listed(row, key, query)]
+    rows = shape_rows(body, key.master)
+    return b",".join([encoded for row, encoded in rows if is_listed(row, key, query)])
 
 
-def shape_row(container: Json, key: Key) -> Json:
+@functools.lru_cache(maxsize=4)
+def shape_rows(body: bytes, master: bool) -> list[tuple[Json, bytes]]:
+    """Return our rows of the Engine's list, each also as JSON. They are kept: nothing changes one.
+
+    Who asks for the list asks again and again, and the Engine's answer is mostly the same.
+    """
+    rows = [shape_row(container, master) for container in decode_response(body, list)]
+    return [(row, encode_json(row)) for row in rows]
+
+
+def shape_row(container: Json, master: bool) -> Json:
     row: Json = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
     row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
     ports = row["ports"] or []
     row["ports"] = [{ours: port.get(PORT_FIELDS[ours]) for ours in PORT_FIELDS} for port in ports]
-    if not key.master:
+    if not master:
         row["names"] = own_names(row)
         row["labels"] = {k: v for k, v in row["labels"].items() if not k.startswith(OWN_LABELS)}
     return row
@@ -5514,17 +5521,24 @@ class Agent(NamedTuple):
         self.engine.close_idle(now - IDLE_CONNECTION)
 
 
-def inspect_container(request: Request, agent: Agent) -> tuple[bytes, Json]:
-    """Return the inspect JSON of the container in the path, as it came and decoded."""
-    body = agent.engine.call("GET", container_path(request.name, "json"))
-    found: Json = decode_response(body)
+@functools.lru_cache(maxsize=16)
+def identity(body: bytes) -> tuple[tuple[str, str], ...]:
+    """Return ("id", id) and ("name", name) from a container's inspect JSON, for the log."""
+    found = decode_response(body)
     name = str(found.get("Name", "")).removeprefix("/")
-    request.target.update(id=str(found.get("Id", "")), name=name)
-    return body, found
+    return ("id", str(found.get("Id", ""))), ("name", name)
+
+
+def inspect_container(request: Request, agent: Agent) -> bytes:
+    """Return the inspect JSON of the container in the path, as it came."""
+    body = agent.engine.call("GET", container_path(request.name, "json"))
+    request.target.update(identity(body))
+    return body
 
 
 def find_container(request: Request, agent: Agent) -> Json:
-    return inspect_container(request, agent)[1]
+    found: Json = decode_response(inspect_container(request, agent))
+    return found
 
 
 def find_to_change(request: Request, agent: Agent) -> Json:
@@ -5585,12 +5599,12 @@ def registry_auth(request: Request) -> str:
 
 def list_containers(request: Request, agent: Agent) -> Response:
     stopped = int(request.query.get("all", False))
-    found = decode_response(agent.engine.call("GET", f"/containers/json?all={stopped}"), list)
-    return Response({"containers": shape_list(found, request.key, request.query)})
+    found = agent.engine.call("GET", f"/containers/json?all={stopped}")
+    return Response(b'{"containers":[%b]}\n' % shape_list(found, request.key, request.query))
 
 
 def inspect(request: Request, agent: Agent) -> Response:
-    return Response(inspect_container(request, agent)[0])
+    return Response(inspect_container(request, agent))
 
 
 def post_action(
@@ -6016,7 +6030,6 @@ def new_key(name: str) -> int:
 
 
 def check(config: Config) -> int:
-    """Print the warnings of a configuration that would start, and "ok"; return 0."""
     print_error(*(f"warning: {line}" for line in config.warnings))
     print("ok")
     return 0
