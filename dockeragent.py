@@ -479,8 +479,7 @@ def full_reference(image: str, tag: str = ":latest") -> str:
 # Keys and policy: whose key it is, and the one function that decides what it may do
 # --------------------------------------------------------------------------------------------------
 
-# What a route names in place of a permission that a limited key can have.
-PUBLIC, MASTER_ONLY = "public", "what is for the master key"
+PUBLIC, MASTER_ONLY = "public", "what is for the master key"  # in place of a permission
 KEY_LABEL = "dockeragent.key"  # the name of the limited key that created a container
 OWN_LABELS = "dockeragent."  # what the agent's own labels begin with: no client sets one
 HELPER_NAMES = (".next", ".prev", ".old")  # ends of names: a deploy's containers beside the first
@@ -512,7 +511,7 @@ class Key(NamedTuple):
             name = HELPER_NAME.sub("", name)
         if kind == "images":
             name = full_reference(name)
-        # No pattern covers the agent's own labels, or a name that the Engine chooses.
+        # No pattern covers the agent's own labels; nor no name, for which the Engine chooses one.
         if self.master or not name or (kind == "labels" and name.startswith(OWN_LABELS)):
             return self.master
         return any(
@@ -684,8 +683,7 @@ def find_peer(key: Key, name: str, ask: Ask) -> str:
     """Return the id of a container whose network a limited key may share."""
     found = find_own(key, name, ask)
     image = ask(f"/images/{quote(found['Image'], safe='')}/json") if found else None
-    # One made with more rights may be on any network. The label is the agent's own, unless it is
-    # the image's.
+    # One made with more rights may be on any network. A label that its image brings proves nothing.
     maker = config_of(found, "Labels").get(KEY_LABEL)
     if image and maker and maker != config_of(image, "Labels").get(KEY_LABEL):
         return str(found["Id"])
@@ -743,12 +741,12 @@ MOST = {"stop_timeout": 120, "resources.cpu_shares": 1024}
 MOST.update({"log.max_size_mb": 100, "log.max_files": 10})
 RULES = [restrict_image, restrict_volumes, restrict_networks, restrict_ports, restrict_resources]
 RULES += [restrict_rest]
-# What they look at, and below it what is free. Any other field is for the master key.
+# What they look at, and then what is free. Any other field is for the master key.
 LIMITED_FIELDS = set(
     "image pull volumes networks network_mode hostname ports labels resources log healthcheck"
-    " stop_timeout cap_drop"
-    " name cmd entrypoint env working_dir user init tty read_only no_new_privileges dns"
-    " restart_policy stop_signal extra_hosts platform auto_remove deploy timeout".split()
+    " stop_timeout cap_drop name cmd entrypoint env working_dir user init tty read_only dns"
+    " restart_policy stop_signal extra_hosts platform auto_remove deploy timeout"
+    " no_new_privileges".split()
 )
 
 
@@ -767,8 +765,7 @@ def check_created(key: Key, created: Json, container: Json, status: int = 409) -
         if value and container["Labels"].get(name) != value and not key.covers("labels", name):
             forbid(key, "labels", f"the image's {name}", status)
     health = config_of(created, "Healthcheck")
-    for name in "Interval", "StartInterval":  # nanoseconds; 0 is the Engine's own
-        # Below 0 too: an image may have that, and the Engine takes it for "at once".
+    for name in "Interval", "StartInterval":  # nanoseconds; 0 is the default, below 0 at once
         if (health.get(name) or 10**9) < 10**9 and health.get("Test") != ["NONE"]:
             forbid(key, "healthcheck", "a check that is run more than once a second", status)
 
@@ -5082,7 +5079,8 @@ class Deploys:
             # Invariant: no limited key starts threads without bound, or takes those of another.
             held = sum(owner is key for owner in self.busy.values())
             if key.name and not key.master and held >= MAX_DEPLOYS:
-                raise ApiError(503, f"key {key.name} has too many deploys; try again later")
+                message = f"key {key.name} has too many deploys; try again later"
+                raise ApiError(503, message, {"Retry-After": "5"})
             self.busy[name] = key
 
     def _start(self, deployment: Deployment, act: Callable[[], Any], key: Key = STRANGER) -> None:
@@ -5548,7 +5546,8 @@ def find_to_change(request: Request, agent: Agent) -> Json:
     """
     found = find_container(request, agent)
     if request.target["name"] in agent.engine.unchecked:
-        raise ApiError(409, f"{request.target['name']} is being created; try again later")
+        message = f"{request.target['name']} is being created; try again later"
+        raise ApiError(409, message, {"Retry-After": "1"})
     if agent.deploys.before_write(request.target["name"]):
         found = find_container(request, agent)  # its name may be another container's now
     return found

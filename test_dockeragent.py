@@ -854,6 +854,7 @@ def test_one_limited_key_holds_a_quarter_of_the_connections(fake_engine, tmp_pat
         ("any tag", "nginx:*", "nginx:2", "docker.io/library/nginx:2"),
         ("any repository", "acme/*", "acme/a/b:2", "docker.io/acme/a/b:2"),
         ("any image", "*", "x.io/a", "x.io/a:latest"),
+        ("capitals make a host", "*", "ACME/a", "ACME/a:latest"),
         (
             "an id's beginning is a name",
             "*",
@@ -1015,6 +1016,7 @@ def policed(engine: RealEngine, tmp_path_factory: pytest.TempPathFactory) -> Ite
     bare = {"name": "bare", "key": "bare", "allow": EVERY, "containers": [f"{scope}*"]}
     bare.update(images=[full], cache=True)
     wide = {**bare, "name": "wide", "key": "wide", "networks": ["*"], "volumes": ["*"]}
+    wide.update(labels=["*"], images=["*"])
     few = {**bare, "name": "few", "key": "few", "containers": [f"{scope}-few*"]}
     few["limits"] = {"containers": 3}
     star = {**bare, "name": "star", "key": "star", "containers": ["*"]}
@@ -1326,6 +1328,20 @@ def test_limited_key_asks_for_what_it_may(policed, fields, place, value):
         policed.engine.remove(name)
 
 
+def test_no_pattern_lets_an_image_bring_the_agents_labels(policed):
+    name, image = f"{policed.scope}-own", f"{policed.scope}-own:1"
+    labels = {"dockeragent.was": "x", "dockeragent.any": "y", "traefik.enable": "true"}
+    load_image(policed.engine, image, Labels=labels)
+    try:
+        assert policed.create("containers", name, {"image": image}, "wide").status == 201
+        found = policed.engine.inspect(name)["Config"]["Labels"]
+        values = (found["dockeragent.was"], found["dockeragent.any"], found["traefik.enable"])
+        assert values == ("", "", "true")
+    finally:
+        policed.engine.remove(name)
+        forget(policed.engine, image)
+
+
 def test_disk_below_a_bind_is_not_in_it(policed):
     """A recursive bind would hold it, and writable: read-only is only the uppermost mount."""
     below = policed.folder / "static/disk"
@@ -1469,9 +1485,9 @@ def test_beginning_of_two_ids_is_no_container(fake_engine, tmp_path, status):
 
 def test_action_is_for_the_container_that_was_checked(fake_engine, tmp_path):
     """Its name may be another's by the time that the Engine is asked to act."""
-    own = {"Id": "1" * 64, "Name": "/web", "Config": {}}
-    for name in ("web", own["Id"]):
-        fake_engine.script[f"GET /containers/{name}/json"] = http_answer(own)
+    own, other = ({"Id": digit * 64, "Name": "/web", "Config": {}} for digit in "12")
+    fake_engine.script["GET /containers/web/json"] = inspected(own, other)
+    fake_engine.script[f"GET /containers/{own['Id']}/json"] = http_answer(own)
     entry = {"name": "ci", "key": "ci", "allow": ["operate"], "containers": ["web"]}
     with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=keys_file(tmp_path, entry)) as agent:
         agent.post("/api/v1/containers/web/kill", key="ci")
@@ -1607,6 +1623,31 @@ def test_files_of_a_limited_key(policed, key, path, fields, status):
             reply = policed.agent.request(method, f"/api/v1/files?path={quoted}", key=key)
             assert reply.status == (404 if "permission" in fields else 403)
     assert os.listdir(root / "conf2") == []
+
+
+@pytest.mark.parametrize(
+    "path, is_covered",
+    [("/a/b/x", True), ("//a/./b//x", True)]
+    + [(path, False) for path in ("/a/b", "/a/b/", "/a/bb/x", "/a/b/../x", "/a", "b/x", "")],
+)
+def test_path_of_a_file_is_decided_upon_before_the_walk(path, is_covered):
+    request = da.Request("", da.NEVER, ())
+    request.key, request.body = da.Key("ci", files=("/a/b",)), {"path": path}
+    refused = contextlib.nullcontext() if is_covered else pytest.raises(da.ApiError, match="files")
+    with refused:
+        da.decide(request, "files", ask=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    "volume", [{"Driver": "rexray"}, {"Driver": "local", "Options": {"o": ""}}]
+)
+def test_volume_with_options_or_of_a_plugin_is_refused(volume):
+    request = da.Request("", da.NEVER, ())
+    request.key = da.Key("ci", containers=("a",), images=("*",), volumes=("v",), cache=True)
+    request.body = {"name": "a", "image": "a", "network_mode": "none"}
+    request.body["volumes"] = [{"type": "volume", "source": "v", "target": "/v"}]
+    with pytest.raises(da.ApiError, match="volumes: v, which has options"):
+        da.decide(request, "create", ask=lambda path: volume)
 
 
 class PrivateImage(NamedTuple):
@@ -9395,8 +9436,8 @@ def test_create_that_the_engine_does_after_the_kill_is_removed(engine, site, tmp
 
 def test_limited_key_deploys_within_its_limits(engine, site, name, tmp_path):
     entry = {"name": "ci", "sha256": digest("limited"), "allow": ["deploy"], "cache": True}
-    entry.update(containers=["da-*"], images=[f"docker.io/library/{IMAGE}"], limits={})
-    entry["limits"] = {"containers": 1 + len(names_of(engine, "da-"))}
+    entry.update(containers=[site, name], images=[f"docker.io/library/{IMAGE}"])
+    entry["limits"] = {"containers": 1}
     with Agent(KEYS_FILE=keys_file(tmp_path, entry)) as agent:
         assert put(agent, site, spec(), key="limited").status == 201
         assert put(agent, site, GOOD, key="limited").status == 200
