@@ -1045,7 +1045,9 @@ def policed(engine: RealEngine, tmp_path_factory: pytest.TempPathFactory) -> Ite
         words.update(OTHERID=other, FRONTID=networks[f"{scope}-front"][:12])
         path = keys_file(folder, ci, bare, wide, few, star)
         agent = stack.enter_context(Agent(KEYS_FILE=path, HOST_ROOT=str(folder / "host")))
-        yield Policed(agent, engine, scope, folder, words)
+        scene = Policed(agent, engine, scope, folder, words)
+        assert scene.create("containers", f"{scope}-master", {}, KEY).status == 201
+        yield scene
         for name in names_of(engine, scope):
             engine.remove(name)
 
@@ -1060,6 +1062,10 @@ def limits(**fields: Any) -> dict[str, Any]:
 
 def joined(*networks: Any) -> dict[str, Any]:
     return {"network_mode": None, "networks": list(networks)}
+
+
+def peer(name: str) -> dict[str, Any]:
+    return {"network_mode": f"container:{name}"}
 
 
 def ports(*numbers: Any) -> dict[str, Any]:
@@ -1115,26 +1121,12 @@ def ports(*numbers: Any) -> dict[str, Any]:
             {**joined("SCOPE-front"), "hostname": "db"},
             "alias: db",
         ),
-        (
-            "the network of another's container",
-            "ci",
-            {"network_mode": "container:unSCOPE"},
-            "container:un",
-        ),
-        ("the same by its id", "ci", {"network_mode": "container:OTHERID"}, "container:"),
-        ("the network of nobody", "ci", {"network_mode": "container:SCOPE-none"}, "container:"),
-        (
-            "that of one made with more rights",
-            "ci",
-            {"network_mode": "container:SCOPE-hand"},
-            "container:",
-        ),
-        (
-            "that of one whose image says so",
-            "ci",
-            {"network_mode": "container:SCOPE-forged"},
-            "container:",
-        ),
+        ("the network of another's container", "ci", peer("unSCOPE"), "container:un"),
+        ("the same by its id", "ci", peer("OTHERID"), "container:"),
+        ("the network of nobody", "ci", peer("SCOPE-none"), "container:"),
+        ("that of one made with more rights", "ci", peer("SCOPE-hand"), "container:"),
+        ("that of one whose image says so", "ci", peer("SCOPE-forged"), "container:"),
+        ("that of a master's", "ci", peer("SCOPE-master"), "container:"),
         ("a port below its range", "ci", ports(19999), "ports: 19999"),
         ("a port above its range", "ci", ports(20000, 20004), "ports: 20004"),
         ("a port beside a single one", "ci", ports("20011"), "ports: 20011"),
