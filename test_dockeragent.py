@@ -6012,6 +6012,14 @@ def test_line_that_a_run_left_unfinished_is_not_joined_with_the_next_run(agent, 
     assert follow_lines(agent, name, f"last_event_id={ids[1]}") == ["a", "prompt"]
 
 
+def test_followed_log_has_what_one_stream_left_unfinished_long_before_its_end(agent, engine):
+    script = "seq 30000; seq 30000 >&2; printf partial; printf other >&2"
+    name = engine.run("sh", "-c", script, wait=False)
+    lines = follow_lines(agent, name)
+    assert lines == read_lines(agent, name)
+    assert len(lines) == 60_002 and {"partial", "other"} < set(lines)
+
+
 def test_log_that_rotates_faster_than_it_is_read_gives_what_is_there(agent, engine):
     rotating = {"Type": "json-file", "Config": {"max-size": "20k", "max-file": "2"}}
     config = {"NetworkMode": "none", "LogConfig": rotating}
