@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2502, and a reviewer may stop there:
+stands first, up to line 2499, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -4172,8 +4172,8 @@ class LogReading:
         self.final: Optional[Entry] = None
         self.marked = 0  # entries from `mark` on; from the first on without one
         self._mark = mark
-        # Streams of which a line began in here.
-        self._begun = set(STREAMS if unknown is None else ())
+        # Streams of which it is known what began before here.
+        self.known_streams = set(STREAMS if unknown is None else ())
         self._demultiplexer = TtyDemultiplexer() if source.tty else Demultiplexer()
         self._assembler = LineAssembler(unknown or 0, is_podman=source.engine.is_podman)
 
@@ -4214,13 +4214,13 @@ class LogReading:
     def unfinished(self) -> Iterator[list[Line]]:
         yield self.rest
 
-    def has_begun(self, streams: Iterable[int]) -> bool:
-        """Return whether of each stream a line began in here, or none was unfinished before."""
-        return self._begun.issuperset(streams)
+    def begun(self, before: Iterable[int] = ()) -> set[int]:
+        """Return the streams that have an unfinished line here. before: that had one in front."""
+        return {*before} - self.known_streams | self._assembler.unfinished.keys()
 
     def whole(self) -> set[int]:
         """Return the streams that have no unfinished line here, for certain."""
-        return set() if self.doubtful else self._begun - self._assembler.unfinished.keys()
+        return set() if self.doubtful else self.known_streams - self._assembler.unfinished.keys()
 
     def _after(self, lines: list[Line]) -> list[Line]:
         """Return those of the lines that come after the point."""
@@ -4229,18 +4229,20 @@ class LogReading:
         points = [line[:2] for line in lines] if self._point[0] in self._assembler.seen else []
         self.met = self._point in points
         index = points.index(self._point) + 1 if self.met else len(lines)
-        self._begun.update([line[2] for line in lines[:index]], self._at_point if self.met else ())
+        self.known_streams.update(
+            [line[2] for line in lines[:index]], self._at_point if self.met else ()
+        )
         return lines[index:]
 
     def _known(self, lines: list[Line]) -> list[Line]:
         """Return the lines before the first doubtful one, without a point those after the last."""
         start = 0
-        for index, (_, number, kind, _) in enumerate(lines if len(self._begun) < 3 else ()):
-            if not number or kind not in self._begun:
+        for index, (_, number, kind, _) in enumerate(lines if len(self.known_streams) < 3 else ()):
+            if not number or kind not in self.known_streams:
                 self.doubtful, start = True, index + 1
                 if self._point:
                     return lines[:index]
-                self._begun.add(kind)
+                self.known_streams.add(kind)
         return lines[start:]
 
 
@@ -4251,6 +4253,7 @@ class LogTail(NamedTuple):
     lines: Optional[list[Line]]  # None: too large to be kept; the cursor stands before them
     last: Point
     whole: set[int]
+    begun: set[int]
     skip: int
     reach: int
 
@@ -4265,6 +4268,7 @@ class LogCursor:
         self.ending: Ending = ("end", {})
         self._source = source
         self._whole: set[int] = set()  # streams that have no unfinished line here
+        self._begun: set[int] = set()  # those that have one
         self._skip, self._limit = 0, sys.maxsize  # lines to leave out, and then to hand out
         self._reach = LOOK  # among how many of the last entries to look for `last` first
         self._is_short = False  # whether there were not as many
@@ -4319,19 +4323,17 @@ class LogCursor:
 
         unfinished: also what its end left without a newline.
         """
-        reading = yield from self._find(unfinished=unfinished)
+        reading = yield from self._find()
         if reading.final != self._final():  # it was cut short, or more was written meanwhile
-            # In HTTP/1.1 a cut is an error.
-            reading = yield from self._find(unfinished=unfinished, http10=False)
+            reading = yield from self._find(http10=False)  # in which a cut is an error
         yield self._hand_out(reading, reading.rest if unfinished else [])
 
     def _find(
-        self, *, follow: bool = False, unfinished: bool = False, http10: bool = True
+        self, *, follow: bool = False, http10: bool = True
     ) -> Generator[list[Line], None, LogReading]:
         """Yield the lines after `last` from a reading that has it; return the reading.
 
         follow: also the lines that come after those, until the Engine ends its response.
-        unfinished: from a reading that has all that is unfinished at its end.
         """
         damage, self._dropped = None, False
         for tail in self._tails():
@@ -4349,11 +4351,7 @@ class LogCursor:
                     damage = error
                     continue
                 self._is_short = reading.done and reading.entries < (tail or LOOK)
-                if reading.doubtful or not reading.met:
-                    continue
-                # A line that was begun before the reading, and to which nothing was added, is not
-                # in it. Where the log is damaged, what can be read is all there is.
-                if unfinished and not damage and not reading.has_begun(self._outputs()):
+                if reading.doubtful or not reading.met or self._begun - reading.known_streams:
                     continue
                 if follower:
                     yield from self._arriving(self._reading(follower, unknown and 1))
@@ -4361,11 +4359,7 @@ class LogCursor:
         if damage:
             raise damage
         self.last, self._skip = None, 0  # it is gone, so all that is left came after it
-        return (yield from self._find(follow=follow, unfinished=unfinished, http10=http10))
-
-    def _outputs(self) -> frozenset[int]:
-        """Return the streams asked for that a container writes; a terminal has one."""
-        return self._source.kinds & ({1} if self._source.tty else {1, 2})
+        return (yield from self._find(follow=follow, http10=http10))
 
     def _tails(self) -> Iterator[int | None]:
         """Yield among how many of the last entries to look for `last`; None: all."""
@@ -4400,6 +4394,7 @@ class LogCursor:
         """Move behind the lines; return those of them that were asked for."""
         if lines:
             self.last, self._whole, self._reach = lines[-1][:2], reading.whole(), LOOK
+            self._begun = reading.begun(self._begun)
         if len(self._source.kinds) < len(STREAMS):
             lines = [line for line in lines if line[2] in self._source.kinds]
         skip, self._skip = self._skip, max(0, self._skip - len(lines))
@@ -4461,7 +4456,7 @@ class LogCursor:
                 # podman takes longer for a large tail than for the whole log.
                 is_larger = is_full and not self._source.engine.is_podman
                 tail = 16 * tail if tail and is_larger else None
-        _, lines, self.last, self._whole, self._skip, self._reach = found
+        _, lines, self.last, self._whole, self._begun, self._skip, self._reach = found
         return lines
 
     def _collect(
@@ -4492,11 +4487,11 @@ class LogCursor:
                 size -= LINE_COST + len(kept.popleft()[3])
         if len(kept) >= min(wanted, count):
             lines = list(kept)[max(0, len(kept) - wanted) :]
-            return reading, LogTail(count, lines, last, reading.whole(), 0, LOOK)
+            return reading, LogTail(count, lines, last, reading.whole(), reading.begun(), 0, LOOK)
         following = count - (first is not None and first[2] in self._source.kinds)
         point = first[:2] if first and following >= wanted else None
         skip, reach = max(0, following - wanted), reading.entries + LOOK
-        return reading, LogTail(count, None, point, set(), skip, reach)
+        return reading, LogTail(count, None, point, set(), set(), skip, reach)
 
 
 def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:

@@ -6920,6 +6920,14 @@ def test_line_that_one_stream_left_unfinished_far_before_the_end_of_the_log(agen
     assert lines.count("other") == 1
 
 
+def test_followed_log_has_what_one_stream_left_unfinished_long_before_its_end(agent, engine):
+    script = "seq 30000; seq 30000 >&2; printf partial; printf other >&2"
+    name = engine.run("sh", "-c", script, wait=False)
+    lines = follow_lines(agent, name)
+    assert lines == read_lines(agent, name)
+    assert len(lines) == 60_002 and {"partial", "other"} < set(lines)
+
+
 def test_log_that_rotates_faster_than_it_is_read_gives_what_is_there(agent, engine):
     rotating = {"Type": "json-file", "Config": {"max-size": "20k", "max-file": "2"}}
     config = {"NetworkMode": "none", "LogConfig": rotating}
