@@ -1369,7 +1369,7 @@ def test_disk_below_a_bind_is_not_in_it(policed):
 def test_check_that_an_image_brings(policed, way, brought, fields, is_refused):
     engine, name, image = policed.engine, f"{policed.scope}-e", f"{policed.scope}-check:1"
     if "StartInterval" in brought and engine.call("GET", "/version")[1]["ApiVersion"] < "1.44":
-        pytest.skip("this Engine has no StartInterval")
+        is_refused = False  # such an Engine knows nothing of it
     load_image(engine, image, Healthcheck={"Test": ["CMD", "true"], **brought})
     try:
         more = {"healthcheck": fields} if fields else {}
