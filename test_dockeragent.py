@@ -1737,11 +1737,12 @@ def test_limited_key_holds_up_no_deploys_but_its_own(fake_engine, tmp_path):
 
 def test_every_request_is_one_json_line(fake_agent):
     fake_agent.get("/health", headers={"X-Request-ID": "my-id.1_2"}, key="")
+    until(lambda: len(fake_agent.lines("request")) == 1, "the first line")
     body = fake_agent.get("/api/v1/containers/none?x=1").body
+    until(lambda: len(fake_agent.lines("request")) == 2, "the second line")
     fake_agent.raw(b"GET /a\r\n\r\n")
-    lines = until(
-        lambda: len(fake_agent.lines("request")) == 3 and fake_agent.lines("request"), "3"
-    )
+    until(lambda: len(fake_agent.lines("request")) == 3, "the third line")
+    lines = fake_agent.lines("request")
     fields = set("time level msg method route status latency_ms request_id client_ip bytes".split())
     for line, more in zip(lines, (set(), {"key", "target", "error"}, {"error"})):
         assert set(line) == fields | more
@@ -3892,7 +3893,8 @@ def test_refusal_is_tried_again_once_whatever_version_is_offered_next(fake_engin
     fake_engine.script["POST /containers/c1/start"] = http_answer({"message": "no"}, 400)
     with Agent(DOCKER_HOST=fake_engine.url) as agent:
         assert_envelope(agent.post(f"{ONE}/start"), 400, "no")
-    assert len(versions) == 3
+    # Once, if what the agent looks for by itself has used up the other offer meanwhile.
+    assert 1 <= len(fake_engine.changes()) <= 2
 
 
 def test_upgrade_that_no_request_met_is_noticed(fake_engine, versions):
