@@ -3184,9 +3184,10 @@ def test_stranger_who_went_longest_without_a_request_makes_room_first(fake_engin
 
 
 def test_stranger_who_reads_nothing_is_dropped(fake_engine):
-    with Agent(DOCKER_HOST=fake_engine.url) as agent, agent.connect() as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.settimeout(12 * WAIT)  # some 10,000 responses fit the buffers on the way
+    with Agent(DOCKER_HOST=fake_engine.url) as agent, socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)  # before the connect: it stays
+        sock.settimeout(6 * WAIT)
+        sock.connect(("127.0.0.1", agent.port))
         with pytest.raises(ConnectionError):
             sock.sendall(message("GET /health", key="") * 1_000_000)
 
@@ -7689,7 +7690,6 @@ def test_run_is_killed_at_its_timeout(agent, engine, accept):
         ("no such command", {"cmd": ["/no/such"]}, 400, "/no/such"),
         ("no such image", {"image": "no-such:1"}, 404, "no-such:1"),
         ("no such network", {"network_mode": "no-such"}, 404, "no-such"),
-        ("log driver that is not there", {"log": {"driver": "no-such"}}, None, "no-such"),
     ),
 )
 @ACCEPTS
@@ -9463,7 +9463,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 6200  # that the file may have
+LINES = 6150  # that the file may have
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
@@ -9767,6 +9767,11 @@ def agent_image(engine: RealEngine) -> Iterator[str]:
     """The agent's image, made with the Dockerfile on the base that DOCKERAGENT_BASE_IMAGE names."""
     if not BASE_IMAGE:
         pytest.skip("DOCKERAGENT_BASE_IMAGE names no image to build on")
+    root = [
+        line for line in Path("/proc/self/mountinfo").read_text().splitlines() if " / / " in line
+    ]
+    if not any("shared:" in line or "master:" in line for line in root):
+        pytest.skip("the root mount is private here; try mount --make-shared /")
     needs_program("docker")
     tag = "dockeragent:" + secrets.token_hex(6)
     shell(f"docker build --build-arg BASE={BASE_IMAGE} -t {tag} .", HERE)
