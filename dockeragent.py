@@ -1581,9 +1581,9 @@ def find_route(routes: Iterable[Route], method: str, segments: list[str]) -> tup
     """Return a route and the parameter in its path. Raises ApiError (400, 404, 405)."""
     allowed: list[str] = []
     for route in routes:
-        template = route.path.split("/")
-        if len(template) != len(segments):
+        if route.path.count("/") != len(segments) - 1:
             continue
+        template = route.path.split("/")
         if all(part[:1] == "{" or part == given for part, given in zip(template, segments)):
             methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
             if method in methods:
@@ -5420,6 +5420,14 @@ def series(metric: str, **labels: Any) -> str:
     return f"{metric}{{{','.join(pairs)}}}"
 
 
+@functools.lru_cache(maxsize=512)
+def request_series(method: str, route: str) -> tuple[list[tuple[float, str]], list[str]]:
+    """Return the histogram's buckets with their bounds, and the series of its sum and count."""
+    labels = {"method": method, "route": route}
+    buckets = [(float(b), series(f"{REQUEST_SECONDS}_bucket", **labels, le=b)) for b in BUCKETS]
+    return buckets, [series(f"{REQUEST_SECONDS}_{end}", **labels) for end in ("sum", "count")]
+
+
 class Metrics:
     """Counts the requests, by method, route and status, and their seconds."""
 
@@ -5433,16 +5441,17 @@ class Metrics:
     def observe(self, request: Request, seconds: float) -> None:
         """Count one request that has ended."""
         # Invariant: no label holds what a client sent, or a stranger could make endless series.
-        labels = {"method": request.method if request.method in COUNTED_METHODS else "other"}
-        labels["route"] = request.route.path if request.route else "other"
+        method = request.method if request.method in COUNTED_METHODS else "other"
+        route = request.route.path if request.route else "other"
+        total = series(REQUESTS_TOTAL, method=method, route=route, code=request.status)
+        buckets, names = request_series(method, route)
         with self._lock:
             self._values["dockeragent_rate_limited_total"] += request.status == 429
-            self._values[series(REQUESTS_TOTAL, **labels, code=request.status)] += 1
-            for bound in BUCKETS:
-                bucket = series(f"{REQUEST_SECONDS}_bucket", **labels, le=bound)
-                self._values[bucket] += seconds <= float(bound)
-            self._values[series(f"{REQUEST_SECONDS}_sum", **labels)] += seconds
-            self._values[series(f"{REQUEST_SECONDS}_count", **labels)] += 1
+            self._values[total] += 1
+            for bound, bucket in buckets:
+                self._values[bucket] += seconds <= bound
+            for name, value in zip(names, (seconds, 1)):
+                self._values[name] += value
 
     def samples(self) -> dict[str, float]:
         """Return the values by series."""
