@@ -1360,7 +1360,7 @@ def test_disk_below_a_bind_is_not_in_it(policed):
     cases(
         ("each nanosecond", {"Interval": 1}, {}, True),
         ("below zero, which is at once", {"Interval": -1}, {}, True),
-        ("at first each millisecond", {"StartInterval": 10**6}, {}, True),
+        ("at first each millisecond", {"StartInterval": 10**6, "Interval": 10**9}, {}, True),
         ("its times, with a check of ours", {"Interval": 10**6}, {"cmd": ["true"]}, True),
         ("its check, with times of ours", {"Interval": 10**6}, {"interval": 1}, False),
         ("its check, turned off", {"Interval": 10**6}, {"disable": True}, False),
