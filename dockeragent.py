@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2499, and a reviewer may stop there:
+stands first, up to line 2504, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -1345,7 +1345,7 @@ class Interrupts(NamedTuple):
         if self.stop:
             poll.register(self.stop, select.POLLIN)
         seconds = deadline - time.monotonic()
-        ready = {descriptor for descriptor, _ in poll.poll(max(0, math.ceil(seconds * 1000)))}
+        ready = dict(poll.poll(max(0, math.ceil(seconds * 1000))))
         if self.stop and self.stop.fileno() in ready:
             raise Stopping(503, "the agent is stopping; try again later")
         if sock.fileno() in ready or not ready:
@@ -1607,6 +1607,11 @@ def find_key(keys: Iterable[Key], shown: bytes) -> Key:
         if hmac.compare_digest(digest, key.digest) and time.time() < key.expires:
             found = key
     return found
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -1876,7 +1881,7 @@ class Connection(socketserver.BaseRequestHandler):
         # No text from the request is in it that has not matched a pattern.
         head = (
             f"HTTP/1.1 {request.status} {PHRASES[request.status]}\r\n{lines}"
-            f"X-Request-ID: {request.id}\r\nDate: {email.utils.formatdate(usegmt=True)}\r\n"
+            f"X-Request-ID: {request.id}\r\nDate: {http_date(int(time.time()))}\r\n"
             "X-Content-Type-Options: nosniff\r\n\r\n"
         ).encode("latin-1")
         request.sent = -len(head)  # so that the body's bytes are counted
@@ -3038,13 +3043,16 @@ class EngineResponse:
         """Return the complete body. Raises EngineError past MAX_RESPONSE or the call's deadline."""
         body = bytearray()
         try:
-            while not self._is_done:
-                body += self._read_piece()
+            while piece := self._response.read(RECV_SIZE):
+                body += piece
                 # Invariant: at most MAX_RESPONSE bytes of a response are buffered.
                 if len(body) > MAX_RESPONSE:
                     raise EngineError(502, "the Engine's response is too large")
+            if self._response.length:
+                raise http.client.IncompleteRead(b"", self._response.length)
         except FAILURES as error:
             raise engine_failure(error) from error
+        self._is_done = True
         return bytes(body)
 
     def close(self) -> None:
@@ -3235,11 +3243,11 @@ class Engine:
     def _exchange(
         self, sock: EngineSocket, call: Call, target: str, deadline: float, pool: Pool | None
     ) -> EngineResponse:
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(sock.close)
-            response = sock.exchange(call, target, deadline)
-            on_error.pop_all()
-        return EngineResponse(sock, response, pool)
+        try:
+            return EngineResponse(sock, sock.exchange(call, target, deadline), pool)
+        except (*FAILURES, ClientGone, Stopping):
+            sock.close()
+            raise
 
     def _idle_connection(self) -> EngineSocket | None:
         while self._idle:
@@ -3658,7 +3666,8 @@ def shape_list(body: bytes, key: Key, query: Json) -> bytes:
     Filtered here, not by the Engine: by what the key may see, and with no regular expression.
     """
     rows = shape_rows(body, key.master)
-    return b",".join([encoded for row, encoded in rows if is_listed(row, key, query)])
+    is_whole = key.master and not {"label", "name"} & query.keys()
+    return b",".join([text for row, text in rows if is_whole or is_listed(row, key, query)])
 
 
 @functools.lru_cache(maxsize=4)
