@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2504, and a reviewer may stop there:
+stands first, up to line 2487, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -519,27 +519,17 @@ class Key(NamedTuple):
             for pattern in getattr(self, kind)
         )
 
-    def file_folder(self, path: str) -> str:
-        """Return the listed folder that a file's path lies beneath. Raises ApiError (403)."""
-        clean = "".join(f"/{part}" for part in path.split("/") if part not in ("", "."))
-        for folder in self.files:
-            if clean.startswith(f"{folder}/") and ".." not in path.split("/"):
-                return folder
-        return forbid(self, "files", path)
+    def permit(self, condition: object, field: str, what: object, status: int = 403) -> None:
+        """Raise ApiError unless the condition holds."""
+        if not condition:
+            raise ApiError(status, f"key {self.name}: {field}: {what} is not allowed")
+
+    def permit_name(self, kind: str, name: str, field: str = "") -> None:
+        """Raise ApiError (403) unless the key covers a name, or a permission (kind "allow")."""
+        self.permit(self.covers(kind, name), field or kind, name or "no name")
 
 
 STRANGER = Key("")  # whoever has not shown a valid key
-
-
-def forbid(key: Key, field: str, what: object, status: int = 403) -> NoReturn:
-    raise ApiError(status, f"key {key.name}: {field}: {what} is not allowed")
-
-
-def require_covered(key: Key, kind: str, name: str, field: str = "") -> None:
-    """Raise ApiError (403) unless the key covers a name, or a permission (kind "allow")."""
-    if not key.covers(kind, name):
-        forbid(key, field or kind, name or "no name")
-
 
 # One function a permission, and one a group of fields; each raises ApiError (403), or changes the
 # body into what a limited key gets. `ask` returns the Engine's JSON for a path, None for a 404.
@@ -554,15 +544,12 @@ def decide(request: Request, permission: str, ask: Ask) -> None:
 
 def find_own(key: Key, name: str, ask: Ask) -> Json:
     """Return the inspect JSON of a container whose name is in scope, {} if there is none."""
-    try:
-        found = ask(f"/containers/{quote(name, safe='')}/json") or {}
-    except EngineError as error:
-        # The beginning of two ids: that there are two is not for this key to know.
-        if error.status not in (400, 500):
-            raise
-        return {}
+    found = None
+    # 400 and 500: it begins two ids. That there are two is not for this key to know.
+    with tolerate(400, 500):
+        found = ask(f"/containers/{quote(name, safe='')}/json")
     # By its name alone: labels can be forged, and an id tells nothing.
-    return found if key.covers("containers", found.get("Name", "")[1:]) else {}
+    return found if found and key.covers("containers", found.get("Name", "")[1:]) else {}
 
 
 def decide_container(request: Request, ask: Ask) -> None:
@@ -576,12 +563,10 @@ def decide_container(request: Request, ask: Ask) -> None:
 
 def decide_create(request: Request, ask: Ask) -> None:
     key, body = request.key, request.body
-    name = request.name or body.get("name", "")
-    require_covered(key, "containers", name)
-    if request.query.get("adopt"):
-        forbid(key, "adopt", "replacing a container that was not deployed here")
+    key.permit_name("containers", request.name or body.get("name", ""))
+    key.permit(not request.query.get("adopt"), "adopt", "what was not deployed here")
     for field in body.keys() - LIMITED_FIELDS:
-        forbid(key, field, "a field for the master key")
+        key.permit(False, field, "a field for the master key")
     for rule in RULES:
         rule(key, body, ask)
 
@@ -592,16 +577,21 @@ def decide_named(request: Request, ask: Ask) -> None:
         if "image" in values:
             values["image"] = check_image(request.key, values["image"])
     if repository := request.body.get("repository"):
-        require_covered(request.key, "images", repository)
+        request.key.permit_name("images", repository)
     if request.name:
-        require_covered(request.key, "volumes", request.name)
+        request.key.permit_name("volumes", request.name)
 
 
 def decide_file(request: Request, ask: Ask) -> None:
-    request.key.file_folder({**request.query, **request.body}["path"])
+    """Hold the request to the listed folder that its path lies beneath."""
+    path, mode = {**request.query, **request.body}["path"], request.body.get("permission", "0")
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    for folder in request.key.files:
+        if f"/{'/'.join(parts)}".startswith(f"{folder}/"):
+            request.folder = folder
+    request.key.permit(request.folder and ".." not in parts, "files", path)
     # A set-id file of root's in a folder that a container mounts is root in it.
-    if int(request.body.get("permission", "0"), 8) > 0o777:
-        forbid(request.key, "permission", request.body["permission"])
+    request.key.permit(int(mode, 8) <= 0o777, "permission", mode)
 
 
 # By the permission that a route names, which is what a limited key's `allow` may have in it.
@@ -617,18 +607,18 @@ def check_image(key: Key, image: str) -> str:
     """Return the reference in full, which cannot also be the beginning of an id."""
     # An id or a digest is taken from the host's cache, where another's private image may be: the
     # Engine asks no registry, so nobody checks the caller's credentials.
-    if re.fullmatch("(?:sha256:)?[0-9a-f]{64}", image) or ("@" in image and not key.cache):
-        forbid(key, "images", f"{image}, which is no name and tag,")
-    full = full_reference(image)
-    require_covered(key, "images", full)
-    return full
+    is_id = re.fullmatch("(?:sha256:)?[0-9a-f]{64}", image)
+    is_named = not is_id and (key.cache or "@" not in image)
+    key.permit(is_named, "images", f"{image}, which is no name and tag,")
+    key.permit_name("images", full_reference(image))
+    return full_reference(image)
 
 
 def restrict_image(key: Key, body: Json, ask: Ask) -> None:
     body["image"] = check_image(key, body["image"])
     # A cached image may be another's private one: the registry is always asked.
-    if not key.cache and body.setdefault("pull", "always") != "always":
-        forbid(key, "pull", body["pull"])
+    if not key.cache:
+        key.permit(body.setdefault("pull", "always") == "always", "pull", body["pull"])
 
 
 def restrict_volumes(key: Key, body: Json, ask: Ask) -> None:
@@ -636,34 +626,32 @@ def restrict_volumes(key: Key, body: Json, ask: Ask) -> None:
         source = volume.get("source", "")
         if volume["type"] == "bind":
             # Exact paths: whoever can write in a listed folder can plant a link below it.
-            if source not in key.binds:
-                forbid(key, "binds", source)
+            key.permit(source in key.binds, "binds", source)
             # Read-only for the same reason; not recursive, as a disk mounted below is writable.
-            if volume.get("read_only") is False:
-                forbid(key, "binds", f"{source}, writable,")
+            key.permit(volume.get("read_only", True), "binds", f"{source}, writable,")
             volume.update(read_only=True, non_recursive=True)
         elif source:
-            require_covered(key, "volumes", source)
-            found = ask(f"/volumes/{quote(source, safe='')}")
+            key.permit_name("volumes", source)
+            found = ask(f"/volumes/{quote(source, safe='')}") or {"Driver": "local"}
             # A volume with options may be a bind of any folder: o=bind,device=/.
-            if found and (found.get("Driver") != "local" or found.get("Options")):
-                forbid(key, "volumes", f"{source}, which has options,")
+            is_plain = found.get("Driver") == "local" and not found.get("Options")
+            key.permit(is_plain, "volumes", f"{source}, which has options,")
 
 
 def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
     mode = body.get("network_mode", "")  # host, none or container:X
     if mode.startswith("container:"):
         body["network_mode"] = f"container:{find_peer(key, mode.partition(':')[2], ask)}"
-    elif mode and mode != "none":
-        forbid(key, "network_mode", mode)
+    else:
+        key.permit(mode in ("", "none"), "network_mode", mode)
     networks = [] if mode else body.setdefault("networks", [{"name": "bridge", "aliases": []}])
     names = [body["hostname"]] if "hostname" in body else []
     for network in networks:
         names += network["aliases"]
         name = network["name"]
         # On the default bridge every container hears every other, so no pattern includes it.
-        if not (name in key.networks if name == "bridge" else key.covers("networks", name)):
-            forbid(key, "networks", name)
+        is_covered = name in key.networks if name == "bridge" else key.covers("networks", name)
+        key.permit(is_covered, "networks", name)
         # By its exact name, then by id: the Engine would take the beginning of another's id.
         found = ask(f"/networks/{quote(name, safe='')}")
         if not found or found.get("Name") != name:
@@ -671,7 +659,7 @@ def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
         network["name"] = name if name == "bridge" else found["Id"]
     # All on a network resolve them: one could be api.stripe.com, or another's container.
     for name in names:
-        require_covered(key, "containers", name, "hostname or alias")
+        key.permit_name("containers", name, "hostname or alias")
 
 
 def config_of(inspected: Json | None, member: str) -> Json:
@@ -685,62 +673,56 @@ def find_peer(key: Key, name: str, ask: Ask) -> str:
     image = ask(f"/images/{quote(found['Image'], safe='')}/json") if found else None
     # One made with more rights may be on any network. A label that its image brings proves nothing.
     maker = config_of(found, "Labels").get(KEY_LABEL)
-    if image and maker and maker != config_of(image, "Labels").get(KEY_LABEL):
-        return str(found["Id"])
-    forbid(key, "network_mode", f"container:{name}")
+    is_own = image and maker and maker != config_of(image, "Labels").get(KEY_LABEL)
+    key.permit(is_own, "network_mode", f"container:{name}")
+    return str(found["Id"])
 
 
-def restrict_ports(key: Key, body: Json, ask: Ask) -> None:
+def restrict_numbers(key: Key, body: Json, ask: Ask) -> None:
     ranges = [tuple(map(int, (text.split("-") * 2)[:2])) for text in key.ports]
     numbers = [port["host_port"] for port in body.get("ports", ())]
-    if len(numbers) > 32:  # each may be a process of the Engine's
-        forbid(key, "ports", "more than 32 of them")
+    key.permit(len(numbers) <= 32, "ports", "more than 32 of them")  # each may be a process
     for number in numbers:
-        if not any(low <= number <= high or not number for low, high in ranges):
-            forbid(key, "ports", number or "one that the Engine picks")
-
-
-def restrict_resources(key: Key, body: Json, ask: Ask) -> None:
+        is_listed = any(low <= number <= high or not number for low, high in ranges)
+        key.permit(is_listed, "ports", number or "one that the Engine picks")
     resources = body.setdefault("resources", {})
     for name in key.limits.keys() - {"containers"}:
         most, wanted = key.limits[name], resources.get(name, 0)
-        if wanted > most:
-            forbid(key, name, f"more than {most}")
+        key.permit(wanted <= most, name, f"more than {most}")
         resources[name] = wanted or most  # 0 is no limit to the Engine
     if "memory_mb" in key.limits:
         memory = resources["memory_mb"]
         swap = resources.get("memory_swap_mb", 0) or memory
-        if not 0 < swap <= memory:  # -1 is no limit to the Engine
-            forbid(key, "memory_swap_mb", f"more than memory_mb, {memory},")
+        # -1 is no limit to the Engine.
+        key.permit(0 < swap <= memory, "memory_swap_mb", f"more than memory_mb, {memory},")
         resources["memory_swap_mb"] = swap
-    for name in resources.get("ulimits", {}).keys() - {"nofile", "nproc", "core", "stack", "fsize"}:
-        forbid(key, "ulimits", name)
+    for name in resources.get("ulimits", ()):
+        key.permit(name in LIMITED_ULIMITS, "ulimits", name)
 
 
 def restrict_rest(key: Key, body: Json, ask: Ask) -> None:
     # Other tools act on labels: a proxy's routes, a scheduler's jobs on the host.
     for label in body.get("labels", ()):
-        require_covered(key, "labels", label)
+        key.permit_name("labels", label)
     # Other drivers send to any address; without rotation a log fills the host's disk.
     log = {"driver": "json-file", "max_size_mb": 10, "max_files": 3, **body.get("log", {})}
-    if log["driver"] not in ("json-file", "local"):
-        forbid(key, "log.driver", log["driver"])
+    key.permit(log["driver"] in ("json-file", "local"), "log.driver", log["driver"])
     # NET_RAW forges packets on a shared network, MKNOD makes device files.
     body.update(log=log, cap_drop=[*body.get("cap_drop", []), "NET_RAW", "MKNOD"])
     for path, most in MOST.items():
         group, _, field = path.rpartition(".")
-        if (body[group] if group else body).get(field, 0) > most:
-            forbid(key, path, f"more than {most}")
+        asked = (body[group] if group else body).get(field, 0)
+        key.permit(asked <= most, path, f"more than {most}")
     # A check is a process of the Engine's: one a millisecond takes the host's processors.
-    if 0 < body.get("healthcheck", {}).get("interval", 0) < 1:
-        forbid(key, "healthcheck.interval", "under 1 second")
+    interval = body.get("healthcheck", {}).get("interval", 0)
+    key.permit(not 0 < interval < 1, "healthcheck.interval", "under 1 second")
 
 
 # The most that any limited key's container may ask for.
 MOST = {"stop_timeout": 120, "resources.cpu_shares": 1024}
 MOST.update({"log.max_size_mb": 100, "log.max_files": 10})
-RULES = [restrict_image, restrict_volumes, restrict_networks, restrict_ports, restrict_resources]
-RULES += [restrict_rest]
+LIMITED_ULIMITS = ("nofile", "nproc", "core", "stack", "fsize")
+RULES = (restrict_image, restrict_volumes, restrict_networks, restrict_numbers, restrict_rest)
 # What they look at, and then what is free. Any other field is for the master key.
 LIMITED_FIELDS = set(
     "image pull volumes networks network_mode hostname ports labels resources log healthcheck"
@@ -762,20 +744,20 @@ def restrict_brought(key: Key, container: Json, image: Json) -> None:
 def check_created(key: Key, created: Json, container: Json, status: int = 409) -> None:
     """Check what an image has brought, also once it was created: the tag may have been moved."""
     for name, value in config_of(created, "Labels").items():
-        if value and container["Labels"].get(name) != value and not key.covers("labels", name):
-            forbid(key, "labels", f"the image's {name}", status)
+        is_own = not value or container["Labels"].get(name) == value or key.covers("labels", name)
+        key.permit(is_own, "labels", f"the image's {name}", status)
     health = config_of(created, "Healthcheck")
     for name in "Interval", "StartInterval":  # nanoseconds; 0 is the default, below 0 at once
-        if (health.get(name) or 10**9) < 10**9 and health.get("Test") != ["NONE"]:
-            forbid(key, "healthcheck", "a check that is run more than once a second", status)
+        is_slow = (health.get(name) or 10**9) >= 10**9 or health.get("Test") == ["NONE"]
+        key.permit(is_slow, "healthcheck", "a check that is run more than once a second", status)
 
 
 def check_count(key: Key, name: str, names: Iterable[str]) -> None:
     """Refuse one more container in the key's scope. names: of all containers there are."""
     others = {HELPER_NAME.sub("", other) for other in names if key.covers("containers", other)}
     most = key.limits.get("containers", math.inf)
-    if len(others - {HELPER_NAME.sub("", name)}) >= most:
-        forbid(key, "limits", f"more than {most} containers")
+    is_free = len(others - {HELPER_NAME.sub("", name)}) < most
+    key.permit(is_free, "limits", f"more than {most} containers")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1495,6 +1477,7 @@ class Request:
         self.name = ""  # the parameter in the path
         self.query: Json = {}
         self.body: Json = {}
+        self.folder: str | None = None  # where a limited key's files are
         self.target: Json = {}  # what is acted upon, for the log: {"id", "name"}, {"path"}...
         self.status = 0  # once a response has begun
         self.sent = 0  # bytes of the response's body
@@ -1514,6 +1497,11 @@ class Request:
         if self.key.name:
             fields.update(key=self.key.name, target=self.target)
         return fields
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
 
 
 class Response(NamedTuple):
@@ -1607,11 +1595,6 @@ def find_key(keys: Iterable[Key], shown: bytes) -> Key:
         if hmac.compare_digest(digest, key.digest) and time.time() < key.expires:
             found = key
     return found
-
-
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -1812,7 +1795,7 @@ class Connection(socketserver.BaseRequestHandler):
             if query or request.length != 0:
                 raise ApiError(400, "neither a query nor a body is taken here")
             return request.route.endpoint(request, self.server.agent)
-        require_covered(request.key, "allow", request.route.permission)
+        request.key.permit_name("allow", request.route.permission)
         request.query = decode_query(query, request.route.query, request.route.body)
         read_body(self, request, request.route)
         decide(request, request.route.permission, self.server.agent.ask)
@@ -5827,8 +5810,7 @@ def metrics(request: Request, agent: Agent) -> Response:
 def file_tree(request: Request, agent: Agent, path: str) -> Tree:
     """Return where the request may use the file at path, and note the path for the log."""
     request.target["path"] = path
-    folder = None if request.key.master else request.key.file_folder(path)
-    return Tree(agent.host_root, agent.file_locks, folder)
+    return Tree(agent.host_root, agent.file_locks, request.folder)
 
 
 def post_run(request: Request, agent: Agent) -> Response:
