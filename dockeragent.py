@@ -5039,22 +5039,16 @@ class Deploys:
         self._start(deployment, act, request.key)
         return deployment.told
 
-    def recover_all(self) -> None:
-        """Recover what a killed agent has left, as soon as the Engine can be reached."""
+    def recover_all(self, status: str) -> None:
+        """Recover what a killed agent has left of deploys, in the background. Raises EngineError.
+
+        status: of the containers that are looked for, "" for any.
+        """
         pattern = f"({'|'.join(map(re.escape, HELPER_NAMES))})$"
-        # The Engine may still be working on a create that the killed agent has sent.
-        looks = [(0.0, ""), (LATE_CREATE, "created"), (START_TIMEOUT, "created")]
-        while looks and not self.stopping.wait(looks[0][0]):
-            try:
-                names = ids_by_name(self._engine, pattern, looks[0][1])
-            except EngineError:
-                looks[0] = (RECOVERY_INTERVAL, looks[0][1])
-                continue
-            looks.pop(0)
-            for name in {HELPER_NAME.sub("", name) for name in names}:
-                deployment = Deployment(self._engine, name, self.stopping)
-                with contextlib.suppress(ApiError):  # it is being deployed
-                    self._start(deployment, functools.partial(self._recover, deployment))
+        for name in {HELPER_NAME.sub("", n) for n in ids_by_name(self._engine, pattern, status)}:
+            deployment = Deployment(self._engine, name, self.stopping)
+            with contextlib.suppress(ApiError):  # it is being deployed
+                self._start(deployment, functools.partial(self._recover, deployment))
 
     def _check_free(self, name: str) -> None:
         if name in self.busy:
@@ -5083,11 +5077,10 @@ class Deploys:
         end: Any = "error", ApiError(500, "an error of the agent's own; see its log")
         try:
             end = act()
-        except Exception as error:  # no request may be there any more to log it
-            self._log("error", "bug", traceback=describe_bug(error))
-        with self._lock:
-            del self.busy[deployment.name]
-        deployment.told.put(end)
+        finally:
+            with self._lock:
+                del self.busy[deployment.name]
+            deployment.told.put(end)
 
     def _deploy(self, deployment: Deployment, request: Request, auth: str) -> tuple[str, Any]:
         """Return the event that tells how a deploy ended."""
@@ -6036,11 +6029,19 @@ def start_up(log: Log, address: Address, agent: Agent) -> None:
     log("info", "listening", version=VERSION, **where, engine_answers=not problem)
     if problem:
         log("warning", f"the Engine does not answer: {problem}")
-    # The Engine may still be working on a create that a killed agent has sent.
-    for pause, status in (0, ""), (5, "created"), (START_TIMEOUT, "created"):
-        time.sleep(pause)
-        with contextlib.suppress(EngineError):
+
+
+def recover(log: Log, agent: Agent) -> None:
+    """Undo or finish what a killed agent has left, as soon as the Engine can be reached."""
+    # The Engine may still be working on a create that the killed agent has sent.
+    looks = [(0.0, ""), (LATE_CREATE, "created"), (START_TIMEOUT, "created")]
+    while looks and not agent.deploys.stopping.wait(looks[0][0]):
+        _, status = looks.pop(0)
+        try:
+            agent.deploys.recover_all(status)
             remove_left_runs(agent.engine, log, agent.runs, status)
+        except EngineError:
+            looks.insert(0, (RECOVERY_INTERVAL, status))
 
 
 def raise_open_files(wanted: int) -> int:
@@ -6063,6 +6064,8 @@ def run(config: Config) -> int:
     # The same everywhere: musl's default is too little, and json's decoder needs over 1 MiB.
     threading.stack_size(4 * 1024 * 1024)
     address, log = config.listen_addr, Log(config.log_level)
+    # A bug in a thread without a request, such as a deploy's.
+    threading.excepthook = lambda bug: log("error", "bug", traceback=describe_bug(bug.exc_value))
     try:
         listener = listen(address)
     except OSError as error:
@@ -6082,7 +6085,7 @@ def run(config: Config) -> int:
         notify("READY=1")
         # In a thread: an Engine that does not answer must not delay a stop.
         threading.Thread(target=start_up, args=(log, address, agent), daemon=True).start()
-        threading.Thread(target=agent.deploys.recover_all, daemon=True).start()
+        threading.Thread(target=recover, args=(log, agent), daemon=True).start()
         signal.sigwait(STOP_SIGNALS)
         notify("STOPPING=1")
         log("info", "stopping")
