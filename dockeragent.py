@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2487, and a reviewer may stop there:
+stands first, up to line 2489, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -622,7 +622,9 @@ def restrict_image(key: Key, body: Json, ask: Ask) -> None:
 
 
 def restrict_volumes(key: Key, body: Json, ask: Ask) -> None:
-    for volume in body.get("volumes", ()):
+    volumes = body.get("volumes", ())
+    key.permit(len(volumes) <= 32, "volumes", "more than 32 of them")  # each is asked for below
+    for volume in volumes:
         source = volume.get("source", "")
         if volume["type"] == "bind":
             # Exact paths: whoever can write in a listed folder can plant a link below it.

@@ -11,6 +11,7 @@ import base64
 import binascii
 import contextlib
 import errno
+import fcntl
 import hashlib
 import http.client
 import http.server
@@ -1056,6 +1057,10 @@ def volumes(**fields: Any) -> dict[str, Any]:
     return {"volumes": [{"target": "/v", **fields}]}
 
 
+def many_volumes(count: int) -> dict[str, Any]:
+    return {"volumes": [{"target": f"/v{number}"} for number in range(count)]}
+
+
 def limits(**fields: Any) -> dict[str, Any]:
     return {"resources": fields}
 
@@ -1132,6 +1137,7 @@ def ports(*numbers: Any) -> dict[str, Any]:
         ("a port beside a single one", "ci", ports("20011"), "ports: 20011"),
         ("any port, without a range", "bare", ports(0), "ports: one that the Engine picks"),
         ("hundreds of ports", "ci", ports(*[0] * 33), "ports: more than 32"),
+        ("hundreds of volumes", "ci", many_volumes(33), "volumes: more than 32"),
         ("a proxy's label", "ci", {"labels": {"traefik.enable": "true"}}, "labels: traefik.enable"),
         ("a label that no list has", "bare", {"labels": {"com.acme.a": "1"}}, "labels: com.acme.a"),
         ("too much memory", "ci", limits(memory_mb=65), "memory_mb: more than 64"),
@@ -9841,6 +9847,8 @@ def test_readme_stack_runs(agent_image: str, engine: RealEngine, tmp_path: Path)
         stack.replace("/var/run/docker.sock:", f"{engine.path}:", 1)
     )
     (tmp_path / "agent.key").write_text(KEY + "\n")
+    lock = os.open(tempfile.gettempdir(), os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # a swarm has ports that are always the same
     shell("docker swarm init --advertise-addr 127.0.0.1", tmp_path)
     try:
         commands = commands.replace("stack deploy", "stack deploy --resolve-image never")
@@ -9853,3 +9861,4 @@ def test_readme_stack_runs(agent_image: str, engine: RealEngine, tmp_path: Path)
         ]
     finally:
         shell("docker stack rm dockeragent || true; docker swarm leave --force", tmp_path)
+        os.close(lock)
