@@ -4741,7 +4741,8 @@ class Deployment:
             if not state.get("Running"):
                 raise GateError(422, f"the new container exited with code {state.get('ExitCode')}")
             if health == "unhealthy" or since != state.get("StartedAt"):
-                raise GateError(422, f"the new container {health or 'was restarted'}")
+                reason = "is unhealthy" if health == "unhealthy" else "was restarted"
+                raise GateError(422, f"the new container {reason}")
             waited, gate = time.monotonic() - begun, new.journal.gate
             if health == "healthy" or (not health and waited >= gate["stable"]):
                 self.passed = health or "stable"

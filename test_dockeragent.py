@@ -9100,7 +9100,7 @@ def check(command: str, **more: Any) -> dict[str, Any]:
         (
             "unhealthy fails at once",
             {"healthcheck": check("false", retries=1), "deploy": {"timeout": 3600}},
-            *(None, "unhealthy", "unhealthy"),
+            *(None, "the new container is unhealthy", "unhealthy"),
         ),
         (
             "not healthy in time",
