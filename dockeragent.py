@@ -4898,11 +4898,10 @@ class Deployment:
 
     def find_old(self, image: Json, *, adopt: bool) -> Found | None:
         """Return the container that has the name. Raises ApiError (409) if it must stay."""
-        old = None
-        with tolerate(404):
-            old = self.find(self.name, image)
-        if not old or old.container.get("Name") != f"/{self.name}":  # the name begins another's id
+        container = self.look().get("")  # by its name: that may also begin the ids of others
+        if not container:
             return None
+        old = self.find(container, image)
         if old.id == own_container():
             raise ApiError(409, f"{self.name} is the container that the agent itself runs in")
         if old.container["HostConfig"].get("AutoRemove"):

@@ -9204,6 +9204,19 @@ def test_container_that_removes_itself_is_not_replaced(agent, engine, site):
     assert names_of(engine, site)[site]["Id"] == other
 
 
+def test_name_that_begins_the_ids_of_others_is_free(agent, engine):
+    made: list[str] = []
+    body = {"Image": IMAGE, "Cmd": LOOP, "Labels": {LABEL: "1"}}
+    while len({identity[:2] for identity in made}) == len(made):  # until two begin alike
+        made.append(engine.call("POST", "/containers/create", body)[1]["Id"])
+    try:
+        assert put(agent, made[-1][:2], spec()).status == 201
+        assert put(agent, made[-1][:2], GOOD).status == 200
+    finally:
+        for identity in (made[-1][:2], *made):
+            engine.remove(identity)
+
+
 def test_agent_knows_its_own_container(tmp_path):
     identity = secrets.token_hex(32)
     (tmp_path / identity).mkdir()
