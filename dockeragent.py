@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2489, and a reviewer may stop there:
+stands first, up to line 2497, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -500,7 +500,7 @@ class Key(NamedTuple):
     volumes: tuple[str, ...] = ()
     binds: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
-    ports: tuple[str, ...] = ()
+    ports: tuple[tuple[int, int], ...] = ()  # ranges
     labels: tuple[str, ...] = ()
     cache: bool = False
     limits: Mapping[str, Any] = {}
@@ -681,11 +681,10 @@ def find_peer(key: Key, name: str, ask: Ask) -> str:
 
 
 def restrict_numbers(key: Key, body: Json, ask: Ask) -> None:
-    ranges = [tuple(map(int, (text.split("-") * 2)[:2])) for text in key.ports]
     numbers = [port["host_port"] for port in body.get("ports", ())]
     key.permit(len(numbers) <= 32, "ports", "more than 32 of them")  # each may be a process
     for number in numbers:
-        is_listed = any(low <= number <= high or not number for low, high in ranges)
+        is_listed = any(low <= number <= high or not number for low, high in key.ports)
         key.permit(is_listed, "ports", number or "one that the Engine picks")
     resources = body.setdefault("resources", {})
     for name in key.limits.keys() - {"containers"}:
@@ -859,6 +858,14 @@ def parse_networks(text: str) -> Networks:
     return networks
 
 
+def parse_range(text: str, path: str) -> tuple[int, int]:
+    """Return the first and the last port of a range, or of a single port."""
+    low, high = (int(part) for part in (text.split("-") * 2)[:2])
+    if not 1 <= low <= high <= 65535:
+        refuse(path, "must be ports from 1 to 65535, the lower one first")
+    return low, high
+
+
 parse_version = functools.partial(parse_text, r"(1\.[0-9]{1,3})?", "an API version such as 1.41")
 parse_path = functools.partial(parse_text, "(?s:/.*)", "an absolute path")
 parse_level = functools.partial(parse_text, "|".join(LEVELS), "debug, info, warning or error")
@@ -895,6 +902,7 @@ PATHS = array_of(string_schema(ABSOLUTE_PATH, "an absolute path without *, :, . 
 # The host part stands in full: ghcr.io* would be ghcr.io.evil.com too.
 IMAGE_PATTERN = r"\*|[^*\s]*/[^*\s]*\*?|[^*./\s]+\*?|[^*/\s]+(:[^*/\s]*\*?)?"
 EXPIRY = r"(?a:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d))"
+PORT_RANGE = string_schema("[0-9]{1,5}(-[0-9]{1,5})?", "8000 or 8000-8099")
 LIMITS = {"memory_mb": integer_schema(6, 2**40), "pids": integer_schema(1, 2**22)}
 LIMITS["cpus"] = integer_schema(0.01, 10**6, kind="integer|number")
 LIMITS["containers"] = integer_schema(0, 2**31)
@@ -908,7 +916,7 @@ KEY_ENTRY = object_schema(
     images=array_of(string_schema(IMAGE_PATTERN, "an image")),
     **dict.fromkeys(("containers", "networks", "volumes"), NAMES),
     **dict.fromkeys(("binds", "files"), PATHS),
-    ports=array_of(string_schema("[0-9]{1,5}(-[0-9]{1,5})?", "8000 or 8000-8099")),
+    ports=array_of({**PORT_RANGE, "check": parse_range}),
     labels=array_of(string_schema(r"[^*]+\*?|\*", "a label, or its beginning and *")),
     cache=BOOLEAN,
     limits=object_schema("", **LIMITS),

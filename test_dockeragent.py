@@ -746,6 +746,9 @@ ENTRY = {"name": "ci", "sha256": "a" * 64}
         ("a folder with the keys file", {"keys": [{**ENTRY, "files": ["FOLDER"]}]}, "keys.json"),
         ("a link to the root", {"keys": [{**ENTRY, "binds": ["FOLDER/link"]}]}, "/proc"),
         ("a port range of words", {"keys": [{**ENTRY, "ports": ["http"]}]}, "ports[0]"),
+        ("a port range backwards", {"keys": [{**ENTRY, "ports": ["90-80"]}]}, "lower one first"),
+        ("a port range that never ends", {"keys": [{**ENTRY, "ports": ["1-65536"]}]}, "65535"),
+        ("a port of 0", {"keys": [{**ENTRY, "ports": ["0"]}]}, "ports[0]"),
         ("an unknown limit", {"keys": [{**ENTRY, "limits": {"memory": 1}}]}, "limits.memory"),
         (
             "a time without a zone",
