@@ -3166,19 +3166,25 @@ class Engine:
         It is asked at most once in HEALTH_CACHE seconds. While one request waits for it, others get
         the result before, if it is not old.
         """
-        asked, problem = self._health
-        if self._health_lock.acquire(blocking=time.monotonic() - asked >= HEALTH_KEPT):
+        told, problem = self._health
+        if self._health_lock.acquire(blocking=time.monotonic() - told >= HEALTH_KEPT):
             try:
-                asked, problem = self._health
-                if time.monotonic() - asked >= HEALTH_CACHE:
-                    asked, problem = time.monotonic(), ""
-                    self._ping(asked + PING_TIMEOUT)
-            except EngineError as error:
-                problem = error.message
+                told, problem = self._health
+                if time.monotonic() - told >= HEALTH_CACHE:
+                    problem = self._find_problem()
+                    # Invariant: counted from its end, or each of those who have waited for one ping
+                    # would send another, one after the other.
+                    self._health = time.monotonic(), problem
             finally:
-                self._health = asked, problem
                 self._health_lock.release()
         return problem
+
+    def _find_problem(self) -> str:
+        try:
+            self._ping(time.monotonic() + PING_TIMEOUT)
+        except EngineError as error:
+            return error.message
+        return ""
 
     @contextlib.contextmanager
     def no_creates(self) -> Iterator[None]:
