@@ -274,11 +274,14 @@ BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false":
 KEYWORDS = "type description example properties required names values items pattern maxLength raw"
 KEYWORDS += " minimum maximum zero check"
 KEYWORDS += " place convert since"  # not for `validate`: `engine_fields` reads them
-# Names of docker run, compose and the Engine that difflib cannot bring to ours.
-OTHER_NAMES = {"environment": "env", "container_name": "name", "mounts": "volumes"}
-OTHER_NAMES.update(publish="ports", exposedports="ports", net="networks", rm="auto_remove")
-OTHER_NAMES.update(mem_limit="resources.memory_mb", pids_limit="resources.pids")
-OTHER_NAMES.update(add_host="extra_hosts", stop_grace_period="stop_timeout")
+# Names of docker run, compose and the Engine, without - and _, that difflib cannot bring to ours.
+OTHER_NAMES = dict.fromkeys(("binds", "mount", "mounts", "tmpfs"), "volumes")
+OTHER_NAMES.update(environment="env", containername="name", rm="auto_remove", test="cmd")
+OTHER_NAMES.update(publish="ports", exposedports="ports", portbindings="ports", net="networks")
+OTHER_NAMES.update(memlimit="memory_mb", pidslimit="pids", pid="pid_mode", ipc="ipc_mode")
+OTHER_NAMES.update(addhost="extra_hosts", stopgraceperiod="stop_timeout", pullpolicy="pull")
+OTHER_NAMES.update(privateport="container_port", published="host_port", publicport="host_port")
+OTHER_NAMES.update(logconfig="log", destination="target", mode="permission")
 OTHER_NAMES.update(hostconfig="volumes, ports, resources and so on, beside image")
 
 
@@ -363,7 +366,8 @@ def suggest_name(name: str, properties: Json) -> str:
     known.update(zip(properties, properties))
     word = name[:64].lower()
     nearest = [known[match] for match in difflib.get_close_matches(word, known, 1)]
-    for hint in (OTHER_NAMES.get(word, ""), *nearest):
+    other = OTHER_NAMES.get(re.sub("[-_]", "", word), "")
+    for hint in (known.get(other, other), *nearest):
         if re.split(r"\W", hint)[0] in properties:
             return f"did you mean {hint}?"
     return f"known here: {', '.join(properties)}" if properties else "nothing can be set here"

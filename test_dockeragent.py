@@ -2427,6 +2427,13 @@ def test_create_is_refused_before_it_reaches_anything(body, word, pair):
         ("docker run's --net", CREATE, image(net="host"), "did you mean networks?"),
         ("a letter less", CREATE, image(port=[]), "port: is unknown; did you mean ports?"),
         ("mounts", CREATE, image(mounts=[]), "mounts: is unknown; did you mean volumes?"),
+        ("the Engine's Binds", CREATE, image(Binds=[]), "Binds: is unknown; did you mean volumes?"),
+        ("docker run's --tmpfs", CREATE, image(tmpfs=["/a"]), "did you mean volumes?"),
+        ("docker run's --pids-limit", CREATE, image(**{"pids-limit": 5}), "mean resources.pids?"),
+        ("the same inside", CREATE, image(resources={"mem_limit": 5}), "did you mean memory_mb?"),
+        ("compose's test", CREATE, image(healthcheck={"test": ["CMD", "a"]}), "did you mean cmd?"),
+        ("our list's port", CREATE, image(ports=[{"public_port": 80}]), "did you mean host_port?"),
+        ("mode of a file", FILES, {"path": "/a", "mode": "0644"}, "did you mean permission?"),
         (
             "nested field at the top",
             CREATE,
