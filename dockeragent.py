@@ -97,6 +97,7 @@ MAX_BODY = 10 * 1024 * 1024  # bytes, decoded; past it 413
 MAX_CHUNK_LINE = 1024  # bytes; a size and its extensions
 MAX_TRAILER = 8 * 1024  # bytes; trailer fields are checked and dropped
 MAX_DEPTH = 32  # nested arrays and objects; the decoder recurses on the C stack
+MAX_VALUES = 200_000  # in one JSON text, roughly; 3 bytes may become an object of 100
 MAX_DIGITS = 20  # of one JSON number; int() of thousands of digits is quadratic
 HEAD_TIMEOUT = 10.0  # and for the TLS handshake
 BODY_TIMEOUT = 60.0
@@ -412,14 +413,20 @@ NOTHING = object_schema("")
 BOOLEAN = {"type": "boolean", "description": "true or false"}
 
 
+NO_MARKS = bytes(set(range(256)) - set(b"[{]},"))
+
+
 def decode_json(body: bytes) -> Any:
     """Return the value of JSON (RFC 8259), NotJson for what `validate` refuses. Raises ApiError."""
     if not body.strip(b" \t\r\n"):
         return NotJson("is empty")
-    # Invariant: the depth is known before the decoder, which recurses, sees it: without escapes,
-    # strings and scalars all that is left are brackets.
-    brackets = re.sub(rb'"[^"]*"?|[^"\[{\]}]+', b"", re.sub(rb"(?s)\\.", b"", body))
-    depths = itertools.accumulate(1 if bracket in b"[{" else -1 for bracket in brackets)
+    # Invariant: the depth and the number of values are known before the decoder sees them: it
+    # recurses, and makes an object of each. Without escapes, every second part is a string.
+    parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 2 * MAX_VALUES)
+    marks = b"".join(parts[::2]).translate(None, NO_MARKS)
+    if len(parts) // 2 + len(marks) > MAX_VALUES:
+        refuse("", f"has more than {MAX_VALUES} values")
+    depths = itertools.accumulate((mark in b"[{") - (mark in b"]}") for mark in marks)
     if any(depth > MAX_DEPTH for depth in depths):
         refuse("", f"is nested more than {MAX_DEPTH} deep")
     too_long = NotJson(f"has a number of more than {MAX_DIGITS} digits")
