@@ -9749,50 +9749,82 @@ def test_readme_unit_passes_systemd_analyze(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
-def test_readme_nginx_passes_lines_on_as_they_come(
-    engine: RealEngine, name: str, tmp_path: Path
+PROXIES = {  # what stands around the README's lines, the arguments before the file's name
+    "nginx": (
+        "daemon off; master_process off; pid {folder}/pid; error_log stderr; events {{}}"
+        " http {{ access_log off; client_body_temp_path {folder}/a; proxy_temp_path {folder}/b;"
+        " fastcgi_temp_path {folder}/c; uwsgi_temp_path {folder}/d; scgi_temp_path {folder}/e;"
+        " {block} }}",
+        ["-e", "stderr", "-c"],
+    ),
+    "haproxy": ("{block}", ["-f"]),
+    "caddy": (
+        "{{\nadmin off\nauto_https off\n}}\n{block}",
+        ["run", "--adapter", "caddyfile", "--config"],
+    ),
+}
+
+
+@contextlib.contextmanager
+def readme_proxy(program: str, folder: Path, agent_port: int, pki: Pki) -> Iterator[int]:
+    """One of the README's proxies in front of an agent, with the certificate of pki; its port."""
+    needs_program(program)
+    [block] = readme_blocks("### Behind a proxy", program)
+    port, both = free_port(), folder / "both.pem"
+    server, key = pki.file("server.pem"), pki.file("server.key")
+    both.write_text(Path(server).read_text() + Path(key).read_text())
+    for of_readme, ours in (
+        ("127.0.0.1:3000", f"127.0.0.1:{agent_port}"),
+        ("/etc/ssl/agent.pem", server),
+        ("/etc/ssl/agent.key", key),
+        ("/etc/ssl/agent-and-key.pem", str(both)),
+        ("listen 443", f"listen 127.0.0.1:{port}"),
+        ("bind :443", f"bind 127.0.0.1:{port}"),
+        ("agent.example.com {", f"https://localhost:{port} {{\ntls {server} {key}"),
+    ):
+        block = block.replace(of_readme, ours)
+    around, arguments = PROXIES[program]
+    (folder / "conf").write_text(around.format(folder=folder, block=block))
+    command = [program, *arguments, str(folder / "conf")]
+    env = {**os.environ, "XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder)}
+    with (folder / "out").open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
+    try:
+        until(lambda: is_open(port), program)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(WAIT)
+
+
+@pytest.mark.parametrize("program", PROXIES)
+def test_readme_proxy_passes_on_the_client_each_line_and_a_disconnect(
+    program: str, engine: RealEngine, name: str, pki: Pki, tmp_path: Path
 ) -> None:
-    needs_program("nginx")
-    [block] = readme_blocks("### Behind nginx", "nginx")
-    port = free_port()
+    context = ssl.create_default_context(cafile=pki.file("server.pem"))
+    body = {"image": IMAGE, "name": name, "cmd": ["sh", "-c", "echo one; exec sleep 60"]}
+    headers = {"X-API-Key": KEY, "X-Forwarded-For": "192.0.2.1"}
     with Agent(TRUSTED_PROXIES="127.0.0.1/32") as agent:
-        block = re.sub(r"(?m)^ *ssl_.*\n", "", block).replace("443 ssl", f"127.0.0.1:{port}")
-        block = block.replace("127.0.0.1:3000", f"127.0.0.1:{agent.port}")
-        temporary = "".join(
-            f"{kind}_temp_path {tmp_path}/{kind};"
-            for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-        )
-        (tmp_path / "nginx.conf").write_text(
-            f"daemon off; master_process off; pid {tmp_path}/pid; error_log {tmp_path}/error.log;"
-            f"events {{}} http {{ access_log off; {temporary} {block} }}"
-        )
-        command = ["nginx", "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "error.log")]
-        with subprocess.Popen(command) as nginx:
-            try:
-                until(lambda: is_open(port), "nginx")
-                body = {
-                    "image": IMAGE,
-                    "name": name,
-                    "cmd": ["sh", "-c", "echo one; sleep 2; echo two"],
-                }
-                assert agent.post("/api/v1/containers", body).status == 201
-                connection = http.client.HTTPConnection("127.0.0.1", port, 30, ("127.0.0.2", 0))
-                with contextlib.closing(connection):
-                    headers = {"X-API-Key": KEY, "X-Forwarded-For": "192.0.2.1"}
-                    connection.request(
-                        "GET", f"/api/v1/containers/{name}/logs?follow=1", headers=headers
-                    )
-                    response, began = connection.getresponse(), time.monotonic()
-                    while b"data: one" not in response.readline():
-                        pass
-                    assert time.monotonic() - began < 1.5
-                    assert b"event: end" in response.read()
-            finally:
-                nginx.terminate()
-        line = until(
-            lambda: [at for at in agent.lines("request") if at["route"].endswith("/logs")], "log"
-        )
-        assert line[0]["client_ip"] == "127.0.0.2"
+        assert agent.post("/api/v1/containers", body).status == 201
+        with readme_proxy(program, tmp_path, agent.port, pki) as port:
+            connection = http.client.HTTPSConnection(
+                "localhost", port, timeout=WAIT, source_address=("127.0.0.2", 0), context=context
+            )
+            with contextlib.closing(connection):
+                connection.request("GET", logs_path(name, "follow=true"), headers=headers)
+                response = connection.getresponse()
+                while b"data: one" not in response.readline():  # the container still runs
+                    pass
+                response.close()
+            line = until(
+                lambda: [at for at in agent.lines("request") if at["route"].endswith("/logs")],
+                "the end of the stream",
+            )
+            assert line[0]["client_ip"] == "127.0.0.2"
+            context.set_alpn_protocols(["h2"])
+            plain = socket.create_connection(("127.0.0.1", port), WAIT)
+            with context.wrap_socket(plain, server_hostname="localhost") as sock:
+                assert sock.selected_alpn_protocol() == "h2"
 
 
 def agent_at(port: int) -> Agent:
