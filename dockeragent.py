@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2497, and a reviewer may stop there:
+stands first, up to line 2508, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -4760,11 +4760,9 @@ class Deployment:
         self.told.put(("step", {"step": "gate"}))
         self.passed, begun, since = "", time.monotonic(), None
         while not self.passed:
-            container = self.inspect(new.id)
+            container = self.inspect_running(new)
             state, health = container["State"], health_of(container)
             since = since or state.get("StartedAt")
-            if not state.get("Running"):
-                raise GateError(422, f"the new container exited with code {state.get('ExitCode')}")
             if health == "unhealthy" or since != state.get("StartedAt"):
                 reason = "is unhealthy" if health == "unhealthy" else "was restarted"
                 raise GateError(422, f"the new container {reason}")
@@ -4775,6 +4773,20 @@ class Deployment:
                 raise GateError(422, f"the new container is not healthy after {gate['timeout']} s")
             elif self.stopping.wait(GATE_INTERVAL):
                 raise Stopping(503, "the agent is being stopped; its next start ends this deploy")
+
+    def inspect_running(self, new: Found) -> Json:
+        container = self.inspect(new.id)
+        if not container["State"].get("Running"):
+            code = container["State"].get("ExitCode")
+            raise GateError(422, f"the new container exited with code {code}")
+        return container
+
+    def let_restart(self, new: Found) -> None:
+        """Give the new container its own policy. Raises GateError, EngineError."""
+        try:
+            self.set_restart(new, new.journal.restart)
+        finally:  # the policy would not start it again if it exited just before
+            self.inspect_running(new)
 
     def swap(self, new: Found, old: Found) -> None:
         """Put the new container in the place of the old one."""
@@ -4787,7 +4799,7 @@ class Deployment:
         self.commit(new, old)
 
     def commit(self, new: Found, old: Found) -> None:
-        self.set_restart(new, new.journal.restart)
+        self.let_restart(new)
         self.rename(old, OLD)  # the commit: from here on nothing brings the old one back
         self.outcome = "committed"
         self.remove_old(old)
@@ -4795,7 +4807,7 @@ class Deployment:
     def start_alone(self, new: Found) -> None:
         """Start, gate and name a new container that replaces none."""
         self.start(new)
-        self.set_restart(new, new.journal.restart)
+        self.let_restart(new)
         self.rename(new, "")
         self.outcome, self.is_unfinished = "committed", False
 
@@ -4804,8 +4816,8 @@ class Deployment:
     def roll_back(self, new: Found, old: Found) -> None:
         """Give the old container back its name, policy and run; remove the new one."""
         self.told.put(("step", {"step": "rollback"}))
-        self.set_restart(new, NO_RESTART)  # a commit may have begun
         self.stop(new)
+        self.set_restart(new, NO_RESTART)  # a commit may have begun
         if new.container["Name"] == f"/{self.name}":
             self.rename(new, NEXT)
         if old.container["Name"] != f"/{self.name}":

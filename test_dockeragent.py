@@ -8933,7 +8933,7 @@ def put_steps(agent: Agent, name: str, body: Any) -> list[tuple[str, Any]]:
 GOOD, BAD = spec(env=["NEW=1"]), spec("sh", "-c", "echo broken; exit 3")
 # The calls of a deploy that change something, in their order.
 SWAPPING = ["create", "update", "stop", "rename", "rename", "start"]
-BACK = ["update", "stop", "rename", "rename", "update", "stop", "start", "DELETE"]
+BACK = ["stop", "update", "rename", "rename", "update", "stop", "start", "DELETE"]
 CALLS = {"good": [*SWAPPING, "update", "rename", "DELETE"], "bad": [*SWAPPING, *BACK]}
 EACH_CALL = [(kind, number) for kind, calls in CALLS.items() for number in range(len(calls))]
 
@@ -9142,6 +9142,23 @@ def test_gate(agent, engine, site, fields, gate, word, health):
     assert word in reply.json()["message"]
     assert reply.json()["rolled_back"]
     assert health in (None, reply.json()["health"])
+    assert_settled(engine, site, old, "bad")
+
+
+def test_exit_between_the_gate_and_the_policy_is_a_failure(fragile, engine, site):
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+
+    def exit_first(forward: Callable[[], bytes], sock: socket.socket) -> None:
+        engine.call("POST", f"/containers/{site}/kill")
+        until(lambda: not engine.inspect(site)["State"]["Running"], "its exit")
+        sock.sendall(forward())
+
+    proxy.arm(CALLS["good"].index("update", 3), exit_first)
+    reply = put(agent, site, GOOD)
+    proxy.disarm()
+    assert (reply.status, reply.json()["rolled_back"]) == (422, True)
+    assert "exited with code 137" in reply.json()["message"]
     assert_settled(engine, site, old, "bad")
 
 
