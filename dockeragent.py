@@ -3471,17 +3471,17 @@ def find_image(engine: Engine, image: str) -> Json:
 
 
 def find_containers(engine: Engine, **filters: str) -> list[Any]:
-    """Return the Engine's rows of the containers that match filters; an empty one is none."""
-    given = {kind: [value] for kind, value in filters.items() if value}
+    """Return the Engine's rows of the containers that match filters."""
+    given = {kind: [value] for kind, value in filters.items()}
     query = {"all": 1, "filters": json.dumps(given)}
     rows: list[Any] = decode_response(engine.call("GET", "/containers/json", query), list)
     return rows
 
 
 @expected_shape()
-def ids_by_name(engine: Engine, pattern: str, status: str = "") -> dict[str, str]:
-    """Return the ids of containers whose names match a regex, by name; in one state or in any."""
-    rows = find_containers(engine, name=pattern, status=status)
+def ids_by_name(engine: Engine, pattern: str) -> dict[str, str]:
+    """Return the ids of containers whose names match a regex, by name."""
+    rows = find_containers(engine, name=pattern)
     return {name[1:]: container_id(row) for row in rows for name in row.get("Names") or ()}
 
 
@@ -3508,7 +3508,7 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
             # One create at a time, or the count is not true. Until it was looked at, no other
             # request may start it: see `find_to_change`.
             held.enter_context(engine.counting)
-            check_count(key, query["name"], ids_by_name(engine, ""))
+            check_count(key, query["name"], ids_by_name(engine, "."))
             engine.unchecked.add(query["name"])
             held.callback(engine.unchecked.discard, query["name"])
         held.enter_context(engine.creates)
@@ -5078,13 +5078,10 @@ class Deploys:
         self._start(deployment, act, request.key)
         return deployment.told
 
-    def recover_all(self, status: str) -> None:
-        """Recover what a killed agent has left of deploys, in the background. Raises EngineError.
-
-        status: of the containers that are looked for, "" for any.
-        """
+    def recover_all(self) -> None:
+        """Begin to recover what a killed agent has left of deploys. Raises EngineError."""
         pattern = f"({'|'.join(map(re.escape, HELPER_NAMES))})$"
-        for name in {HELPER_NAME.sub("", n) for n in ids_by_name(self._engine, pattern, status)}:
+        for name in {HELPER_NAME.sub("", name) for name in ids_by_name(self._engine, pattern)}:
             deployment = Deployment(self._engine, name, self.stopping)
             with contextlib.suppress(ApiError):  # it is being deployed
                 self._start(deployment, functools.partial(self._recover, deployment))
@@ -5293,9 +5290,9 @@ def remove_run(engine: Engine, token: str) -> None:
 
 
 @expected_shape()
-def remove_left_runs(engine: Engine, log: Log, live: Collection[str], status: str = "") -> None:
+def remove_left_runs(engine: Engine, log: Log, live: Collection[str]) -> None:
     """Remove what a killed agent left of runs; live: the tokens of those that go on."""
-    for container in find_containers(engine, label=RUN_LABEL, status=status):
+    for container in find_containers(engine, label=RUN_LABEL):
         token = container["Labels"][RUN_LABEL]
         if not token or token in live:  # other containers of the agent's have it empty
             continue
@@ -6072,15 +6069,14 @@ def start_up(log: Log, address: Address, agent: Agent) -> None:
 
 def recover(log: Log, agent: Agent) -> None:
     """Undo or finish what a killed agent has left, as soon as the Engine can be reached."""
-    # The Engine may still be working on a create that the killed agent has sent.
-    looks = [(0.0, ""), (LATE_CREATE, "created"), (START_TIMEOUT, "created")]
-    while looks and not agent.deploys.stopping.wait(looks[0][0]):
-        _, status = looks.pop(0)
+    # Twice: the Engine may still be working on a create that the killed agent has sent.
+    pauses = [LATE_CREATE, 0]
+    while pauses and not agent.deploys.stopping.wait(pauses.pop()):
         try:
-            agent.deploys.recover_all(status)
-            remove_left_runs(agent.engine, log, agent.runs, status)
+            agent.deploys.recover_all()
+            remove_left_runs(agent.engine, log, agent.runs)
         except EngineError:
-            looks.insert(0, (RECOVERY_INTERVAL, status))
+            pauses.append(RECOVERY_INTERVAL)
 
 
 def raise_open_files(wanted: int) -> int:
