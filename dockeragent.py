@@ -779,6 +779,7 @@ def check_count(key: Key, name: str, names: Iterable[str]) -> None:
 Networks = tuple[Union[ipaddress.IPv4Network, ipaddress.IPv6Network], ...]
 LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
 ENGINE_SOCKET = "unix:///var/run/docker.sock"
+DOCKER_FOLDER = "~/.docker"  # where Docker's own certificates are by default
 
 
 class ConfigError(Exception):
@@ -1057,6 +1058,7 @@ def forbidden_places(values: Json) -> list[str]:
     names = "api_key_file", "keys_file", "tls_cert_file", "tls_key_file", "tls_client_ca_file"
     paths = [values[name] for name in (*names, "docker_cert_path")]
     paths += [values["docker_host"].path, values["listen_addr"].path]
+    paths.append(os.path.expanduser(DOCKER_FOLDER))
     # abspath leaves two slashes at the beginning as they are.
     return FORBIDDEN_PATHS + ["/" + os.path.abspath(path).lstrip("/") for path in paths if path]
 
@@ -1088,7 +1090,7 @@ def engine_tls(values: Json) -> ssl.SSLContext | None:
         return None
     if not (verify or values["docker_cert_path"]):
         return ssl.create_default_context()
-    folder = values["docker_cert_path"] or os.path.expanduser("~/.docker")
+    folder = values["docker_cert_path"] or os.path.expanduser(DOCKER_FOLDER)
     paths = [os.path.join(folder, name) for name in ("cert.pem", "key.pem", "ca.pem")]
     if not any(map(os.path.exists, paths[:2])):
         paths[:2] = "", ""

@@ -746,6 +746,7 @@ ENTRY = {"name": "ci", "sha256": "a" * 64}
         ("the folder of the socket", {"keys": [{**ENTRY, "binds": ["/var/run"]}]}, "/var/run"),
         ("the socket's real folder", {"keys": [{**ENTRY, "binds": ["/run/docker"]}]}, "/run"),
         ("a folder with the keys file", {"keys": [{**ENTRY, "files": ["FOLDER"]}]}, "keys.json"),
+        ("the Engine's keys", {"keys": [{**ENTRY, "binds": ["FOLDER/.docker"]}]}, "/.docker"),
         ("a link to the root", {"keys": [{**ENTRY, "binds": ["FOLDER/link"]}]}, "/proc"),
         ("a port range of words", {"keys": [{**ENTRY, "ports": ["http"]}]}, "ports[0]"),
         ("a port range backwards", {"keys": [{**ENTRY, "ports": ["90-80"]}]}, "lower one first"),
@@ -770,7 +771,7 @@ def test_wrong_keys_file_is_one_line(text, word, tmp_path):
     path = tmp_path / "keys.json"
     path.write_text(content.replace("MASTER", digest(KEY)).replace("FOLDER", str(tmp_path)))
     for arguments in ([], ["check"]):
-        done = command(*arguments, KEYS_FILE=str(path))
+        done = command(*arguments, KEYS_FILE=str(path), HOME=str(tmp_path))
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
         assert done.stderr.startswith(f"KEYS_FILE: {path}: ") and word in done.stderr
         assert digest(KEY) not in done.stderr
