@@ -4912,6 +4912,7 @@ class Deployment:
                 return self.answer(old, image, None, changed=False)
         replaced = self.describe(old, image) if old else None
         new = self.create(request, digest, image, old)
+        request.target.update(id=new.id)
         try:
             if old:
                 self.swap(new, old)

@@ -9077,6 +9077,8 @@ def test_first_then_unchanged_then_replaced(engine, fragile, site):
         *("id", "name", "changed", "image", "image_digest", "replaced", "gate", "warnings")
     }
     assert (first["changed"], first["replaced"], first["gate"]) == (True, None, "stable")
+    target = {name: first[name] for name in ("id", "name", "image")}
+    until(lambda: target in [line["target"] for line in agent.lines("request")], "its log line")
     started = engine.inspect(site)["State"]["StartedAt"]
     proxy.seen.clear()
     reply = put(agent, site, spec(deploy={"stable": 1}))
