@@ -597,7 +597,7 @@ def decide_file(request: Request, ask: Ask) -> None:
     """Hold the request to the listed folder that its path lies beneath."""
     path, mode = {**request.query, **request.body}["path"], request.body.get("permission", "0")
     parts = [part for part in path.split("/") if part not in ("", ".")]
-    for folder in request.key.files:
+    for folder in sorted(request.key.files, reverse=True):  # last the outermost: no link below it
         if f"/{'/'.join(parts)}".startswith(f"{folder}/"):
             request.folder = folder
     request.key.permit(request.folder and ".." not in parts, "files", path)

@@ -1017,7 +1017,7 @@ def policed(engine: RealEngine, tmp_path_factory: pytest.TempPathFactory) -> Ite
     full = f"docker.io/library/{IMAGE}"
     ci = {"name": "ci", "key": "ci", "allow": EVERY, "containers": [f"{scope}*"], "cache": True}
     ci.update(images=[full, f"{scope}*", "ghcr.io/acme/*"], networks=[f"{scope}-front"])
-    ci.update(volumes=[f"{scope}*"], binds=[str(folder / "static")], files=["/conf"])
+    ci.update(volumes=[f"{scope}*"], binds=[str(folder / "static")], files=["/conf", "/conf/out"])
     ci.update(ports=["20000-20003", "20010"], labels=["com.acme.*"])
     ci["limits"] = {"memory_mb": 64, "cpus": 0.5, "pids": 50}
     bare = {"name": "bare", "key": "bare", "allow": EVERY, "containers": [f"{scope}*"]}
