@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2508, and a reviewer may stop there:
+stands first, up to line 2510, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -4938,10 +4938,11 @@ class Deployment:
 
     def find_old(self, image: Json, *, adopt: bool) -> Found | None:
         """Return the container that has the name. Raises ApiError (409) if it must stay."""
-        container = self.look().get("")  # by its name: that may also begin the ids of others
-        if not container:
+        old, ids = None, self.look()  # not by its name, which may begin the ids of others
+        with tolerate(404):  # it is just being created, or removed
+            old = self.find(ids[""], image) if "" in ids else None
+        if not old:
             return None
-        old = self.find(container, image)
         if old.id == own_container():
             raise ApiError(409, f"{self.name} is the container that the agent itself runs in")
         if old.container["HostConfig"].get("AutoRemove"):

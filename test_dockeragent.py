@@ -285,7 +285,7 @@ class FakeEngineHandler(socketserver.StreamRequestHandler):
         self.server.seen.put(Seen(method, target, headers, body))
         answer = self.server.script.get(f"{method} {target.partition('?')[0]}")
         if is_own_look(target):
-            answer = http_answer([])
+            answer = self.server.script.get("its own look", http_answer([]))
         if answer is None and target == "/_ping":
             answer = http_answer(b"OK", extra="Api-Version: 1.41\r\n", content_type="text/plain")
         if answer is None:
@@ -9255,6 +9255,16 @@ def test_name_that_begins_the_ids_of_others_is_free(agent, engine):
     finally:
         for identity in (made[-1][:2], *made):
             engine.remove(identity)
+
+
+def test_container_that_is_listed_and_not_yet_there_is_not_replaced(pair):
+    # The Engine lists a name from the moment it is taken, and knows the container a little later.
+    pair.engine.script["its own look"] = http_answer([{"Id": "c" * 64, "Names": ["/web"]}])
+    pair.engine.script["GET /images/a/json"] = http_answer({"Id": "sha256:" + "a" * 64})
+    pair.engine.script[f"GET /containers/{'c' * 64}/json"] = http_answer({"message": "none"}, 404)
+    pair.engine.script["POST /containers/create"] = http_answer({"message": "taken"}, 409)
+    reply = put(pair.agent, "web", spec(image="a"))
+    assert (reply.status, reply.json()["message"]) == (409, "taken")
 
 
 def test_agent_knows_its_own_container(tmp_path):
