@@ -459,7 +459,8 @@ def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json
     """Return a query's typed parameters; a field of the body is refused. Raises ApiError (400)."""
     rows, pairs = schema["properties"], []
     for part in filter(None, query.split("&")):
-        name, _, value = (unquote(raw, errors="replace") for raw in part.partition("="))
+        # A byte that is not UTF-8 becomes a lone surrogate, which `validate` refuses.
+        name, _, value = (unquote(raw, errors="surrogateescape") for raw in part.partition("="))
         if name not in rows and name in (body or NOTHING)["properties"]:
             refuse(f"query.{name}", f'goes into the body, as in {{"{name}": ...}}')
         is_boolean = rows.get(name, {}).get("type") == "boolean"
