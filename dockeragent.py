@@ -2064,11 +2064,13 @@ class Server(http.server.ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Stop accepting; wake the streams and the idle connections."""
-        self.shutdown()
-        self.socket.close()
-        if path := self.config.listen_addr.path:
+        if path := self.config.listen_addr.path:  # first: later it may be another server's
             with contextlib.suppress(OSError):
                 os.unlink(path)
+        with contextlib.suppress(OSError):  # so that it can be read, and serve_forever looks up
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.shutdown()
+        self.socket.close()
         self._stop.close()
 
     def server_close(self) -> None:

@@ -3468,6 +3468,25 @@ def test_silent_tls_connection_does_not_hold_up_the_stop(pki, fake_engine):
         assert read_to_end(silent) == b""
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:0", "unix://{}/agent.sock"])
+def test_stop_waits_for_no_look_of_the_accepting_thread(address, tmp_path):
+    code = """
+import socket, threading, types
+config = da.load_config({"API_KEY": "k" * 40, "LISTEN_ADDR": sys.argv[2]})
+log, agent = da.Log("error"), types.SimpleNamespace(tidy=lambda now: None)
+with da.listen(config.listen_addr) as listener:
+    server = da.Server(config, log, listener, (), agent, lambda request, seconds: None)
+    threading.Thread(target=server.serve_forever, args=(3600,), daemon=True).start()
+    with socket.socket(listener.family) as client:
+        client.connect(listener.getsockname())
+        client.sendall(b"GET /x HTTP/1.0\\r\\n\\r\\n")
+        print(client.recv(12).decode(), flush=True)
+    server.stop()
+print("stopped")
+"""
+    assert in_child(code, "/", address.format(tmp_path)) == "HTTP/1.1 404\nstopped\n"
+
+
 def test_second_signal_ends_it_at_once(fake_engine):
     release = threading.Event()
     fake_engine.script["GET /containers/json"] = held(release)
