@@ -2723,7 +2723,10 @@ CAPABILITIES = array_of(string_schema("[A-Za-z][A-Za-z0-9_]*", "a capability", 6
 SECONDS = integer_schema(0.001, 10**6, "the image's own", "integer|number")
 ULIMIT = {**array_of(integer_schema(-1, 2**63 - 1)), **integer_schema(-1, 2**63 - 1)}
 ULIMIT.update(type="integer|array", description=ULIMIT_RULE, check=check_ulimit)
-ULIMITS = map_of(string_schema("[a-z]+", "a limit's name"), ULIMIT, {"nofile": 65536})
+# As docker run has them (go-units, ulimit.go): any other would fail at the start, as a 500.
+ULIMIT_NAMES = "core cpu data fsize locks memlock msgqueue nice nofile nproc rss rtprio rttime"
+ULIMIT_NAMES += " sigpending stack"
+ULIMITS = map_of(one_of(*ULIMIT_NAMES.split()), ULIMIT, {"nofile": 65536})
 DEVICE_PATTERN = "(/[^:]+)(?::(/[^:]+))?(?::([rwm]{1,3}))?"
 DEVICE = string_schema(DEVICE_PATTERN, "a path, or path:path:rwm", 4096, "/dev/fuse")
 GPUS = {**integer_schema(1, 1024), **string_schema("all", '"all" or a number from 1 to 1,024')}

@@ -2364,7 +2364,11 @@ ANON = {"target": "/t"}
         ("no limit above a hard one", resources(ulimits={"core": [-1, 1]}), "ulimits.core: "),
         ("three limits", resources(ulimits={"core": [1, 2, 3]}), "resources.ulimits.core: "),
         ("limit in an array of its own", resources(ulimits={"core": [[1]]}), "ulimits.core"),
-        ("name of a limit", resources(ulimits={"a b": 1}), "resources.ulimits.a b: "),
+        (
+            "name of a limit",
+            resources(ulimits={"files": 1}),
+            "resources.ulimits.files: must be one",
+        ),
         ("two checks", health(cmd=["a"], shell="a"), "healthcheck: "),
         ("check and none", health(cmd=["a"], disable=True), "healthcheck: "),
         ("times of none", health(disable=True, interval=1), "healthcheck: "),
