@@ -80,7 +80,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, NoReturn, Optional, Union
-from urllib.parse import quote, unquote, urlencode
+from urllib.parse import quote, unquote, unquote_plus, urlencode
 
 # --------------------------------------------------------------------------------------------------
 # Constants: every limit and wait, with its unit and reason; the grammars
@@ -459,8 +459,10 @@ def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json
     """Return a query's typed parameters; a field of the body is refused. Raises ApiError (400)."""
     rows, pairs = schema["properties"], []
     for part in filter(None, query.split("&")):
-        # A byte that is not UTF-8 becomes a lone surrogate, which `validate` refuses.
-        name, _, value = (unquote(raw, errors="surrogateescape") for raw in part.partition("="))
+        # A plus is a space, as in the Engine's own queries. A byte that is not UTF-8 becomes a lone
+        # surrogate, which `validate` refuses.
+        raw = part.partition("=")
+        name, _, value = (unquote_plus(text, errors="surrogateescape") for text in raw)
         if name not in rows and name in (body or NOTHING)["properties"]:
             refuse(f"query.{name}", f'goes into the body, as in {{"{name}": ...}}')
         is_boolean = rows.get(name, {}).get("type") == "boolean"
@@ -2885,7 +2887,9 @@ LABEL_QUERY = string_schema("(?s:[^=]+(=.*)?)", "key or key=value")
 NAME_QUERY = string_schema("(?s:.+)", "a part of a container's name")
 LIST_QUERY = object_schema("", all=BOOLEAN, label=LABEL_QUERY, name=NAME_QUERY)
 REMOVE_QUERY = object_schema("", force=BOOLEAN, v=BOOLEAN)
-TIMES = dict.fromkeys(("since", "until"), string_schema(most=64))
+TIME = string_schema(most=64)
+TIME["check"] = lambda text, path: text.replace(" ", "+")  # of a time zone, sent unescaped
+TIMES = dict.fromkeys(("since", "until"), TIME)
 LOGS_QUERY = object_schema(
     "",
     follow=BOOLEAN,

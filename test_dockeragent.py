@@ -4441,8 +4441,8 @@ def test_list_has_its_documented_shape(agent, engine, network, name):
 ROWS = [
     {"Id": "1" * 64, "Names": ["/web-1"], "Labels": {"tier": "front", "dockeragent.key": "ci"}},
     {"Id": "2" * 64, "Names": ["/db/web-x", "/web-2"], "Labels": {"tier": "back", "a": "b=c"}},
-    {"Id": "3" * 64, "Names": ["/webserver"], "Labels": None},
-    {"Id": "4" * 64, "Names": None},
+    {"Id": "3" * 64, "Names": ["/webserver"], "Labels": {"note": "a b+c"}},
+    {"Id": "4" * 64, "Names": None, "Labels": None},
 ]
 
 
@@ -4453,6 +4453,7 @@ ROWS = [
         ("label", "label=tier", KEY, "12"),
         ("label with its value", "label=tier=back", KEY, "2"),
         ("value with a =", "label=a=b%3Dc", KEY, "2"),
+        ("as curl and browsers encode it", "label=note%3Da+b%2bc", KEY, "3"),
         ("label with another value", "label=tier=ba", KEY, ""),
         ("label with an empty value", "label=tier=", KEY, ""),
         ("part of a name", "name=eb-", KEY, "12"),
@@ -7088,8 +7089,8 @@ def test_since_and_until_are_exact_to_the_nanosecond(agent, engine):
     stamps = [item["time"] for item in read_lines(agent, name, "format=json")]
     lines = ["1", "2", "3", "4", "5"]
     for index, stamp in enumerate(stamps):
-        zoned = stamp.replace("Z", "%2B00:00")
-        for moment in (seconds(stamp), stamp, zoned):
+        zones = [stamp.replace("Z", zone) for zone in ("%2B00:00", "+00:00")]
+        for moment in (seconds(stamp), stamp, *zones):
             assert read_lines(agent, name, f"since={moment}") == lines[index:]
             assert read_lines(agent, name, f"until={moment}") == lines[: index + 1]
             assert follow_lines(agent, name, f"since={moment}") == lines[index:]
