@@ -3642,7 +3642,10 @@ def pull_error(status: int, message: str) -> EngineError:
     """
     if status not in (500, 502):
         return EngineError(status, message)
-    found = [(re.search(words, message, re.IGNORECASE), code) for code, words in PULL_ERRORS]
+    # Invariant: no more of a registry's own text is searched than a client is told. The time that
+    # takes grows with its square, and nothing else runs meanwhile.
+    text = message[:MAX_MESSAGE]
+    found = [(re.search(words, text, re.IGNORECASE), code) for code, words in PULL_ERRORS]
     starts = [(match.start(), code) for match, code in found if match]
     return EngineError(min(starts, default=(0, 502))[1], message)
 

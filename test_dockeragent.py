@@ -5136,6 +5136,7 @@ def test_bad_auth_is_refused_and_not_repeated(fakes, path, auth):
         ([b'{"status":"Downloading"}\n<html>\n'], True, 502, "JSON"),
         ([b'{"status":"a"}\n["no object"]\n'], True, 502, "JSON"),
         ([b'{"status":"a"}\n', b" " * (2**20 + 1)], True, 502, "too long"),
+        ([b'{"error":"%b"}' % (b"unexpected status " * 50_000)], True, 502, "unexpected status"),
     ],
 )
 def test_error_inside_a_pull(fakes, pieces, end, status, words):
