@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2510, and a reviewer may stop there:
+stands first, up to line 2515, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -4751,7 +4751,9 @@ class Deployment:
         self.engine.call("POST", container_path(found.id, "rename"), {"name": self.name + suffix})
 
     def set_restart(self, found: Found, policy: Json) -> None:
-        self.engine.call("POST", container_path(found.id, "update"), body={"RestartPolicy": policy})
+        if restart_policy(found.container["HostConfig"]) != policy:  # podman 4 cannot change it
+            path = container_path(found.id, "update")
+            self.engine.call("POST", path, body={"RestartPolicy": policy})
 
     def stop(self, found: Found) -> None:
         seconds = own_stop_timeout(found.container["Config"]) + CALL_TIMEOUT
@@ -4855,7 +4857,7 @@ class Deployment:
             with contextlib.suppress(GateError):
                 self.pass_gate(new)
                 return self.commit(new, old)
-        return self.roll_back(new, old)
+        return self.roll_back(self.find(new.id), old)  # as it is now: a commit may have begun
 
     def finish(self, new: Found, _: None) -> None:
         """Remove what a first deploy left; start a container that has lost its old one."""

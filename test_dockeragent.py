@@ -8960,7 +8960,7 @@ def put_steps(agent: Agent, name: str, body: Any) -> list[tuple[str, Any]]:
 GOOD, BAD = spec(env=["NEW=1"]), spec("sh", "-c", "echo broken; exit 3")
 # The calls of a deploy that change something, in their order.
 SWAPPING = ["create", "update", "stop", "rename", "rename", "start"]
-BACK = ["stop", "update", "rename", "rename", "update", "stop", "start", "DELETE"]
+BACK = ["stop", "rename", "rename", "update", "stop", "start", "DELETE"]
 CALLS = {"good": [*SWAPPING, "update", "rename", "DELETE"], "bad": [*SWAPPING, *BACK]}
 EACH_CALL = [(kind, number) for kind, calls in CALLS.items() for number in range(len(calls))]
 
