@@ -94,6 +94,7 @@ MAX_REQUEST_LINE = 8 * 1024  # bytes; past it 414
 MAX_FIELD_BLOCK = 32 * 1024  # bytes; past it 431
 MAX_FIELDS = 100  # field lines; past it 431
 MAX_BODY = 10 * 1024 * 1024  # bytes, decoded; past it 413
+MAX_LIMITED_CREATE = 128 * 1024  # bytes of JSON that a limited key may have made a container of
 MAX_CHUNK_LINE = 1024  # bytes; a size and its extensions
 MAX_TRAILER = 8 * 1024  # bytes; trailer fields are checked and dropped
 MAX_DEPTH = 32  # nested arrays and objects; the decoder recurses on the C stack
@@ -581,6 +582,9 @@ def decide_create(request: Request, ask: Ask) -> None:
     key.permit(not request.query.get("adopt"), "adopt", "what was not deployed here")
     for field in body.keys() - LIMITED_FIELDS:
         key.permit(False, field, "a field for the master key")
+    # A list of containers has labels and commands in it, and is read to a bound: see MAX_RESPONSE.
+    small = len(encode_json(body)) <= MAX_LIMITED_CREATE
+    key.permit(small, "body", f"more than {MAX_LIMITED_CREATE} bytes")
     for rule in RULES:
         rule(key, body, ask)
 

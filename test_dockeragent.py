@@ -1144,6 +1144,12 @@ def ports(*numbers: Any) -> dict[str, Any]:
         ("any port, without a range", "bare", ports(0), "ports: one that the Engine picks"),
         ("hundreds of ports", "ci", ports(*[0] * 33), "ports: more than 32"),
         ("hundreds of volumes", "ci", many_volumes(33), "volumes: more than 32"),
+        (
+            "what makes the list of all too long",
+            "ci",
+            {"env": ["A=" + "a" * 2**17]},
+            "body: more than",
+        ),
         ("a proxy's label", "ci", {"labels": {"traefik.enable": "true"}}, "labels: traefik.enable"),
         ("a label that no list has", "bare", {"labels": {"com.acme.a": "1"}}, "labels: com.acme.a"),
         ("too much memory", "ci", limits(memory_mb=65), "memory_mb: more than 64"),
