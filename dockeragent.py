@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2515, and a reviewer may stop there:
+stands first, up to line 2517, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -1638,6 +1638,7 @@ class Connection(socketserver.BaseRequestHandler):
     def setup(self) -> None:
         self.slot: Slot = self.request
         self.sock = self.slot.sock
+        self.until_stop = Interrupts(stop=self.server.stopping)
         self.buffer = bytearray()  # received, and not yet taken
         self.is_kept = True  # for another request
         self.has_answered = False  # so that the last response is given time to be read
@@ -1659,11 +1660,10 @@ class Connection(socketserver.BaseRequestHandler):
 
     def shake_hands(self, context: ssl.SSLContext, deadline: float) -> bool:
         """Return whether the connection is a TLS one now."""
-        interrupts = Interrupts(stop=self.server.stopping)
         try:
             tls = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
             self.sock = self.slot.sock = tls
-            while interrupts.wait_readable(self.sock, deadline):
+            while self.until_stop.wait_readable(self.sock, deadline):
                 with contextlib.suppress(ssl.SSLWantReadError):
                     self.sock.do_handshake()
                     # Invariant: nothing is read before the handshake has happened. Some Pythons
@@ -1697,8 +1697,7 @@ class Connection(socketserver.BaseRequestHandler):
                 if begun not in (b"", b"\r"):
                     self.buffer = bytearray(begun)
                     return True
-                interrupts = Interrupts(stop=self.server.stopping)
-                if not (data := receive(self.sock, deadline, interrupts)):
+                if not (data := receive(self.sock, deadline, self.until_stop)):
                     break
                 self.buffer += data
         # Only a client that is still sending could have its response discarded.
@@ -1758,7 +1757,7 @@ class Connection(socketserver.BaseRequestHandler):
             if found:
                 return bytes(part)
             scanned = len(part) - 1
-            self.receive_more(deadline, "head", Interrupts(stop=self.server.stopping))
+            self.receive_more(deadline, "head", self.until_stop)
 
     def read_head(self, request: Request) -> None:
         """Take the next request's head from the buffer. Raises ApiError."""
@@ -2037,12 +2036,12 @@ class Server(http.server.ThreadingHTTPServer):
 
     def _refuse(self, request: socket.socket, client: str) -> None:
         """Send a 503 without waiting, and leave the connection open a moment so that it is read."""
-        request_id = secrets.token_hex(8)
+        refused = Request(client, NEVER, self.slots)
         message = "too many connections; try again later"
         body = encode_json(envelope(ApiError(503, message))) + b"\n"
         head = (
             "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\nX-Request-ID: {request_id}\r\n"
+            f"Content-Length: {len(body)}\r\nX-Request-ID: {refused.id}\r\n"
             "Retry-After: 1\r\nConnection: close\r\n\r\n"
         )
         with contextlib.suppress(OSError):
@@ -2051,8 +2050,7 @@ class Server(http.server.ThreadingHTTPServer):
                 request.send(head.encode() + body)
             request.shutdown(socket.SHUT_WR)
         self._refused.append((time.monotonic() + 1, request))
-        refused = Request(client, NEVER, self.slots)
-        refused.id, refused.status = request_id, 503
+        refused.status = 503
         fields = {"latency_ms": 0, "bytes": len(body), "error": message}
         self.log("warning", "request", **refused.log_fields(), **fields)
 
