@@ -3922,6 +3922,7 @@ STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
 FRAME_HEADER = struct.Struct(">BxxxL")
 NEWLINE, RETURN = b"\n\r"
 STAMP_SIZE = len("2026-02-21T10:00:00.000000000Z")
+ALL = sys.maxsize  # the tail that is the whole log
 
 
 class LogDamaged(EngineError):
@@ -4009,84 +4010,91 @@ class TtyDemultiplexer(Demultiplexer):
 class LineAssembler:
     """Joins entries to lines, stdout and stderr apart, and numbers the lines of each stamp.
 
-    A stamp that the last NUMBERED lines did not have counts anew: so wherever in a log reading
-    begins, a line has the same number. unknown: of how many lines at the beginning the numbers are
-    not known, as there may be others of their stamps before; they are numbered 0.
+    A stamp that the last NUMBERED entries did not have counts anew: so wherever in a log reading
+    begins, a line has the same number. doubt: of how many entries at the beginning the numbers are
+    not known, as there may be lines of their stamps before; None: it is the log's own beginning. A
+    line that is in doubt, as each stream's first may lack its beginning, too, has the number 0.
     """
 
-    def __init__(self, unknown: int = 0, *, is_podman: bool = False) -> None:
-        self.unfinished: dict[int, tuple[bytes, bytearray, bool]] = {}
-        self.seen: dict[bytes, int] = {}  # stamp: how many lines there were when it came last
-        self._numbers: dict[bytes, int] = {}  # stamp: the number it had then, if not 1
-        self._count = 0  # lines so far
-        self._unknown, self._is_podman = unknown, is_podman
+    def __init__(self, doubt: int | None = None, *, is_podman: bool = False) -> None:
+        # Stream type: after how many entries its unfinished line began, 0 if in doubt; its stamp,
+        # its text, and whether it may go on in an entry of another stamp.
+        self.unfinished: dict[int, tuple[int, bytes, bytearray, bool]] = {}
+        if doubt is not None:
+            self.unfinished = {kind: (0, b"", bytearray(), True) for kind in STREAMS}
+        self._seen: dict[bytes, tuple[int, int]] = {}  # stamp: the entry it last had, and number
+        self._count = 0  # entries so far
+        self._doubt, self._is_podman = doubt or 0, is_podman
         self._second = b""  # of the stamp before: its first 20 bytes
 
     def feed(self, entries: list[Entry]) -> list[Line]:
         """Return the complete lines. Raises EngineError for an entry without a stamp."""
-        if len(self.seen) > NUMBERED + NUMBERED // 2:
+        if len(self._seen) > NUMBERED + NUMBERED // 2:
             oldest = self._count - NUMBERED
-            self.seen = {stamp: at for stamp, at in self.seen.items() if at >= oldest}
-            self._numbers = {stamp: n for stamp, n in self._numbers.items() if stamp in self.seen}
+            self._seen = {stamp: last for stamp, last in self._seen.items() if last[0] >= oldest}
         lines: list[Line] = []
         unfinished, second = self.unfinished, self._second
-        for kind, payload in entries:
+        for at, (kind, payload) in enumerate(entries, self._count + 1):
             # Invariant: a stamp is matched in full before any byte of it is used.
             if payload[:20] != second or payload[29:31] != b"Z " or not payload[20:29].isdigit():
                 payload = restamp(payload)
                 self._second = second = payload[:20]
             stamp = payload[:STAMP_SIZE]
             if payload[-1] != NEWLINE or kind in unfinished or len(payload) > MAX_LINE:
-                lines += self._join(kind, stamp, payload[STAMP_SIZE + 1 :])
+                lines += self._join(at, kind, stamp, payload[STAMP_SIZE + 1 :])
                 continue
             text = payload[STAMP_SIZE + 1 : -2 if payload[-2] == RETURN else -1]
-            lines.append((stamp, self._number(stamp), kind, text))
+            lines.append((stamp, self._number(at, stamp), kind, text))
+        self._count += len(entries)
         return lines
 
     def end(self) -> list[Line]:
         """Return the lines that the end of the log left without a newline."""
-        held = [(kind, stamp) for kind, (stamp, text, _) in self.unfinished.items() if text]
-        return [line for kind, stamp in held for line in self._join(kind, stamp, b"\n")]
+        held = [(kind, stamp) for kind, (_, stamp, text, _) in self.unfinished.items() if text]
+        return [line for held_ in held for line in self._join(self._count, *held_, b"\n")]
 
-    def _number(self, stamp: bytes) -> int:
-        """Count a line of this stamp, and return its number."""
-        self._count = count = self._count + 1
-        at = self.seen.get(stamp)
-        self.seen[stamp] = count
-        if at is None or count - at > NUMBERED:
-            number = 1 if count > self._unknown else 0
-            self._numbers.pop(stamp, None)
-        else:
-            number = self._numbers.get(stamp, 1)
-            number += number > 0
-        if number != 1:
-            self._numbers[stamp] = number
-        return number
+    def unfinished_entries(self) -> int:
+        """Return how many entries there are since the oldest unfinished line began."""
+        begun = [at for at, _, text, _ in self.unfinished.values() if text]
+        return self._count - min(begun, default=self._count)
 
-    def _join(self, kind: int, stamp: bytes, text: bytes) -> list[Line]:
+    def _number(self, at: int, stamp: bytes, begun: int = 1) -> int:
+        """Count a line of this stamp, which entry `at` ends, and return its number."""
+        last, number = self._seen.get(stamp, (-NUMBERED, 0))
+        if at - last > NUMBERED:
+            number = 1 if at > self._doubt else 0
+        elif number:
+            number += 1
+        self._seen[stamp] = at, number
+        return number if begun else 0
+
+    def _join(self, at: int, kind: int, stamp: bytes, text: bytes) -> list[Line]:
         """Add an entry to its line; return the line if complete, and what exceeds MAX_LINE."""
-        held_stamp, held, goes_on = self.unfinished.pop(kind, (stamp, bytearray(), True))
-        lines = []
+        new = at, stamp, bytearray(), True
+        begun, held_stamp, held, goes_on = self.unfinished.pop(kind, new)
         # Docker's entries of one line have one stamp, or are full, as the log driver journald's;
         # else the container ended there, and ran again. podman stamps each entry.
         if stamp != held_stamp and not (goes_on or self._is_podman):
-            lines.append((held_stamp, self._number(held_stamp), kind, bytes(held)))
-            held_stamp, held = stamp, bytearray()
+            self.unfinished[kind] = begun, held_stamp, held, True
+            ended = self._join(at, kind, held_stamp, b"\n")
+            return ended + self._join(at, kind, stamp, text)
+        held_stamp = held_stamp or stamp
         held += text
         if whole := held.endswith(b"\n"):
             del held[-2 if held.endswith(b"\r\n") else -1 :]
+        texts = []
         # Invariant: no line is held past MAX_LINE; two bytes more may be its CR LF.
         while len(held) > (MAX_LINE if whole else MAX_LINE + 2):
             size = MAX_LINE
             while size > MAX_LINE - 4 and held[size] & 0xC0 == 0x80:
                 size -= 1  # not in the middle of a UTF-8 character
-            lines.append((held_stamp, self._number(held_stamp), kind, bytes(held[:size])))
+            texts.append(bytes(held[:size]))
             del held[:size]
         if whole:
-            lines.append((held_stamp, self._number(held_stamp), kind, bytes(held)))
+            texts.append(bytes(held))
         else:
-            self.unfinished[kind] = held_stamp, held, len(text) >= ENTRY_SIZE
-        return lines
+            self.unfinished[kind] = begun, held_stamp, held, len(text) >= ENTRY_SIZE
+        return [(held_stamp, self._number(at, held_stamp, begun), kind, text) for text in texts]
 
 
 def restamp(payload: bytes) -> bytes:
@@ -4161,19 +4169,15 @@ class LogSource(NamedTuple):
     until: int
     interrupts: Interrupts
 
-    def open(self, tail: int | None, **options: Any) -> EngineResponse:
-        """Return the Engine's response for the last entries (None: all) of both streams.
-
-        As HTTP/1.0: it is quicker, but a response that was cut short looks complete.
-        """
-        query = {"stdout": 1, "stderr": 1, "timestamps": 1, "tail": "all" if tail is None else tail}
+    def open(self, tail: int, since: int, **options: Any) -> EngineResponse:
+        """Return the Engine's response for the last entries of both streams."""
+        query = {"stdout": 1, "stderr": 1, "timestamps": 1, "tail": tail if tail < ALL else "all"}
         query["follow"] = int(options.pop("follow", False))
-        for name in ("since", "until"):
-            if moment := options.pop(name, getattr(self, name)):
+        for name, moment in (("since", since), ("until", self.until)):
+            if moment:
                 query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
         path = container_path(self.container, "logs")
-        options = {"http10": True, "interrupts": self.interrupts, **options}
-        return self.engine.open("GET", path, query, **options)
+        return self.engine.open("GET", path, query, interrupts=self.interrupts, **options)
 
     def inspect(self) -> Json | None:
         """Return the container's inspect JSON, None if it was removed. Raises EngineError."""
@@ -4182,42 +4186,40 @@ class LogSource(NamedTuple):
         return None
 
 
-class LogReading:
-    """The lines of both streams in one response of the Engine, those after the line `point`.
+class LogTail(NamedTuple):
+    """The last lines of a reading, which are those after the last line in doubt."""
 
-    unknown: of how many lines at the beginning the number is not known, as it is not the log's; the
-    first line of each stream may lack its beginning then. With a point, reading ends before such a
-    doubtful line; else it begins anew behind it.
-    """
+    total: int  # of the lines that were asked for
+    first: Optional[Line]  # of all lines
+    last: Point
+    kept: list[Line]  # the last of those that were asked for
+
+
+class LogReading:
+    """The lines of one response of the Engine, which has the last `tail` entries."""
 
     def __init__(
-        self,
-        source: LogSource,
-        response: EngineResponse,
-        unknown: int | None,
-        point: Point = None,
-        whole: Iterable[int] = (),  # streams that had no unfinished line at the point
-        mark: Entry | None = None,
+        self, source: LogSource, response: EngineResponse, tail: int, doubt: int | None
     ) -> None:
+        self.point: Point = None  # the line behind which to begin; None once it came
+        self.mark: Optional[Entry] = None  # an entry to look for; None once it came
+        self.before_mark = 0  # entries
+        self.is_done = self.is_doubtful = False
         self.entries = 0  # that came
-        self.done = self.doubtful = False
-        self.met = point is None  # whether the point came
+        self.first: Optional[Entry] = None  # of them
         self.rest: list[Line] = []  # what the end left without a newline
-        self._response, self._point, self._at_point = response, point, whole
-        self.first: Optional[Entry] = None
-        self.final: Optional[Entry] = None
-        self.marked = 0  # entries from `mark` on; from the first on without one
-        self._mark = mark
-        # Streams of which it is known what began before here.
-        self.known_streams = set(STREAMS if unknown is None else ())
+        self.reach = ALL  # the tail in which to look for what comes after the last line
+        self.close = response.close
+        self._source, self._response, self._tail = source, response, tail
+        self._is_certain = doubt is None
         self._demultiplexer = TtyDemultiplexer() if source.tty else Demultiplexer()
-        self._assembler = LineAssembler(unknown or 0, is_podman=source.engine.is_podman)
+        self._assembler = LineAssembler(doubt, is_podman=source.engine.is_podman)
 
     def __iter__(self) -> Iterator[list[Line]]:
         """Yield lines, [] at times, until the response ends. Raises EngineError."""
-        with contextlib.closing(self._response):
+        with contextlib.closing(self):
             yield []
-            while not (self.done or (self._point and self.doubtful)):
+            while not (self.is_done or self.is_doubtful):
                 lines = self.read(time.monotonic() + CALL_TIMEOUT)
                 if lines is None:
                     raise EngineError(504, "the Engine did not finish the log in time")
@@ -4228,70 +4230,60 @@ class LogReading:
         data = self._response.read(deadline)
         if data is None:
             return None
-        self.done = not data
         entries = self._demultiplexer.feed(data) if data else self._demultiplexer.end()
+        lines = self._assembler.feed(entries)
+        if self.mark and self.mark in entries:
+            self.before_mark, self.mark = self.entries + entries.index(self.mark), None
+        if entries and not self.entries:
+            self.first = entries[0]
         self.entries += len(entries)
-        if entries:
-            self.first, self.final = self.first or entries[0], entries[-1]
-        if self.marked or not self._mark:
-            self.marked += len(entries)
-        elif self._mark in entries:
-            self.marked = len(entries) - entries.index(self._mark)
-        lines = self._known(self._after(self._assembler.feed(entries)))
-        if self.done:
-            self.rest = self._known(self._after(self._assembler.end()))
+        if not data:
+            self.is_done = True
+            if self.entries >= min(self._tail, LOOK):
+                self.reach = LOOK + self._assembler.unfinished_entries()
+            self.rest = self._assembler.end()
         return lines
 
-    def exhaust(self) -> LogReading:
-        for _ in self:
-            continue
-        return self
-
-    def unfinished(self) -> Iterator[list[Line]]:
-        yield self.rest
-
-    def begun(self, before: Iterable[int] = ()) -> set[int]:
-        """Return the streams that have an unfinished line here. before: that had one in front."""
-        return {*before} - self.known_streams | self._assembler.unfinished.keys()
-
-    def whole(self) -> set[int]:
-        """Return the streams that have no unfinished line here, for certain."""
-        return set() if self.doubtful else self.known_streams - self._assembler.unfinished.keys()
-
-    def _after(self, lines: list[Line]) -> list[Line]:
-        """Return those of the lines that come after the point."""
-        if self.met or not self._point:
+    def certain(self, lines: list[Line]) -> list[Line]:
+        """Return those of the lines that come after the point, up to the first in doubt."""
+        if self._is_certain and not self.point:
             return lines
-        points = [line[:2] for line in lines] if self._point[0] in self._assembler.seen else []
-        self.met = self._point in points
-        index = points.index(self._point) + 1 if self.met else len(lines)
-        self.known_streams.update(
-            [line[2] for line in lines[:index]], self._at_point if self.met else ()
-        )
-        return lines[index:]
+        start, end = 0, len(lines)
+        for index, (stamp, number, _, _) in enumerate(lines):
+            if (stamp, number) == self.point:
+                self.point, start = None, index + 1
+            elif not number and (not self.point or stamp == self.point[0]):
+                self.is_doubtful, end = True, index
+                break
+        return [] if self.point else lines[start:end]
 
-    def _known(self, lines: list[Line]) -> list[Line]:
-        """Return the lines before the first doubtful one, without a point those after the last."""
-        start = 0
-        for index, (_, number, kind, _) in enumerate(lines if len(self.known_streams) < 3 else ()):
-            if not number or kind not in self.known_streams:
-                self.doubtful, start = True, index + 1
-                if self._point:
-                    return lines[:index]
-                self.known_streams.add(kind)
-        return lines[start:]
+    def last_lines(self, *, unfinished: bool) -> LogTail:
+        """Read to the end. Raises EngineError.
 
+        unfinished: also what the end left without a newline.
+        """
+        kept: collections.deque[Line] = collections.deque()
+        size = count = 0
+        first: Optional[Line] = None
+        last: Point = None
+        for lines in itertools.chain(self, self._unfinished() if unfinished else ()):
+            if doubts := [index for index, line in enumerate(lines) if not line[1]]:
+                kept.clear()
+                size, count, first, last = 0, 0, None, None
+                lines = lines[doubts[-1] + 1 :]
+            if lines:
+                first, last = first or lines[0], lines[-1][:2]
+            asked = [line for line in lines if line[2] in self._source.kinds]
+            count += len(asked)
+            kept.extend(asked)
+            size += sum(LINE_COST + len(line[3]) for line in asked)
+            # Invariant: no more than MAX_KEPT bytes are kept, however many lines are asked for.
+            while size > MAX_KEPT:
+                size -= LINE_COST + len(kept.popleft()[3])
+        return LogTail(count, first, last, list(kept))
 
-class LogTail(NamedTuple):
-    """The last lines of a reading, and where they leave a cursor; see LogCursor."""
-
-    found: int  # lines in the reading that were asked for
-    lines: Optional[list[Line]]  # None: too large to be kept; the cursor stands before them
-    last: Point
-    whole: set[int]
-    begun: set[int]
-    skip: int
-    reach: int
+    def _unfinished(self) -> Iterator[list[Line]]:
+        yield self.rest
 
 
 class LogCursor:
@@ -4303,26 +4295,22 @@ class LogCursor:
         self.patience = CALL_TIMEOUT  # seconds for the Engine to begin its response
         self.ending: Ending = ("end", {})
         self._source = source
-        self._whole: set[int] = set()  # streams that have no unfinished line here
-        self._begun: set[int] = set()  # those that have one
-        self._skip, self._limit = 0, sys.maxsize  # lines to leave out, and then to hand out
-        self._reach = LOOK  # among how many of the last entries to look for `last` first
-        self._is_short = False  # whether there were not as many
-        self._dropped = False  # whether the Engine ended the response that was followed
+        self._reach = LOOK if last else ALL  # the tail in which to look for `last` first
+        self._skip = 0  # lines to leave out before the next
 
     def read(self, wanted: int | None) -> Iterator[list[Line]]:
         """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
+        left = sys.maxsize
         if wanted is not None and not self.last:
-            # The numbers matter only where `last` has to be found again, since lines are too many.
-            for unknown in (0, NUMBERED) if wanted < LOOK else (NUMBERED,):
-                lines = self._tail(wanted, unknown=unknown, unfinished=True)
-                if lines is not None:
-                    yield lines
-                    return
-            self._limit = wanted
+            lines = self._tail(wanted, 0 if wanted < LOOK else NUMBERED, unfinished=True)
+            if lines is not None:
+                yield lines
+                return
+            left = wanted
         for lines in self._stored(unfinished=True):
-            yield lines
-            if not self._limit:
+            yield lines[:left]
+            left -= len(lines)
+            if left <= 0:
                 return
 
     def follow(self, found: Json | None, wanted: int | None) -> Generator[list[Line], None, None]:
@@ -4336,15 +4324,15 @@ class LogCursor:
         had_ended = bool(ending)
         if wanted is not None and not self.last:
             yield []
-            lines = self._tail(wanted, unknown=NUMBERED, unfinished=had_ended)
+            lines = self._tail(wanted, NUMBERED, unfinished=had_ended)
             yield lines or []
         elif not (had_ended or self.last):
-            yield from self._find()
-        while not (ending or self._is_over()):
+            yield from self._find(http10=True)
+        while not (ending or self._seconds_left() <= 0):
             lines = None
-            yield from self._find(follow=True)
+            was_dropped = yield from self._arriving()
             ending = log_ending(self._source.inspect(), started)
-            if self._dropped and not (ending or self._is_over()):
+            if was_dropped and not ending and self._seconds_left() > 0:
                 raise EngineError(502, "the Engine ended the log of a running container; reconnect")
         self.ending = ending or ("end", {"reason": "until", "exit_code": None})
         try:
@@ -4359,175 +4347,137 @@ class LogCursor:
 
         unfinished: also what its end left without a newline.
         """
-        reading = yield from self._find()
-        if reading.final != self._final():  # it was cut short, or more was written meanwhile
-            reading = yield from self._find(http10=False)  # in which a cut is an error
-        yield self._hand_out(reading, reading.rest if unfinished else [])
+        if not self.last:
+            yield from self._find(http10=True)
+        reading = yield from self._find()  # what a cut, or the Engine, kept back
+        if unfinished:
+            yield self._hand_out(reading.rest)
 
-    def _find(
-        self, *, follow: bool = False, http10: bool = True
-    ) -> Generator[list[Line], None, LogReading]:
+    def _find(self, *, http10: bool = False) -> Generator[list[Line], None, LogReading]:
         """Yield the lines after `last` from a reading that has it; return the reading.
 
-        follow: also the lines that come after those, until the Engine ends its response.
+        http10: it is quicker, but a response that was cut short looks complete.
         """
-        damage, self._dropped = None, False
-        for tail in self._tails():
-            unknown = NUMBERED if tail and tail >= LOOK else None
-            with contextlib.ExitStack() as stack:
-                # The follower comes first: what the reading has, or will have, is then in it, too.
-                follower = self._open_follower(tail) if follow else None
-                if follower:
-                    stack.callback(follower.close)
-                reading = self._reading(self._open(tail, http10=http10), unknown)
-                try:
-                    for lines in reading:
-                        yield self._hand_out(reading, lines)
-                except LogDamaged as error:
-                    damage = error
-                    continue
-                self._is_short = reading.done and reading.entries < (tail or LOOK)
-                if reading.doubtful or not reading.met or self._begun - reading.known_streams:
-                    continue
-                if follower:
-                    yield from self._arriving(self._reading(follower, unknown and 1))
+        damage = None
+        for tail, doubt in self._tails():
+            reading = self._reading(tail, doubt, http10=http10)
+            reading.point = self.last
+            try:
+                for lines in reading:
+                    yield self._hand_out(reading.certain(lines))
+            except LogDamaged as error:
+                damage = error
+                continue
+            reading.rest = reading.certain(reading.rest)
+            if not (reading.point or reading.is_doubtful):
+                self._reach = reading.reach
                 return reading
         if damage:
             raise damage
         self.last, self._skip = None, 0  # it is gone, so all that is left came after it
-        return (yield from self._find(follow=follow, http10=http10))
+        return (yield from self._find(http10=http10))
 
-    def _tails(self) -> Iterator[int | None]:
-        """Yield among how many of the last entries to look for `last`; None: all."""
-        if self.last and not self._is_short:
-            yield self._reach
-            if not self._is_short:
-                yield 4 * self._reach
-        yield None
-        if not self.last:
-            return
+    def _tails(self) -> Iterator[tuple[int, int | None]]:
+        """Yield the tails in which to look for `last`, and how much of each is in doubt."""
+        if self._reach < ALL:
+            yield self._reach, NUMBERED
+        yield ALL, None
         # Damage hides all behind it from a reading that begins before it.
         low, high = 0, LOOK
-        while high - low > 1:
+        while self.last and high - low > 1:
             middle = (low + high) // 2
-            reading = LogReading(self._source, self._open(middle), None)
+            reading = self._reading(middle, None)
             with contextlib.suppress(LogDamaged):
-                reading.exhaust()
+                reading.last_lines(unfinished=False)
             low, high = (middle, high) if reading.entries >= middle else (low, middle)
-        if high < LOOK:
-            yield low
+        if low and high < LOOK:
+            yield low, None
 
-    def _arriving(self, follower: LogReading) -> Iterator[list[Line]]:
-        """Yield the lines as they come, [] when none did for a while. Raises EngineError."""
-        while not (follower.done or follower.doubtful or self._is_over()):
-            lines = follower.read(self._deadline())
-            if lines is None and not follower.met:
-                return
-            yield self._hand_out(follower, lines or [])
-        self._dropped = follower.done
+    def _arriving(self) -> Generator[list[Line], None, bool]:
+        """Yield the lines after `last`, and then those that come, [] when none did for a while.
 
-    def _hand_out(self, reading: LogReading, lines: list[Line]) -> list[Line]:
-        """Move behind the lines; return those of them that were asked for."""
-        if lines:
-            self.last, self._whole, self._reach = lines[-1][:2], reading.whole(), LOOK
-            self._begun = reading.begun(self._begun)
-        if len(self._source.kinds) < len(STREAMS):
-            lines = [line for line in lines if line[2] in self._source.kinds]
-        skip, self._skip = self._skip, max(0, self._skip - len(lines))
-        lines = lines[skip : skip + self._limit]
-        self._limit -= len(lines)
-        return lines
+        Return whether the Engine ended its response. Raises EngineError.
+        """
+        with contextlib.ExitStack() as stack:
+            # The follower comes first: what the reading has, or will have, is then in it, too.
+            follower = self._follower()
+            if follower:
+                stack.callback(follower.close)
+            yield from self._find()
+            if not follower:
+                return False
+            follower.point = self.last
+            while not (follower.is_done or follower.is_doubtful or self._seconds_left() <= 0):
+                lines = follower.read(min(self.due, time.monotonic() + self._seconds_left()))
+                if lines is None and follower.point:
+                    break
+                yield self._hand_out(follower.certain(lines or []))
+            self._reach = follower.reach
+            return follower.is_done
 
-    def _open(self, tail: int | None, **options: Any) -> EngineResponse:
-        """Ask for the log; after a line that was found, nothing but its order counts."""
-        since = 0 if self.last else self._source.since
-        return self._source.open(tail, **{"since": since, "seconds": self.patience, **options})
-
-    def _open_follower(self, tail: int | None) -> EngineResponse | None:
-        """Return a response that goes on, None if it has not begun when a ping is due.
+    def _follower(self) -> LogReading | None:
+        """Return a reading that goes on, None if it has not begun when a ping is due.
 
         podman before 5 sends no head until there is a line. Raises EngineError.
         """
         seconds = min(self.patience, max(HEAD_WAIT, self.due - time.monotonic()))
+        doubt = NUMBERED if self._reach < ALL else None
         with tolerate(504):
-            return self._open(tail, follow=True, seconds=seconds)
+            return self._reading(self._reach, doubt, follow=True, http10=True, seconds=seconds)
         return None
 
-    def _reading(self, response: EngineResponse, unknown: int | None) -> LogReading:
-        """Return the lines of a response that come after `last`."""
-        return LogReading(self._source, response, unknown, self.last, self._whole)
+    def _hand_out(self, lines: list[Line]) -> list[Line]:
+        """Move behind the lines; return those of them that were asked for."""
+        if lines:
+            self.last = lines[-1][:2]
+        if len(self._source.kinds) < len(STREAMS):
+            lines = [line for line in lines if line[2] in self._source.kinds]
+        skip, self._skip = self._skip, max(0, self._skip - len(lines))
+        return lines[skip:] if skip else lines
 
-    def _final(self) -> Entry | None:
-        """Return the log's last entry, None if there is none."""
-        response = self._source.open(1, http10=False)
-        return LogReading(self._source, response, None).exhaust().final
+    def _reading(self, tail: int, doubt: int | None, **options: Any) -> LogReading:
+        """Ask for the log; after a line that was found, nothing but its order counts."""
+        options = {"seconds": self.patience, **options}
+        response = self._source.open(tail, 0 if self.last else self._source.since, **options)
+        return LogReading(self._source, response, tail, doubt)
 
-    def _is_over(self) -> bool:
-        return bool(self._source.until) and time.time_ns() >= self._source.until
+    def _seconds_left(self) -> float:
+        until = self._source.until
+        return (until - time.time_ns()) / 10**9 if until else math.inf
 
-    def _deadline(self) -> float:
-        """Return until when to wait for lines (monotonic): until a ping is due, or `until`."""
-        if not self._source.until:
-            return self.due
-        return min(self.due, time.monotonic() + (self._source.until - time.time_ns()) / 10**9)
-
-    def _tail(self, wanted: int, *, unknown: int, unfinished: bool) -> list[Line] | None:
-        """Go behind the last `wanted` lines and return them; before them, and None, if too many.
+    def _tail(self, wanted: int, doubt: int, *, unfinished: bool) -> list[Line] | None:
+        """Move behind the last `wanted` lines and return them; before them, and None, if too many.
 
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
-        So a larger one is asked for, too, unless it ended by damage: it must have all of the first.
+        So a larger one is read, too. It is of no use if damage ends it before the other's end.
         """
-        collect = functools.partial(self._collect, wanted, unfinished)
-        theirs, found = collect(wanted, None)
-        tail: int | None = wanted + wanted // 8 + 64 + unknown
+        reading = theirs = self._reading(wanted, None)
+        found = theirs.last_lines(unfinished=unfinished)
+        tail = wanted + wanted // 8 + 64 + doubt
         with contextlib.suppress(LogDamaged):
             while theirs.entries in (0, wanted) or self._source.until:
-                reading, larger = collect(tail, unknown if tail else None, theirs.first)
-                is_full = tail is not None and reading.entries >= tail
-                if not is_full and reading.marked < theirs.entries:
+                larger = self._reading(tail, doubt if tail < ALL else None)
+                larger.mark = theirs.first
+                lines = larger.last_lines(unfinished=unfinished)
+                is_full = larger.entries >= tail
+                has_theirs = larger.entries - larger.before_mark >= theirs.entries
+                if not is_full and (larger.mark or not has_theirs):
                     break
-                if tail is None or (is_full and larger.found >= wanted and larger.last):
-                    found = larger
+                if tail >= ALL or (is_full and lines.total >= wanted and lines.first):
+                    reading, found = larger, lines
                     break
                 # podman takes longer for a large tail than for the whole log.
-                is_larger = is_full and not self._source.engine.is_podman
-                tail = 16 * tail if tail and is_larger else None
-        _, lines, self.last, self._whole, self._begun, self._skip, self._reach = found
-        return lines
-
-    def _collect(
-        self,
-        wanted: int,
-        unfinished: bool,
-        tail: int | None,
-        unknown: int | None,
-        mark: Entry | None = None,
-    ) -> tuple[LogReading, LogTail]:
-        """Return a reading that was read to its end, and the last `wanted` lines in it."""
-        reading = LogReading(self._source, self._source.open(tail), unknown, mark=mark)
-        kept: collections.deque[Line] = collections.deque()
-        size = count = 0
-        first: Optional[Line] = None
-        last: Point = None
-        for lines in itertools.chain(reading, reading.unfinished() if unfinished else ()):
-            if reading.doubtful:
-                kept.clear()
-                size, count, first, last, reading.doubtful = 0, 0, None, None, False
-            if lines:
-                first, last = first or lines[0], lines[-1][:2]
-            asked = [line for line in lines if line[2] in self._source.kinds]
-            kept.extend(asked)
-            count += len(asked)
-            size += sum(LINE_COST + len(line[3]) for line in asked)
-            while size > MAX_KEPT:
-                size -= LINE_COST + len(kept.popleft()[3])
-        if len(kept) >= min(wanted, count):
-            lines = list(kept)[max(0, len(kept) - wanted) :]
-            return reading, LogTail(count, lines, last, reading.whole(), reading.begun(), 0, LOOK)
-        following = count - (first is not None and first[2] in self._source.kinds)
-        point = first[:2] if first and following >= wanted else None
-        skip, reach = max(0, following - wanted), reading.entries + LOOK
-        return reading, LogTail(count, None, point, set(), set(), skip, reach)
+                tail = 16 * tail if is_full and not self._source.engine.is_podman else ALL
+        self._reach = reading.reach
+        if len(found.kept) >= min(wanted, found.total):
+            self.last = found.last
+            return found.kept[max(0, len(found.kept) - wanted) :]
+        if not doubt:  # nor a number by which to find them again
+            return self._tail(wanted, NUMBERED, unfinished=unfinished)
+        if found.first and found.total > wanted:
+            self.last, self._reach = found.first[:2], reading.entries + LOOK
+            self._skip = found.total - wanted - (found.first[2] in self._source.kinds)
+        return None
 
 
 def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
