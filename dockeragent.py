@@ -4022,7 +4022,8 @@ class LineAssembler:
         self.unfinished: dict[int, tuple[int, bytes, bytearray, bool]] = {}
         if doubt is not None:
             self.unfinished = {kind: (0, b"", bytearray(), True) for kind in STREAMS}
-        self._seen: dict[bytes, tuple[int, int]] = {}  # stamp: the entry it last had, and number
+        self._seen: dict[bytes, int] = {}  # stamp: the entry that had it last
+        self._numbers: dict[bytes, int] = {}  # stamp: the number it had then, if not 1
         self._count = 0  # entries so far
         self._doubt, self._is_podman = doubt or 0, is_podman
         self._second = b""  # of the stamp before: its first 20 bytes
@@ -4031,7 +4032,8 @@ class LineAssembler:
         """Return the complete lines. Raises EngineError for an entry without a stamp."""
         if len(self._seen) > NUMBERED + NUMBERED // 2:
             oldest = self._count - NUMBERED
-            self._seen = {stamp: last for stamp, last in self._seen.items() if last[0] >= oldest}
+            self._seen = {stamp: at for stamp, at in self._seen.items() if at >= oldest}
+            self._numbers = {stamp: n for stamp, n in self._numbers.items() if stamp in self._seen}
         lines: list[Line] = []
         unfinished, second = self.unfinished, self._second
         for at, (kind, payload) in enumerate(entries, self._count + 1):
@@ -4060,12 +4062,14 @@ class LineAssembler:
 
     def _number(self, at: int, stamp: bytes, begun: int = 1) -> int:
         """Count a line of this stamp, which entry `at` ends, and return its number."""
-        last, number = self._seen.get(stamp, (-NUMBERED, 0))
-        if at - last > NUMBERED:
+        number = self._numbers.pop(stamp, 1) if self._numbers else 1
+        if at - self._seen.get(stamp, -NUMBERED) > NUMBERED:
             number = 1 if at > self._doubt else 0
         elif number:
             number += 1
-        self._seen[stamp] = at, number
+        self._seen[stamp] = at
+        if number != 1:
+            self._numbers[stamp] = number
         return number if begun else 0
 
     def _join(self, at: int, kind: int, stamp: bytes, text: bytes) -> list[Line]:
@@ -4207,6 +4211,7 @@ class LogReading:
         self.is_done = self.is_doubtful = False
         self.entries = 0  # that came
         self.first: Optional[Entry] = None  # of them
+        self.final: Optional[Entry] = None
         self.rest: list[Line] = []  # what the end left without a newline
         self.reach = ALL  # the tail in which to look for what comes after the last line
         self.close = response.close
@@ -4234,8 +4239,8 @@ class LogReading:
         lines = self._assembler.feed(entries)
         if self.mark and self.mark in entries:
             self.before_mark, self.mark = self.entries + entries.index(self.mark), None
-        if entries and not self.entries:
-            self.first = entries[0]
+        if entries:
+            self.first, self.final = self.first or entries[0], entries[-1]
         self.entries += len(entries)
         if not data:
             self.is_done = True
@@ -4243,6 +4248,11 @@ class LogReading:
                 self.reach = LOOK + self._assembler.unfinished_entries()
             self.rest = self._assembler.end()
         return lines
+
+    def drain(self) -> LogReading:
+        for _ in self:
+            continue
+        return self
 
     def certain(self, lines: list[Line]) -> list[Line]:
         """Return those of the lines that come after the point, up to the first in doubt."""
@@ -4327,7 +4337,7 @@ class LogCursor:
             lines = self._tail(wanted, NUMBERED, unfinished=had_ended)
             yield lines or []
         elif not (had_ended or self.last):
-            yield from self._find(http10=True)
+            yield from self._find()
         while not (ending or self._seconds_left() <= 0):
             lines = None
             was_dropped = yield from self._arriving()
@@ -4347,13 +4357,13 @@ class LogCursor:
 
         unfinished: also what its end left without a newline.
         """
-        if not self.last:
-            yield from self._find(http10=True)
-        reading = yield from self._find()  # what a cut, or the Engine, kept back
+        reading = yield from self._find()
+        if reading.final != self._reading(1, None, http10=False).drain().final:
+            reading = yield from self._find(http10=False)  # it was cut, or more was written
         if unfinished:
             yield self._hand_out(reading.rest)
 
-    def _find(self, *, http10: bool = False) -> Generator[list[Line], None, LogReading]:
+    def _find(self, *, http10: bool = True) -> Generator[list[Line], None, LogReading]:
         """Yield the lines after `last` from a reading that has it; return the reading.
 
         http10: it is quicker, but a response that was cut short looks complete.
@@ -4388,7 +4398,7 @@ class LogCursor:
             middle = (low + high) // 2
             reading = self._reading(middle, None)
             with contextlib.suppress(LogDamaged):
-                reading.last_lines(unfinished=False)
+                reading.drain()
             low, high = (middle, high) if reading.entries >= middle else (low, middle)
         if low and high < LOOK:
             yield low, None
@@ -4423,7 +4433,7 @@ class LogCursor:
         seconds = min(self.patience, max(HEAD_WAIT, self.due - time.monotonic()))
         doubt = NUMBERED if self._reach < ALL else None
         with tolerate(504):
-            return self._reading(self._reach, doubt, follow=True, http10=True, seconds=seconds)
+            return self._reading(self._reach, doubt, follow=True, seconds=seconds)
         return None
 
     def _hand_out(self, lines: list[Line]) -> list[Line]:
@@ -4437,7 +4447,7 @@ class LogCursor:
 
     def _reading(self, tail: int, doubt: int | None, **options: Any) -> LogReading:
         """Ask for the log; after a line that was found, nothing but its order counts."""
-        options = {"seconds": self.patience, **options}
+        options = {"http10": True, "seconds": self.patience, **options}
         response = self._source.open(tail, 0 if self.last else self._source.since, **options)
         return LogReading(self._source, response, tail, doubt)
 
