@@ -3905,9 +3905,12 @@ def read_volumes(engine: Engine) -> list[Json]:
 # --------------------------------------------------------------------------------------------------
 
 # A log loses nothing but its beginning. So a line that a client has is either there, and what
-# follows it is new, or it is gone, and all that is left came after it. Which of the two holds is
-# found out by a read that ends, by what the line is: its stamp, and its number among the lines of
-# that stamp, of both streams. Invariant: nothing compares the order of stamps; clocks step back.
+# follows it is new, or it is gone, and all that is left came after it. A line is found by what it
+# is: its stamp, and its number among the lines of that stamp, of both streams. Whatever is asked is
+# answered by a reading of the log's last entries to their end: what follows the line, or the last
+# so many lines. A line is in doubt where the entries before may have had its beginning or others of
+# its stamp; if the answer has one, or lacks its line, more entries are read, and at last all.
+# Invariant: nothing compares the order of stamps; clocks step back.
 
 Entry = tuple[int, bytes]  # stream type, "STAMP text\n" as the Engine logged it; no \n: goes on
 # Stamp in Docker's form, number among the lines of that stamp, stream type, text. The number is 0
@@ -4055,11 +4058,6 @@ class LineAssembler:
         held = [(kind, stamp) for kind, (_, stamp, text, _) in self.unfinished.items() if text]
         return [line for held_ in held for line in self._join(self._count, *held_, b"\n")]
 
-    def unfinished_entries(self) -> int:
-        """Return how many entries there are since the oldest unfinished line began."""
-        begun = [at for at, _, text, _ in self.unfinished.values() if text]
-        return self._count - min(begun, default=self._count)
-
     def _number(self, at: int, stamp: bytes, begun: int = 1) -> int:
         """Count a line of this stamp, which entry `at` ends, and return its number."""
         number = self._numbers.pop(stamp, 1) if self._numbers else 1
@@ -4109,12 +4107,7 @@ def restamp(payload: bytes) -> bytes:
     stamp = re.match(LOG_STAMP, payload)
     if not stamp:
         raise EngineError(502, "the Engine's log has no timestamps")
-    return docker_stamp(stamp[0][:-1]) + payload[stamp.end() - 1 :]
-
-
-@functools.lru_cache(maxsize=64)
-def docker_stamp(stamp: bytes) -> bytes:
-    return stamp_from(stamp_time(stamp))
+    return stamp_from(stamp_time(stamp[0][:-1])) + payload[stamp.end() - 1 :]
 
 
 def stamp_from(nanoseconds: int) -> bytes:
@@ -4173,16 +4166,6 @@ class LogSource(NamedTuple):
     until: int
     interrupts: Interrupts
 
-    def open(self, tail: int, since: int, **options: Any) -> EngineResponse:
-        """Return the Engine's response for the last entries of both streams."""
-        query = {"stdout": 1, "stderr": 1, "timestamps": 1, "tail": tail if tail < ALL else "all"}
-        query["follow"] = int(options.pop("follow", False))
-        for name, moment in (("since", since), ("until", self.until)):
-            if moment:
-                query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
-        path = container_path(self.container, "logs")
-        return self.engine.open("GET", path, query, interrupts=self.interrupts, **options)
-
     def inspect(self) -> Json | None:
         """Return the container's inspect JSON, None if it was removed. Raises EngineError."""
         with tolerate(404):
@@ -4191,12 +4174,12 @@ class LogSource(NamedTuple):
 
 
 class LogTail(NamedTuple):
-    """The last lines of a reading, which are those after the last line in doubt."""
+    """The last lines of a reading, of those after the last line in doubt."""
 
-    total: int  # of the lines that were asked for
-    first: Optional[Line]  # of all lines
-    last: Point
-    kept: list[Line]  # the last of those that were asked for
+    reading: LogReading
+    kept: list[Line]
+    total: int  # of lines that were asked for, kept or not
+    first: Optional[Line]  # of all
 
 
 class LogReading:
@@ -4206,8 +4189,8 @@ class LogReading:
         self, source: LogSource, response: EngineResponse, tail: int, doubt: int | None
     ) -> None:
         self.point: Point = None  # the line behind which to begin; None once it came
-        self.mark: Optional[Entry] = None  # an entry to look for; None once it came
-        self.before_mark = 0  # entries
+        self.mark: Optional[Entry] = None  # the entry from which on they are counted; None: all
+        self.marked = 0  # of those
         self.is_done = self.is_doubtful = False
         self.entries = 0  # that came
         self.first: Optional[Entry] = None  # of them
@@ -4237,22 +4220,19 @@ class LogReading:
             return None
         entries = self._demultiplexer.feed(data) if data else self._demultiplexer.end()
         lines = self._assembler.feed(entries)
-        if self.mark and self.mark in entries:
-            self.before_mark, self.mark = self.entries + entries.index(self.mark), None
+        self.entries += len(entries)
         if entries:
             self.first, self.final = self.first or entries[0], entries[-1]
-        self.entries += len(entries)
+        if self.marked or not self.mark:
+            self.marked += len(entries)
+        elif self.mark in entries:
+            self.marked = len(entries) - entries.index(self.mark)
         if not data:
             self.is_done = True
-            if self.entries >= min(self._tail, LOOK):
-                self.reach = LOOK + self._assembler.unfinished_entries()
             self.rest = self._assembler.end()
+            if self.entries >= min(self._tail, LOOK) and not self.rest:
+                self.reach = LOOK
         return lines
-
-    def drain(self) -> LogReading:
-        for _ in self:
-            continue
-        return self
 
     def certain(self, lines: list[Line]) -> list[Line]:
         """Return those of the lines that come after the point, up to the first in doubt."""
@@ -4267,30 +4247,24 @@ class LogReading:
                 break
         return [] if self.point else lines[start:end]
 
-    def last_lines(self, *, unfinished: bool) -> LogTail:
-        """Read to the end. Raises EngineError.
-
-        unfinished: also what the end left without a newline.
-        """
+    def keep_last(self, *, unfinished: bool = False) -> LogTail:
+        """Read to the end; unfinished: also what that left without a newline."""
         kept: collections.deque[Line] = collections.deque()
-        size = count = 0
+        size = total = 0
         first: Optional[Line] = None
-        last: Point = None
         for lines in itertools.chain(self, self._unfinished() if unfinished else ()):
             if doubts := [index for index, line in enumerate(lines) if not line[1]]:
                 kept.clear()
-                size, count, first, last = 0, 0, None, None
+                size, total, first = 0, 0, None
                 lines = lines[doubts[-1] + 1 :]
-            if lines:
-                first, last = first or lines[0], lines[-1][:2]
-            asked = [line for line in lines if line[2] in self._source.kinds]
-            count += len(asked)
-            kept.extend(asked)
-            size += sum(LINE_COST + len(line[3]) for line in asked)
-            # Invariant: no more than MAX_KEPT bytes are kept, however many lines are asked for.
-            while size > MAX_KEPT:
+            first = first or next(iter(lines), None)
+            kept.extend(lines)
+            total += sum(line[2] in self._source.kinds for line in lines)
+            size += sum(LINE_COST + len(line[3]) for line in lines)
+            # Invariant: no more is kept than MAX_KEPT, or one line, however many are asked for.
+            while size > MAX_KEPT and len(kept) > 1:
                 size -= LINE_COST + len(kept.popleft()[3])
-        return LogTail(count, first, last, list(kept))
+        return LogTail(self, list(kept), total, first)
 
     def _unfinished(self) -> Iterator[list[Line]]:
         yield self.rest
@@ -4330,24 +4304,21 @@ class LogCursor:
         with; None: all.
         """
         started = require(found, "State", dict).get("StartedAt") if found else None
-        ending, lines = log_ending(found, started), None
+        ending = log_ending(found, started)
         had_ended = bool(ending)
         if wanted is not None and not self.last:
             yield []
-            lines = self._tail(wanted, NUMBERED, unfinished=had_ended)
-            yield lines or []
+            yield self._tail(wanted, NUMBERED, unfinished=had_ended) or []
         elif not (had_ended or self.last):
             yield from self._find()
         while not (ending or self._seconds_left() <= 0):
-            lines = None
             was_dropped = yield from self._arriving()
             ending = log_ending(self._source.inspect(), started)
             if was_dropped and not ending and self._seconds_left() > 0:
                 raise EngineError(502, "the Engine ended the log of a running container; reconnect")
         self.ending = ending or ("end", {"reason": "until", "exit_code": None})
         try:
-            if lines is None:
-                yield from self._stored(unfinished=self.ending[0] == "end")
+            yield from self._stored(unfinished=self.ending[0] == "end")
         except EngineError as error:
             if had_ended or error.status not in (404, 409):  # it is removed, or being removed
                 raise
@@ -4358,16 +4329,13 @@ class LogCursor:
         unfinished: also what its end left without a newline.
         """
         reading = yield from self._find()
-        if reading.final != self._reading(1, None, http10=False).drain().final:
+        if reading.final != self._reading(1, None, http10=False).keep_last().reading.final:
             reading = yield from self._find(http10=False)  # it was cut, or more was written
         if unfinished:
             yield self._hand_out(reading.rest)
 
     def _find(self, *, http10: bool = True) -> Generator[list[Line], None, LogReading]:
-        """Yield the lines after `last` from a reading that has it; return the reading.
-
-        http10: it is quicker, but a response that was cut short looks complete.
-        """
+        """Yield the lines after `last` from a reading that has it; return the reading."""
         damage = None
         for tail, doubt in self._tails():
             reading = self._reading(tail, doubt, http10=http10)
@@ -4388,7 +4356,7 @@ class LogCursor:
         return (yield from self._find(http10=http10))
 
     def _tails(self) -> Iterator[tuple[int, int | None]]:
-        """Yield the tails in which to look for `last`, and how much of each is in doubt."""
+        """Yield the tails in which to look for `last`, and of each how much is in doubt."""
         if self._reach < ALL:
             yield self._reach, NUMBERED
         yield ALL, None
@@ -4398,7 +4366,7 @@ class LogCursor:
             middle = (low + high) // 2
             reading = self._reading(middle, None)
             with contextlib.suppress(LogDamaged):
-                reading.drain()
+                reading.keep_last()
             low, high = (middle, high) if reading.entries >= middle else (low, middle)
         if low and high < LOOK:
             yield low, None
@@ -4408,10 +4376,12 @@ class LogCursor:
 
         Return whether the Engine ended its response. Raises EngineError.
         """
+        follower = None
+        seconds = min(self.patience, max(HEAD_WAIT, self.due - time.monotonic()))
         with contextlib.ExitStack() as stack:
             # The follower comes first: what the reading has, or will have, is then in it, too.
-            follower = self._follower()
-            if follower:
+            with tolerate(504):  # podman before 5 sends no head until there is a line
+                follower = self._reading(self._reach, NUMBERED, follow=True, seconds=seconds)
                 stack.callback(follower.close)
             yield from self._find()
             if not follower:
@@ -4425,17 +4395,6 @@ class LogCursor:
             self._reach = follower.reach
             return follower.is_done
 
-    def _follower(self) -> LogReading | None:
-        """Return a reading that goes on, None if it has not begun when a ping is due.
-
-        podman before 5 sends no head until there is a line. Raises EngineError.
-        """
-        seconds = min(self.patience, max(HEAD_WAIT, self.due - time.monotonic()))
-        doubt = NUMBERED if self._reach < ALL else None
-        with tolerate(504):
-            return self._reading(self._reach, doubt, follow=True, seconds=seconds)
-        return None
-
     def _hand_out(self, lines: list[Line]) -> list[Line]:
         """Move behind the lines; return those of them that were asked for."""
         if lines:
@@ -4446,10 +4405,21 @@ class LogCursor:
         return lines[skip:] if skip else lines
 
     def _reading(self, tail: int, doubt: int | None, **options: Any) -> LogReading:
-        """Ask for the log; after a line that was found, nothing but its order counts."""
+        """Ask for the last entries; after a line that was found, nothing but their order counts."""
+        source = self._source
+        query: dict[str, Any] = {"stdout": 1, "stderr": 1, "timestamps": 1}
+        query["tail"] = tail if tail < ALL else "all"
+        query["follow"] = int(options.pop("follow", False))
+        since = 0 if self.last else source.since
+        for name, moment in (("since", since), ("until", source.until)):
+            if moment:
+                query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
+        # As HTTP/1.0 it is quicker, but a response that was cut short looks complete.
         options = {"http10": True, "seconds": self.patience, **options}
-        response = self._source.open(tail, 0 if self.last else self._source.since, **options)
-        return LogReading(self._source, response, tail, doubt)
+        options["interrupts"] = source.interrupts
+        path = container_path(source.container, "logs")
+        response = source.engine.open("GET", path, query, **options)
+        return LogReading(source, response, tail, doubt if tail < ALL else None)
 
     def _seconds_left(self) -> float:
         until = self._source.until
@@ -4461,31 +4431,30 @@ class LogCursor:
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
         So a larger one is read, too. It is of no use if damage ends it before the other's end.
         """
-        reading = theirs = self._reading(wanted, None)
-        found = theirs.last_lines(unfinished=unfinished)
-        tail = wanted + wanted // 8 + 64 + doubt
+        found = self._reading(wanted, None).keep_last(unfinished=unfinished)
+        theirs, tail = found.reading, wanted + wanted // 8 + 64 + doubt
         with contextlib.suppress(LogDamaged):
             while theirs.entries in (0, wanted) or self._source.until:
-                larger = self._reading(tail, doubt if tail < ALL else None)
-                larger.mark = theirs.first
-                lines = larger.last_lines(unfinished=unfinished)
-                is_full = larger.entries >= tail
-                has_theirs = larger.entries - larger.before_mark >= theirs.entries
-                if not is_full and (larger.mark or not has_theirs):
+                reading = self._reading(tail, doubt)
+                reading.mark = theirs.first
+                larger = reading.keep_last(unfinished=unfinished)
+                is_full = reading.entries >= tail
+                if not is_full and reading.marked < theirs.entries:
                     break
-                if tail >= ALL or (is_full and lines.total >= wanted and lines.first):
-                    reading, found = larger, lines
+                if tail >= ALL or (is_full and larger.total >= wanted and larger.first):
+                    found = larger
                     break
                 # podman takes longer for a large tail than for the whole log.
                 tail = 16 * tail if is_full and not self._source.engine.is_podman else ALL
-        self._reach = reading.reach
-        if len(found.kept) >= min(wanted, found.total):
-            self.last = found.last
-            return found.kept[max(0, len(found.kept) - wanted) :]
-        if not doubt:  # nor a number by which to find them again
+        lines = self._hand_out(found.kept)
+        self._reach = found.reading.reach
+        if len(lines) >= min(wanted, found.total):
+            return lines[max(0, len(lines) - wanted) :]
+        self.last = None
+        if not doubt:  # no number by which to find them again
             return self._tail(wanted, NUMBERED, unfinished=unfinished)
         if found.first and found.total > wanted:
-            self.last, self._reach = found.first[:2], reading.entries + LOOK
+            self.last, self._reach = found.first[:2], found.reading.entries + LOOK
             self._skip = found.total - wanted - (found.first[2] in self._source.kinds)
         return None
 
@@ -4580,17 +4549,15 @@ def log_ending(found: Json | None, started: Any) -> Ending | None:
         return "end", {"reason": "removed", "exit_code": None}
     state = require(found, "State", dict)
     exit_code = state.get("ExitCode")
-    if state.get("Status") in ("removing", "dead"):
-        return "end", {"reason": "removed", "exit_code": exit_code}
-    restart = {"exit_code": exit_code, "restart_count": found.get("RestartCount")}
-    if state.get("Restarting"):
-        return "restart", restart
+    is_another = state.get("Running") and state.get("StartedAt") != started
+    if state.get("Restarting") or is_another:
+        exit_code = exit_code if state.get("Restarting") else None
+        return "restart", {"exit_code": exit_code, "restart_count": found.get("RestartCount")}
     if state.get("Running"):
-        is_same = state.get("StartedAt") == started
-        return None if is_same else ("restart", {**restart, "exit_code": None})
-    if state.get("Status") == "created":
-        return "end", {"reason": "created", "exit_code": None}
-    return "end", {"reason": "exited", "exit_code": exit_code}
+        return None
+    reasons = {"removing": "removed", "dead": "removed", "created": "created"}
+    reason = reasons.get(state.get("Status"), "exited")
+    return "end", {"reason": reason, "exit_code": None if reason == "created" else exit_code}
 
 
 # --------------------------------------------------------------------------------------------------
