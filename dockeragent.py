@@ -149,7 +149,7 @@ METRICS_TIMEOUT = 5.0  # for the list of containers; less than a scrape may take
 
 MAX_LINE = 1024 * 1024  # bytes of one log line; the rest goes on as the next
 MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own hold up to 16 KiB and a timestamp
-NUMBERED = 4096  # lines; a stamp that none of so many had counts anew, for the ids
+NUMBERED = 4096  # log entries; a stamp that none of so many had counts anew, for the ids
 ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into entries of this size
 # Sent at the start of an event stream, with the milliseconds before its client reconnects. No empty
 # line follows it or a ping: some clients would dispatch that as an empty message.
@@ -3913,8 +3913,7 @@ def read_volumes(engine: Engine) -> list[Json]:
 # Invariant: nothing compares the order of stamps; clocks step back.
 
 Entry = tuple[int, bytes]  # stream type, "STAMP text\n" as the Engine logged it; no \n: goes on
-# Stamp in Docker's form, number among the lines of that stamp, stream type, text. The number is 0
-# where it is not known.
+# Stamp in Docker's form, number among the lines of that stamp (0: in doubt), stream type, text.
 Line = tuple[bytes, int, int, bytes]
 Point = Optional[tuple[bytes, int]]  # a line's stamp and number; None: before the oldest line
 Render = Callable[[list[Line]], bytes]
@@ -4173,15 +4172,6 @@ class LogSource(NamedTuple):
         return None
 
 
-class LogTail(NamedTuple):
-    """The last lines of a reading, of those after the last line in doubt."""
-
-    reading: LogReading
-    kept: list[Line]
-    total: int  # of lines that were asked for, kept or not
-    first: Optional[Line]  # of all
-
-
 class LogReading:
     """The lines of one response of the Engine, which has the last `tail` entries."""
 
@@ -4197,6 +4187,10 @@ class LogReading:
         self.final: Optional[Entry] = None
         self.rest: list[Line] = []  # what the end left without a newline
         self.reach = ALL  # the tail in which to look for what comes after the last line
+        # Of the lines after the last one in doubt: the last, how many were asked for, the first.
+        self.kept: collections.deque[Line] = collections.deque()
+        self.total = 0
+        self.oldest: Optional[Line] = None
         self.close = response.close
         self._source, self._response, self._tail = source, response, tail
         self._is_certain = doubt is None
@@ -4247,24 +4241,22 @@ class LogReading:
                 break
         return [] if self.point else lines[start:end]
 
-    def keep_last(self, *, unfinished: bool = False) -> LogTail:
-        """Read to the end; unfinished: also what that left without a newline."""
-        kept: collections.deque[Line] = collections.deque()
-        size = total = 0
-        first: Optional[Line] = None
+    def keep_last(self, *, unfinished: bool = False) -> LogReading:
+        """Read to the end, keeping lines; unfinished: also what that left without a newline."""
+        size = 0
         for lines in itertools.chain(self, self._unfinished() if unfinished else ()):
             if doubts := [index for index, line in enumerate(lines) if not line[1]]:
-                kept.clear()
-                size, total, first = 0, 0, None
+                self.kept.clear()
+                size, self.total, self.oldest = 0, 0, None
                 lines = lines[doubts[-1] + 1 :]
-            first = first or next(iter(lines), None)
-            kept.extend(lines)
-            total += sum(line[2] in self._source.kinds for line in lines)
+            self.oldest = self.oldest or next(iter(lines), None)
+            self.total += sum(line[2] in self._source.kinds for line in lines)
+            self.kept.extend(lines)
             size += sum(LINE_COST + len(line[3]) for line in lines)
             # Invariant: no more is kept than MAX_KEPT, or one line, however many are asked for.
-            while size > MAX_KEPT and len(kept) > 1:
-                size -= LINE_COST + len(kept.popleft()[3])
-        return LogTail(self, list(kept), total, first)
+            while size > MAX_KEPT and len(self.kept) > 1:
+                size -= LINE_COST + len(self.kept.popleft()[3])
+        return self
 
     def _unfinished(self) -> Iterator[list[Line]]:
         yield self.rest
@@ -4329,7 +4321,7 @@ class LogCursor:
         unfinished: also what its end left without a newline.
         """
         reading = yield from self._find()
-        if reading.final != self._reading(1, None, http10=False).keep_last().reading.final:
+        if reading.final != self._reading(1, None, http10=False).keep_last().final:
             reading = yield from self._find(http10=False)  # it was cut, or more was written
         if unfinished:
             yield self._hand_out(reading.rest)
@@ -4431,31 +4423,31 @@ class LogCursor:
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
         So a larger one is read, too. It is of no use if damage ends it before the other's end.
         """
-        found = self._reading(wanted, None).keep_last(unfinished=unfinished)
-        theirs, tail = found.reading, wanted + wanted // 8 + 64 + doubt
+        found = theirs = self._reading(wanted, None).keep_last(unfinished=unfinished)
+        tail = wanted + wanted // 8 + 64 + doubt
         with contextlib.suppress(LogDamaged):
             while theirs.entries in (0, wanted) or self._source.until:
-                reading = self._reading(tail, doubt)
-                reading.mark = theirs.first
-                larger = reading.keep_last(unfinished=unfinished)
-                is_full = reading.entries >= tail
-                if not is_full and reading.marked < theirs.entries:
+                larger = self._reading(tail, doubt)
+                larger.mark = theirs.first
+                larger.keep_last(unfinished=unfinished)
+                is_full = larger.entries >= tail
+                if not is_full and larger.marked < theirs.entries:
                     break
-                if tail >= ALL or (is_full and larger.total >= wanted and larger.first):
+                if tail >= ALL or (is_full and larger.total >= wanted and larger.oldest):
                     found = larger
                     break
                 # podman takes longer for a large tail than for the whole log.
                 tail = 16 * tail if is_full and not self._source.engine.is_podman else ALL
-        lines = self._hand_out(found.kept)
-        self._reach = found.reading.reach
+        lines = self._hand_out(list(found.kept))
+        self._reach = found.reach
         if len(lines) >= min(wanted, found.total):
             return lines[max(0, len(lines) - wanted) :]
         self.last = None
         if not doubt:  # no number by which to find them again
             return self._tail(wanted, NUMBERED, unfinished=unfinished)
-        if found.first and found.total > wanted:
-            self.last, self._reach = found.first[:2], found.reading.entries + LOOK
-            self._skip = found.total - wanted - (found.first[2] in self._source.kinds)
+        if found.oldest and found.total > wanted:
+            self.last, self._reach = found.oldest[:2], found.entries + LOOK
+            self._skip = found.total - wanted - (found.oldest[2] in self._source.kinds)
         return None
 
 
