@@ -7456,6 +7456,27 @@ def test_line_the_engine_left_out_at_the_end_is_fetched(fake_agent, fake_engine)
     assert events[-1].type == "end"
 
 
+def test_followed_lines_have_the_ids_of_a_later_reading(fake_agent, fake_engine):
+    # Every thousandth has the same stamp, so that its number comes from the first of them.
+    stamps = [b"2026-02-21T10:00:00.%09dZ" % (n if n % 1000 else 0) for n in range(10_010)]
+    frames = [frame(1, b"%d\n" % n, stamp) for n, stamp in enumerate(stamps)]
+    stored = frames[:10_000]
+
+    def log(sock: socket.socket) -> None:
+        target = fake_engine.requests()[-1].target
+        tail = re.search("tail=([0-9]+)", target)
+        kept = stored[-int(tail[1]) :] if tail else stored[:]
+        if "follow=1" in target:
+            kept += frames[len(stored) :]
+            stored[:] = frames
+        sock.sendall(plain_answer(*kept))
+
+    log_of(fake_engine, log, RUNNING, EXITED)
+    followed = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+    assert [event.data for event in followed[:-1]] == [str(n) for n in range(10_010)]
+    assert followed == parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+
+
 def test_resume_finds_the_line_that_was_begun_long_before(fake_agent, fake_engine):
     entries = [(0, 1, b"begun "), (6, 2, b"other\n"), (0, 1, b"and ended\n"), (7, 1, b"after\n")]
     noon = 1771668000  # 2026-02-21T10:00:00Z
