@@ -4349,7 +4349,7 @@ class LogCursor:
 
     def _tails(self) -> Iterator[tuple[int, int | None]]:
         """Yield the tails in which to look for `last`, and of each how much is in doubt."""
-        if self._reach < ALL:
+        if self.last and self._reach < ALL:
             yield self._reach, NUMBERED
         yield ALL, None
         # Damage hides all behind it from a reading that begins before it.
