@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2517, and a reviewer may stop there:
+stands first, up to line 2518, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -1525,7 +1525,8 @@ class Request:
         fields: Json = {"method": self.method[:16], "route": self.route.path if self.route else ""}
         fields.update(status=self.status, request_id=self.id, client_ip=self.client)
         if self.key.name:
-            fields.update(key=self.key.name, target=self.target)
+            asked = {"name": self.name} if self.name else {}  # of a request that was refused
+            fields.update(key=self.key.name, target=self.target or asked)
         return fields
 
 
