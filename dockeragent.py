@@ -5527,14 +5527,20 @@ def health(request: Request, agent: Agent) -> Response:
     return Response({"status": status, "docker": docker, "timestamp": now}, code)
 
 
-def create(request: Request, agent: Agent) -> Response:
-    engine, body = agent.engine, request.body
-    interrupts = request.interrupts._replace(stop=None)
-    pull = functools.partial(pull_image, engine, body, registry_auth(request), interrupts)
+def prepare_create(request: Request, agent: Agent) -> Callable[[], object]:
+    """Return a function that pulls the body's image, once the name is free. Raises ApiError."""
+    body = request.body
     request.target.update(name=body.get("name", ""), image=body["image"])
+    auth = registry_auth(request)
     if "name" in body:
         agent.deploys.before_write(body["name"])
-    created = create_container(engine, request.key, body, pull)
+    interrupts = request.interrupts._replace(stop=None)
+    return functools.partial(pull_image, agent.engine, body, auth, interrupts)
+
+
+def create(request: Request, agent: Agent) -> Response:
+    engine, body = agent.engine, request.body
+    created = create_container(engine, request.key, body, prepare_create(request, agent))
     identity: str = created["Id"]
     request.target.update(id=identity)
     with removed_on_failure(engine, identity):
@@ -5633,17 +5639,23 @@ def remove(request: Request, agent: Agent) -> Response:
     return Response({"message": "container removed"})
 
 
+def last_event_id(request: Request, pattern: str) -> re.Match[str] | None:
+    """Return the match of the id after which a client goes on, if any. Raises ApiError (400)."""
+    # The header first: a browser that reconnects sends it beside the URL it began with.
+    given = request.header("Last-Event-ID") or request.query.get("last_event_id", "")
+    match = re.fullmatch(pattern, given)
+    if given and not match:
+        refuse("Last-Event-ID", "must be an id that this stream sent")
+    return match
+
+
 def logs(request: Request, agent: Agent) -> Response:
     asked = {"stdout": True, "stderr": True, "follow": False, "tail": "all", **request.query}
     if not (asked["stdout"] or asked["stderr"]):
         refuse("stdout", "and stderr cannot both be false")
     kinds = frozenset(k for k, name in STREAMS.items() if asked.get(name, asked["stdout"]))
     since, until = (moment_asked(name, asked.get(name, "0")) for name in ("since", "until"))
-    # The header first: a browser that reconnects sends it beside the URL it began with.
-    event_id = request.header("Last-Event-ID") or asked.get("last_event_id", "")
-    match = re.fullmatch(EVENT_ID, event_id)
-    if event_id and not match:
-        refuse("Last-Event-ID", "must be an id that a log stream sent")
+    match = last_event_id(request, EVENT_ID)
     last = (stamp_from(int(match[1] + match[2])), int(match[3])) if match else None
     found = find_container(request, agent)
     tty = bool(require(found, "Config", dict).get("Tty"))
@@ -5745,12 +5757,8 @@ def stats(request: Request, agent: Agent) -> Response:
 def events(request: Request, agent: Agent) -> Response:
     asked = request.query
     moments = {n: parse_moment(n, asked[n]) for n in ("since", "until") if n in asked}
-    # The header first: a browser that reconnects sends it beside the URL it began with.
-    event_id = request.header("Last-Event-ID") or asked.get("last_event_id", "")
-    if match := re.fullmatch(ENGINE_EVENT_ID, event_id):
+    if match := last_event_id(request, ENGINE_EVENT_ID):
         moments["since"] = int(match[1])
-    elif event_id:
-        refuse("Last-Event-ID", "must be an id that a stream of events sent")
     until = moments.get("until", math.inf)
     if moments.get("since", 0) > until:
         refuse("until", "must not be before since")
@@ -5784,13 +5792,8 @@ def file_tree(request: Request, agent: Agent, path: str) -> Tree:
 
 
 def post_run(request: Request, agent: Agent) -> Response:
-    engine, body, events = agent.engine, request.body, wants_events(request)
-    request.target.update(name=body.get("name", ""), image=body["image"])
-    interrupts = request.interrupts._replace(stop=None)
-    pull = functools.partial(pull_image, engine, body, registry_auth(request), interrupts)
-    if "name" in body:
-        agent.deploys.before_write(body["name"])
-    stream = run_stream(engine, agent.runs, request, pull, events=events)
+    events, pull = wants_events(request), prepare_create(request, agent)
+    stream = run_stream(agent.engine, agent.runs, request, pull, events=events)
     return Response(stream=stream, headers=EVENT_HEADERS if events else {})
 
 
