@@ -9447,7 +9447,7 @@ def test_same_tag_with_a_new_image_is_a_change_and_its_digest_the_way_back(
     assert second["replaced"] == {name: first[name] for name in ("id", "image", "image_digest")}
     reply = put(agent, site, {**GOOD, "pull": "missing", "image": first["image_digest"]})
     assert (reply.status, reply.json().get("image_digest")) == (200, first["image_digest"])
-    for image in (f"{site}:2", tag):
+    for image in (f"{site}:2", tag, first["image_digest"]):
         forget(engine, image)
 
 
