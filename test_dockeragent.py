@@ -7028,7 +7028,7 @@ DAMAGES = {
 @pytest.mark.parametrize("distance", [2, 10, 11, 50])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_damaged_log_gives_what_the_engine_gives(agent, engine, damage, distance):
-    """An Engine ends a read at the damage, some of them with an error."""
+    """An Engine ends a read at the damage; some of them with an error, 26.1 now and then."""
     entries: list[Any] = stepping(0, lines=100)
     name = stored_log(engine, entries)
     path = log_file(engine, name)
@@ -7037,7 +7037,7 @@ def test_damaged_log_gives_what_the_engine_gives(agent, engine, damage, distance
     path.write_bytes(b"".join(stored))
     for wanted in (1, 4, 10, 49, 60):
         theirs = engine.logs(name, f"&tail={wanted}").decode().splitlines()
-        if not engine.logs_fail:
+        if not any(engine.logs(name, f"&tail={wanted}") and engine.logs_fail for _ in range(20)):
             lines = read_lines(agent, name, f"tail={wanted}")
             assert lines[len(lines) - len(theirs) :] == theirs
             events = follow(agent, name, f"tail={wanted}")
