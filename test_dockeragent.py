@@ -8528,9 +8528,14 @@ def test_follower_learns_of_a_death_and_labels_forge_nothing(agent, engine):
 def test_events_go_on_from_each_id(agent, engine):
     begun = time.time_ns() - 10**6
     container = engine.run("true")
-    ended = "{}.{:09d}".format(*divmod(time.time_ns(), 10**9))
-    bounds = f"container={container}&until={ended}"
     since = "{}.{:09d}".format(*divmod(begun, 10**9))
+
+    def death() -> str | None:
+        ended = "{}.{:09d}".format(*divmod(time.time_ns(), 10**9))
+        bounds = f"container={container}&until={ended}"
+        return bounds if b'"die"' in agent.get(f"{EVENTS}?{bounds}&since={since}").body else None
+
+    bounds = until(death, "the event of its death, which may come after the answer to a wait")
     *events, end = parse_events(agent.get(f"{EVENTS}?{bounds}&since={since}").body)
     assert end.type == "end"
     assert [json.loads(event.data)["action"] for event in events] == ["create", "start", "die"]
