@@ -200,7 +200,7 @@ UNIX_TIME = r"([0-9]{1,11})(?:\.([0-9]{1,9}))?"
 DURATION = r"(?=\.?[0-9])([0-9]{0,15})(?:\.([0-9]{0,15}))?(ns|us|µs|μs|ms|s|m|h)"
 UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9}  # nanoseconds
 UNITS.update(m=60 * UNITS["s"], h=3600 * UNITS["s"])
-EVENT_ID = r"([0-9]{1,11})\.([0-9]{9})-([1-9][0-9]{0,14})"
+EVENT_ID = r"(-?[0-9]{1,12})\.([0-9]{9})-([1-9][0-9]{0,14})"
 ENGINE_EVENT_ID = r"([0-9]{1,19})-[1-9][0-9]{0,14}"
 
 # Python's phrases changed between 3.9 and 3.13 (413, 414, 416, 422); these are RFC 9110's.
@@ -4114,7 +4114,8 @@ def stamp_from(nanoseconds: int) -> bytes:
     """Return Unix nanoseconds as the Engine stamps log entries: STAMP_SIZE bytes."""
     second, fraction = divmod(nanoseconds, 10**9)
     whole = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
-    return f"{whole}.{fraction:09d}Z".encode()
+    # An entry without a time has the year 1, which %Y gives no zeros on Linux.
+    return f"{whole:0>19}.{fraction:09d}Z".encode()
 
 
 def stamp_time(stamp: bytes) -> int:
@@ -5655,8 +5656,10 @@ def logs(request: Request, agent: Agent) -> Response:
         refuse("stdout", "and stderr cannot both be false")
     kinds = frozenset(k for k, name in STREAMS.items() if asked.get(name, asked["stdout"]))
     since, until = (moment_asked(name, asked.get(name, "0")) for name in ("since", "until"))
-    match = last_event_id(request, EVENT_ID)
-    last = (stamp_from(int(match[1] + match[2])), int(match[3])) if match else None
+    last = None
+    if match := last_event_id(request, EVENT_ID):
+        second, fraction, number = map(int, match.groups())
+        last = stamp_from(second * 10**9 + fraction), number
     found = find_container(request, agent)
     tty = bool(require(found, "Config", dict).get("Tty"))
     interrupts = request.interrupts if asked["follow"] else request.interrupts._replace(stop=None)

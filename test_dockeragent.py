@@ -6805,6 +6805,7 @@ class Entry(NamedTuple):
 STREAMS = ("stdout", "stderr")
 START = 1_771_668_000 * 10**9  # 2026-02-21T10:00:00Z
 MS, SECOND, HOUR = 10**6, 10**9, 3600 * 10**9
+YEAR_1, YEAR_9999 = -62_135_596_800 * SECOND - START, 253_402_300_799 * SECOND - START
 
 
 def stored_log(engine: RealEngine, entries: list[Entry | bytes], tty: bool = False) -> str:
@@ -6814,7 +6815,8 @@ def stored_log(engine: RealEngine, entries: list[Entry | bytes], tty: bool = Fal
     for entry in entries:
         if isinstance(entry, Entry):
             second, fraction = divmod(START + entry.at, 10**9)
-            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)) + f".{fraction:09d}Z"
+            stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)).rjust(19, "0")
+            stamp += f".{fraction:09d}Z"
             data = json.dumps({"log": entry.text, "stream": entry.stream, "time": stamp})
             entry = data.encode() + b"\n"
         lines.append(entry)
@@ -6891,6 +6893,8 @@ STAMP_PATTERNS = {
     },
     "clock set back twice": stepping(-HOUR, at=20) + stepping(-2 * HOUR, at=0, lines=30),
     "host boots in 1970": stepping(0, lines=30) + stepping(5 * SECOND - START, at=0, lines=30),
+    "an entry without a time": numbered(0, YEAR_1, YEAR_1, 1, YEAR_1 + 1, 2),
+    "the last second of the year 9999": numbered(0, YEAR_9999, 1, YEAR_9999, 2),
     "all lines of one stamp": numbered(*[0] * 40),
     "five lines of each stamp": numbered(*(n // 5 * MS for n in range(60))),
     "the stamps of ten lines again and again": numbered(*(n % 10 * MS for n in range(60))),
