@@ -4425,11 +4425,11 @@ class LogCursor:
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
         So a larger one is read, too. It is of no use if damage ends it before the other's end.
         """
-        found = theirs = self._reading(wanted, None).keep_last(unfinished=unfinished)
+        found = theirs = self._reading(wanted, None, http10=False).keep_last(unfinished=unfinished)
         tail = wanted + wanted // 8 + 64 + doubt
         with contextlib.suppress(LogDamaged):
             while theirs.entries in (0, wanted) or self._source.until:
-                larger = self._reading(tail, doubt)
+                larger = self._reading(tail, doubt, http10=False)
                 larger.mark = theirs.first
                 larger.keep_last(unfinished=unfinished)
                 is_full = larger.entries >= tail

@@ -224,6 +224,7 @@ class Seen(NamedTuple):
     target: str  # without the version: "/containers/json?all=0"
     headers: dict[str, str]
     body: bytes
+    version: str = "HTTP/1.1"
 
 
 def is_own_look(target: str) -> bool:
@@ -275,14 +276,14 @@ class FakeEngineHandler(socketserver.StreamRequestHandler):
     server: FakeEngine
 
     def handle(self) -> None:
-        method, target, _ = self.rfile.readline().decode().split(" ")
+        method, target, version = self.rfile.readline().decode().split()
         headers = {}
         while line := self.rfile.readline().strip():
             name, _, value = line.decode().partition(":")
             headers[name.lower()] = value.strip()
         body = self.rfile.read(int(headers.get("content-length", 0)))
         target = re.sub(r"^/v1\.[0-9]+/", "/", target)
-        self.server.seen.put(Seen(method, target, headers, body))
+        self.server.seen.put(Seen(method, target, headers, body, version))
         answer = self.server.script.get(f"{method} {target.partition('?')[0]}")
         if is_own_look(target):
             answer = self.server.script.get("its own look", http_answer([]))
@@ -7342,6 +7343,22 @@ def test_broken_log_never_looks_whole(fake_agent, fake_engine, answer):
         # An error that comes before the first line is told by the status.
         assert reply.startswith(b"HTTP/1.1 502 ") or b'\r\n{"lines":[' in reply
         assert not reply.endswith(b"0\r\n\r\n")
+
+
+@pytest.mark.parametrize("query", [[], ["follow=1"]], ids=["JSON", "events"])
+@pytest.mark.parametrize("wanted", [1, 2, 3, 10, 10_000])
+def test_tail_that_the_engine_cut_short_never_looks_whole(fake_agent, fake_engine, wanted, query):
+    def cut(sock: socket.socket) -> None:
+        # The end of an HTTP/1.0 response is the connection's, whatever the reason.
+        is_old = fake_engine.requests()[-1].version == "HTTP/1.0"
+        sock.sendall(plain_answer(FIRST, TWO) if is_old else chunked_answer(FIRST, TWO, end=False))
+
+    log_of(fake_engine, cut, EXITED)
+    reply = fake_agent.get(logs_path("x", f"tail={wanted}", *query))
+    if query:
+        assert [event.type for event in parse_events(reply.body)] == ["error"]
+    else:
+        assert reply.status == 502
 
 
 def test_error_frame_keeps_the_engines_words(fake_agent, fake_engine):
