@@ -4276,11 +4276,12 @@ class LogCursor:
         self._reach = LOOK if last else ALL  # the tail in which to look for `last` first
         self._skip = 0  # lines to leave out before the next
 
-    def read(self, wanted: int | None) -> Iterator[list[Line]]:
+    def read(self, wanted: int | None, *, numbered: bool = False) -> Iterator[list[Line]]:
         """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
         left = sys.maxsize
         if wanted is not None and not self.last:
-            lines = self._tail(wanted, 0 if wanted < LOOK else NUMBERED, unfinished=True)
+            doubt = NUMBERED if numbered or wanted >= LOOK else 0
+            lines = self._tail(wanted, doubt, unfinished=True)
             if lines is not None:
                 yield lines
                 return
@@ -4299,11 +4300,15 @@ class LogCursor:
         """
         started = require(found, "State", dict).get("StartedAt") if found else None
         ending = log_ending(found, started)
-        had_ended = bool(ending)
         if wanted is not None and not self.last:
             yield []
-            yield self._tail(wanted, NUMBERED, unfinished=had_ended) or []
-        elif not (had_ended or self.last):
+        if ending:
+            self.ending = ending
+            yield from self.read(wanted, numbered=True)
+            return
+        if wanted is not None and not self.last:
+            yield self._tail(wanted, NUMBERED, unfinished=False) or []
+        elif not self.last:
             yield from self._find()
         while not (ending or self._seconds_left() <= 0):
             was_dropped = yield from self._arriving()
@@ -4314,7 +4319,7 @@ class LogCursor:
         try:
             yield from self._stored(unfinished=self.ending[0] == "end")
         except EngineError as error:
-            if had_ended or error.status not in (404, 409):  # it is removed, or being removed
+            if error.status not in (404, 409):  # it is removed, or being removed
                 raise
 
     def _stored(self, *, unfinished: bool) -> Iterator[list[Line]]:
@@ -4425,10 +4430,11 @@ class LogCursor:
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
         So a larger one is read, too. It is of no use if damage ends it before the other's end.
         """
-        found = theirs = self._reading(wanted, None, http10=False).keep_last(unfinished=unfinished)
+        least = max(wanted, 1)  # what comes after no line at all is found behind the last
+        found = theirs = self._reading(least, None, http10=False).keep_last(unfinished=unfinished)
         tail = wanted + wanted // 8 + 64 + doubt
         with contextlib.suppress(LogDamaged):
-            while theirs.entries in (0, wanted) or self._source.until:
+            while theirs.entries in (0, least) or self._source.until:
                 larger = self._reading(tail, doubt, http10=False)
                 larger.mark = theirs.first
                 larger.keep_last(unfinished=unfinished)

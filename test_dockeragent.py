@@ -7054,6 +7054,16 @@ def test_damaged_log_gives_what_the_engine_gives(agent, engine, damage, distance
                 assert events[index] not in found
 
 
+@pytest.mark.parametrize("places", [(97, 10), (100,)], ids=["twice", "at its end"])
+def test_followed_tail_of_a_damaged_log_is_no_longer_than_asked(agent, engine, places):
+    entries: list[Any] = stepping(0, lines=100)
+    for place in places:
+        entries.insert(place, b'{"log":"half')
+    name = stored_log(engine, entries)
+    for wanted in (0, 1, 2, 5, 10, 50):
+        assert len(follow_lines(agent, name, f"tail={wanted}")) <= wanted
+
+
 @pytest.fixture(scope="module")
 def lopsided(engine: RealEngine) -> str:
     """A log of 50 lines on stderr, then 300 on stdout, one on stderr and two on stdout."""
