@@ -6774,7 +6774,7 @@ def test_tail_is_the_last_whole_lines(agent, engine, written, tty):
     name = echo(engine, written, tty=tty)
     lines = as_lines(written)
     assert read_lines(agent, name, "tail=all") == lines
-    for wanted in (0, 1, 2, 3, 4, 49, 1000):
+    for wanted in (0, 1, 2, 3, 4, 49, 1000, 10**18 - 1):
         expected = lines[len(lines) - min(wanted, len(lines)) :]
         assert read_lines(agent, name, f"tail={wanted}") == expected, wanted
         assert follow_lines(agent, name, f"tail={wanted}") == expected, wanted
