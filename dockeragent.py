@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2518, and a reviewer may stop there:
+stands first, up to line 2519, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys and policy, Configuration
@@ -200,7 +200,8 @@ UNIX_TIME = r"([0-9]{1,11})(?:\.([0-9]{1,9}))?"
 DURATION = r"(?=\.?[0-9])([0-9]{0,15})(?:\.([0-9]{0,15}))?(ns|us|µs|μs|ms|s|m|h)"
 UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9}  # nanoseconds
 UNITS.update(m=60 * UNITS["s"], h=3600 * UNITS["s"])
-EVENT_ID = r"(-?[0-9]{1,12})\.([0-9]{9})-([1-9][0-9]{0,14})"
+# Up to the year 9999; an entry without a time has the year 1.
+EVENT_ID = r"([0-9]{1,11}|2[0-9]{11}|-62135596800)\.([0-9]{9})-([1-9][0-9]{0,14})"
 ENGINE_EVENT_ID = r"([0-9]{1,19})-[1-9][0-9]{0,14}"
 
 # Python's phrases changed between 3.9 and 3.13 (413, 414, 416, 422); these are RFC 9110's.
