@@ -3397,10 +3397,11 @@ AGENT_LABELS = ("key", "run", "name", "spec", "restart", "replaces", "was", "gat
 # What the Engine's words for a failed pull mean. Those that come first in a message decide: what
 # follows may be the registry's own text, or a page of HTML. None: the registry failed, 502.
 PULL_ERRORS = (
-    (502, r"dial tcp|lookup |x509:|unexpected (http )?status.*(429|5\d\d)|error parsing http"),
-    (502, "(^|: )(toomanyrequests|unknown): "),
+    (502, r"dial tcp|lookup |x509:|unexpected (http )?status.* (429|5\d\d)|error parsing http"),
+    (502, "(^|: )(toomanyrequests|unknown): (?!failed to resolve)"),
     (500, "failed to register layer|no space left|read-only file system|(open|mkdir|rename) /"),
-    (401, "unauthorized|authentication required|no basic auth|(incorrect|invalid) username"),
+    (401, "(pull access denied.*)?no basic auth"),
+    (401, "unauthorized|authentication required|(incorrect|invalid) username"),
     (403, r"(^|: )denied\b|is denied|access denied|forbidden"),
     (404, "(manifest|name) unknown|(?<!file )not found|no (such image|matching manifest)"),
     (404, "does not exist|does not match the specified platform"),

@@ -5165,6 +5165,11 @@ def test_error_inside_a_pull(fakes, pieces, end, status, words):
     [
         ('Get "https://r.io/v2/": dial tcp 10.0.0.1:443: connect: connection refused', 502),
         ("pull access denied for x, repository does not exist", 403),
+        # With containerd's store:
+        ("pull access denied, or may require authorization: no basic auth credentials", 401),
+        ("unknown: failed to resolve reference: HEAD http://r:5055/v2/: 401 Unauthorized", 401),
+        ("unexpected status from HEAD request to http://r:5055/v2/: 401 Unauthorized", 401),
+        ("unknown: failed to resolve reference: unexpected status from HEAD: 503 x", 502),
         ("manifest for x:1 not found: manifest unknown", 404),
         ("failed to register layer: write /usr/x: no space left on device", 500),
         ("whatever a registry may say", 502),
