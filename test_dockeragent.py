@@ -4968,7 +4968,8 @@ def test_pull(agent, engine, registries, registry, suffix, headers, status, word
 def digest_of(image: str) -> str:
     """The hexadecimal digest of tag 1 in the plain registry."""
     port, _, path = image.partition("/")
-    accept = "Accept: application/vnd.docker.distribution.manifest.v2+json"
+    kinds = ("docker.distribution.manifest.v2", "oci.image.manifest.v1")
+    accept = "Accept: " + ", ".join(f"application/vnd.{kind}+json" for kind in kinds)
     with socket.create_connection(("127.0.0.1", int(port.partition(":")[2]))) as sock:
         sock.sendall(f"HEAD /v2/{path}/manifests/1 HTTP/1.0\r\n{accept}\r\n\r\n".encode())
         return re.search(rb"Docker-Content-Digest: sha256:(\w+)", read_to_end(sock))[1].decode()
