@@ -12,10 +12,10 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2519, and a reviewer may stop there:
+stands first, up to line 2524, and a reviewer may stop there:
 
     Constants, Errors
-    B, what decides for a key: Validation, Keys and policy, Configuration
+    B, what decides for a key: Validation, Keys, Policy, Configuration
     A, what a client without a key reaches: Logging, Rate limiter, Sockets, HTTP handler, Server
        (between them, for a client with a key: Requests)
     C, what touches the host's files: Files
@@ -492,11 +492,9 @@ def full_reference(image: str, tag: str = ":latest") -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Keys and policy: whose key it is, and the one function that decides what it may do
+# Keys: what a key is and what its patterns cover, and the one place where keys are compared
 # --------------------------------------------------------------------------------------------------
 
-PUBLIC, MASTER_ONLY = "public", "what is for the master key"  # in place of a permission
-KEY_LABEL = "dockeragent.key"  # the name of the limited key that created a container
 OWN_LABELS = "dockeragent."  # what the agent's own labels begin with: no client sets one
 HELPER_NAMES = (".next", ".prev", ".old")  # ends of names: a deploy's containers beside the first
 HELPER_NAME = re.compile(r"\.(?:next|prev|old)\Z")
@@ -547,6 +545,23 @@ class Key(NamedTuple):
 
 STRANGER = Key("")  # whoever has not shown a valid key
 
+
+def find_key(keys: Iterable[Key], shown: bytes) -> Key:
+    """Return the key that was shown, STRANGER if there is no such key or it has expired."""
+    digest, found = hashlib.sha256(shown).digest(), STRANGER
+    for key in keys:
+        # Invariant: the one place where keys are compared: in constant time, with each of them.
+        if hmac.compare_digest(digest, key.digest) and time.time() < key.expires:
+            found = key
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Policy: the one function that decides what a limited key may do
+# --------------------------------------------------------------------------------------------------
+
+PUBLIC, MASTER_ONLY = "public", "what is for the master key"  # in place of a permission
+KEY_LABEL = "dockeragent.key"  # the name of the limited key that created a container
 # One function a permission, and one a group of fields; each raises ApiError (403), or changes the
 # body into what a limited key gets. `ask` returns the Engine's JSON for a path, None for a 404.
 Ask = Callable[[str], Optional[Json]]
@@ -1617,16 +1632,6 @@ def find_route(routes: Iterable[Route], method: str, segments: list[str]) -> tup
         options = ", ".join(dict.fromkeys(allowed))
         raise ApiError(405, f"use {options} here", {"Allow": options})
     raise ApiError(404, "there is nothing at this path; the README lists the endpoints")
-
-
-def find_key(keys: Iterable[Key], shown: bytes) -> Key:
-    """Return the key that was shown, STRANGER if there is no such key or it has expired."""
-    digest, found = hashlib.sha256(shown).digest(), STRANGER
-    for key in keys:
-        # Invariant: the one place where keys are compared: in constant time, with each of them.
-        if hmac.compare_digest(digest, key.digest) and time.time() < key.expires:
-            found = key
-    return found
 
 
 class Connection(socketserver.BaseRequestHandler):

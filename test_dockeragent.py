@@ -667,7 +667,7 @@ def test_second_newline_of_a_key_file_is_an_error(tmp_path):
     assert KEY not in done.stderr
 
 
-# Keys and policy
+# Keys, Policy
 
 
 def digest(key: str) -> str:
@@ -9639,7 +9639,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 6_135
+LINES = 6_140
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
