@@ -4389,7 +4389,7 @@ class LogCursor:
             with tolerate(504):  # podman before 5 sends no head until there is a line
                 follower = self._reading(self._reach, NUMBERED, follow=True, seconds=seconds)
                 stack.callback(follower.close)
-            yield from self._find()
+            reading = yield from self._find()
             if not follower:
                 return False
             follower.point = self.last
@@ -4398,7 +4398,8 @@ class LogCursor:
                 if lines is None and follower.point:
                     break
                 yield self._hand_out(follower.certain(lines or []))
-            self._reach = follower.reach
+            # What was left unfinished may have begun before the follower's first entry.
+            self._reach = ALL if reading.rest else follower.reach
             return follower.is_done
 
     def _hand_out(self, lines: list[Line]) -> list[Line]:
