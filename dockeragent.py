@@ -4623,7 +4623,8 @@ def read_journal(labels: Json) -> Journal:
 
 def restart_policy(host_config: Json) -> Json:
     policy: Json = host_config.get("RestartPolicy") or {}
-    return policy if policy.get("Name") else NO_RESTART  # an update to an empty name does nothing
+    # An update to an empty name does nothing.
+    return {**NO_RESTART, **policy} if policy.get("Name") else NO_RESTART
 
 
 def health_of(container: Json) -> str:

@@ -9284,6 +9284,15 @@ def test_gate(agent, engine, site, fields, gate, word, health):
     assert_settled(engine, site, old, "bad")
 
 
+def test_policy_that_stays_the_same_is_not_set(fragile, site):
+    proxy, agent = fragile
+    for policy in None, {"name": "no"}:
+        proxy.arm(99, refuse_call)
+        body = spec(restart_policy=policy, env=[f"A={policy}"])
+        assert put(agent, site, body).status in (200, 201)
+        assert not [call for call in proxy.disarm() if call.endswith("/update")]
+
+
 def test_exit_between_the_gate_and_the_policy_is_a_failure(fragile, engine, site):
     proxy, agent = fragile
     old = put(agent, site, spec()).json()["id"]
