@@ -4062,8 +4062,10 @@ class LineAssembler:
 
     def end(self) -> list[Line]:
         """Return the lines that the end of the log left without a newline."""
-        held = [(kind, stamp) for kind, (_, stamp, text, _) in self.unfinished.items() if text]
-        return [line for held_ in held for line in self._join(self._count, *held_, b"\n")]
+        lines: list[Line] = []
+        for kind, (_, stamp, text, _) in list(self.unfinished.items()):
+            lines += self._join(self._count, kind, stamp, b"\n") if text else []
+        return lines
 
     def _number(self, at: int, stamp: bytes, begun: int = 1) -> int:
         """Count a line of this stamp, which entry `at` ends, and return its number."""
@@ -4196,10 +4198,12 @@ class LogReading:
         self.final: Optional[Entry] = None
         self.rest: list[Line] = []  # what the end left without a newline
         self.reach = ALL  # the tail in which to look for what comes after the last line
-        # Of the lines after the last one in doubt: the last, how many were asked for, the first.
-        self.kept: collections.deque[Line] = collections.deque()
-        self.total = 0
+        # Of the lines after the last one in doubt: the first, the last; how many of them were asked
+        # for, and the last of those.
         self.oldest: Optional[Line] = None
+        self.newest: Optional[Line] = None
+        self.total = 0
+        self.kept: collections.deque[Line] = collections.deque()
         self.close = response.close
         self._source, self._response, self._tail = source, response, tail
         self._is_certain = doubt is None
@@ -4256,12 +4260,14 @@ class LogReading:
         for lines in itertools.chain(self, self._unfinished() if unfinished else ()):
             if doubts := [index for index, line in enumerate(lines) if not line[1]]:
                 self.kept.clear()
-                size, self.total, self.oldest = 0, 0, None
+                size, self.total, self.oldest, self.newest = 0, 0, None, None
                 lines = lines[doubts[-1] + 1 :]
-            self.oldest = self.oldest or next(iter(lines), None)
-            self.total += sum(line[2] in self._source.kinds for line in lines)
-            self.kept.extend(lines)
-            size += sum(LINE_COST + len(line[3]) for line in lines)
+            if lines:
+                self.oldest, self.newest = self.oldest or lines[0], lines[-1]
+            asked = [line for line in lines if line[2] in self._source.kinds]
+            self.total += len(asked)
+            self.kept.extend(asked)
+            size += sum(LINE_COST + len(line[3]) for line in asked)
             # Invariant: no more is kept than MAX_KEPT, or one line, however many are asked for.
             while size > MAX_KEPT and len(self.kept) > 1:
                 size -= LINE_COST + len(self.kept.popleft()[3])
@@ -4367,14 +4373,14 @@ class LogCursor:
             yield self._reach, NUMBERED
         yield ALL, None
         # Damage hides all behind it from a reading that begins before it.
-        low, high = 0, LOOK
+        low, middle, high = 0, LOOK, LOOK + 1
         while self.last and high - low > 1:
-            middle = (low + high) // 2
             reading = self._reading(middle, None)
             with contextlib.suppress(LogDamaged):
                 reading.keep_last()
             low, high = (middle, high) if reading.entries >= middle else (low, middle)
-        if low and high < LOOK:
+            middle = (low + high) // 2
+        if low and high <= LOOK:
             yield low, None
 
     def _arriving(self) -> Generator[list[Line], None, bool]:
@@ -4454,11 +4460,9 @@ class LogCursor:
                     break
                 # podman takes longer for a large tail than for the whole log.
                 tail = 16 * tail if is_full and not self._source.engine.is_podman else ALL
-        lines = self._hand_out(list(found.kept))
-        self._reach = found.reach
-        if len(lines) >= min(wanted, found.total):
-            return lines[max(0, len(lines) - wanted) :]
-        self.last = None
+        if len(found.kept) >= min(wanted, found.total):
+            self.last, self._reach = found.newest and found.newest[:2], found.reach
+            return list(found.kept)[max(0, len(found.kept) - wanted) :]
         if not doubt:  # no number by which to find them again
             return self._tail(wanted, NUMBERED, unfinished=unfinished)
         if found.oldest and found.total > wanted:

@@ -6827,9 +6827,12 @@ MS, SECOND, HOUR = 10**6, 10**9, 3600 * 10**9
 YEAR_1, YEAR_9999 = -62_135_596_800 * SECOND - START, 253_402_300_799 * SECOND - START
 
 
-def stored_log(engine: RealEngine, entries: list[Entry | bytes], tty: bool = False) -> str:
+def stored_log(
+    engine: RealEngine, entries: list[Entry | bytes], tty: bool = False, script: str = "true"
+) -> str:
     """A stopped container whose log is made of these entries, or of bytes as they are."""
-    name = engine.run("true", tty=tty, HostConfig={"NetworkMode": "none", "LogConfig": JSON_FILE})
+    config = {"NetworkMode": "none", "LogConfig": JSON_FILE}
+    name = engine.run("sh", "-c", script, tty=tty, HostConfig=config)
     lines = []
     for entry in entries:
         if isinstance(entry, Entry):
@@ -6972,6 +6975,44 @@ def test_log_is_read_in_its_own_order_whatever_its_stamps(agent, engine, entries
         query = (f"last_event_id={events[0].id}", "stdout=0")
         left = set(lines_of(entries, "stderr")) - {lines[0]}
         assert set(follow_lines(agent, name, *query)) == left
+
+
+# Ends at once; started again, it waits for a signal and then writes two lines.
+SECOND_RUN = """[ -e /ran ] || { touch /ran; exit; }
+trap "echo later; echo last; exit" USR1
+while :; do sleep 0.05; done"""
+
+
+@pytest.mark.parametrize("entries", STAMP_PATTERNS.values(), ids=STAMP_PATTERNS)
+def test_log_of_a_container_that_runs_is_followed_in_its_own_order(agent, engine, entries):
+    name, lines = stored_log(engine, entries, script=SECOND_RUN), lines_of(entries)
+    stopped = follow(agent, name)
+    held = 1 if entries and not entries[-1].text.endswith("\n") else 0  # it may still go on
+    whole = len(lines) - held
+    starts = {"": 0}
+    starts.update({f"tail={n}": max(0, whole - n) for n in (0, 1, 3, 10, 59, whole, 10_000)})
+    for index in {0, whole // 2, whole - 1} if lines else ():
+        starts[f"last_event_id={stopped[index].id}"] = index + 1
+    opened = len(agent.lines("stream"))
+    found: dict[str, Any] = {}
+
+    def keep(query: str) -> None:
+        found[query] = follow(agent, name, *filter(None, [query]))
+
+    engine.call("POST", f"/containers/{name}/start")
+    threads = [threading.Thread(target=keep, args=(query,)) for query in starts]
+    for thread in threads:
+        thread.start()
+    until(lambda: len(agent.lines("stream")) == opened + len(starts), "all streams")
+    engine.call("POST", f"/containers/{name}/kill?signal=USR1")
+    for thread in threads:
+        thread.join()
+    events = follow(agent, name)
+    assert [event.data for event in events] == [*lines, "later", "last"]
+    assert events[: len(lines)] == stopped
+    for query, start in starts.items():
+        new = len(events) - whole if "tail" in query else 0  # there when the tail was read, or not
+        assert found[query] in [events[start + n :] for n in range(new + 1)], query
 
 
 def test_terminals_log_is_read_in_its_own_order(agent, engine):
@@ -7510,18 +7551,21 @@ def test_line_the_engine_left_out_at_the_end_is_fetched(fake_agent, fake_engine)
     assert events[-1].type == "end"
 
 
-def test_followed_lines_have_the_ids_of_a_later_reading(fake_agent, fake_engine):
+@pytest.mark.parametrize("lag", [0, 1], ids=["a reading has them, too", "the follower alone"])
+def test_followed_lines_have_the_ids_of_a_later_reading(fake_agent, fake_engine, lag):
     # Every thousandth has the same stamp, so that its number comes from the first of them.
     stamps = [b"2026-02-21T10:00:00.%09dZ" % (n if n % 1000 else 0) for n in range(10_010)]
     frames = [frame(1, b"%d\n" % n, stamp) for n, stamp in enumerate(stamps)]
     stored = frames[:10_000]
+    targets: list[str] = []
 
     def log(sock: socket.socket) -> None:
-        target = fake_engine.requests()[-1].target
-        tail = re.search("tail=([0-9]+)", target)
+        targets.append(fake_engine.requests()[-1].target)
+        tail = re.search("tail=([0-9]+)", targets[-1])
         kept = stored[-int(tail[1]) :] if tail else stored[:]
-        if "follow=1" in target:
+        if "follow=1" in targets[-1]:
             kept += frames[len(stored) :]
+        if "follow=1" in "".join(targets[: len(targets) - lag]):
             stored[:] = frames
         sock.sendall(plain_answer(*kept))
 
