@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2524, and a reviewer may stop there:
+stands first, up to line 2526, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -94,7 +94,7 @@ MAX_REQUEST_LINE = 8 * 1024  # bytes; past it 414
 MAX_FIELD_BLOCK = 32 * 1024  # bytes; past it 431
 MAX_FIELDS = 100  # field lines; past it 431
 MAX_BODY = 10 * 1024 * 1024  # bytes, decoded; past it 413
-MAX_LIMITED_CREATE = 128 * 1024  # bytes of JSON that a limited key may have made a container of
+MAX_LIMITED_CONFIG = 128 * 1024  # bytes of JSON that describe a limited key's container
 MAX_CHUNK_LINE = 1024  # bytes; a size and its extensions
 MAX_TRAILER = 8 * 1024  # bytes; trailer fields are checked and dropped
 MAX_DEPTH = 32  # nested arrays and objects; the decoder recurses on the C stack
@@ -598,9 +598,6 @@ def decide_create(request: Request, ask: Ask) -> None:
     key.permit(not request.query.get("adopt"), "adopt", "what was not deployed here")
     for field in body.keys() - LIMITED_FIELDS:
         key.permit(False, field, "a field for the master key")
-    # A list of containers has labels and commands in it, and is read to a bound: see MAX_RESPONSE.
-    small = len(encode_json(body)) <= MAX_LIMITED_CREATE
-    key.permit(small, "body", f"more than {MAX_LIMITED_CREATE} bytes")
     for rule in RULES:
         rule(key, body, ask)
 
@@ -620,10 +617,9 @@ def decide_file(request: Request, ask: Ask) -> None:
     """Hold the request to the listed folder that its path lies beneath."""
     path, mode = {**request.query, **request.body}["path"], request.body.get("permission", "0")
     parts = [part for part in path.split("/") if part not in ("", ".")]
-    for folder in sorted(request.key.files, reverse=True):  # last the outermost: no link below it
-        if f"/{'/'.join(parts)}".startswith(f"{folder}/"):
-            request.folder = folder
-    request.key.permit(request.folder and ".." not in parts, "files", path)
+    folders = [f for f in request.key.files if f"/{'/'.join(parts)}".startswith(f"{f}/")]
+    request.key.permit(folders and ".." not in parts, "files", path)
+    request.folder = min(folders)  # the outermost: no link below it is followed
     # A set-id file of root's in a folder that a container mounts is root in it.
     request.key.permit(int(mode, 8) <= 0o777, "permission", mode)
 
@@ -769,15 +765,20 @@ LIMITED_FIELDS = set(
 
 def restrict_brought(key: Key, container: Json, image: Json) -> None:
     """Empty the labels that an image brings into a create and the key may not set."""
-    labels = {name: "" for name in config_of(image, "Labels") if not key.covers("labels", name)}
-    container["Labels"] = {**labels, **container["Labels"]}
+    labels, health = config_of(image, "Labels"), config_of(image, "Healthcheck")
+    emptied = {name: "" for name in labels if not key.covers("labels", name)}
+    container["Labels"] = {**emptied, **container["Labels"]}
     asked = {name: value for name, value in container.get("Healthcheck", {}).items() if value}
-    brought = {"Config": {"Healthcheck": {**config_of(image, "Healthcheck"), **asked}}}
-    check_created(key, brought, container, 403)
+    config = {**(image.get("Config") or {}), **container, "Healthcheck": {**health, **asked}}
+    config["Labels"] = {**labels, **container["Labels"]}
+    check_created(key, {"Config": config}, container, 403)
 
 
 def check_created(key: Key, created: Json, container: Json, status: int = 409) -> None:
     """Check what an image has brought, also once it was created: the tag may have been moved."""
+    # A list of all containers has labels and commands in it, and is read to a bound, MAX_RESPONSE.
+    size = len(encode_json(created.get("Config")))
+    key.permit(size <= MAX_LIMITED_CONFIG, "size", f"more than {MAX_LIMITED_CONFIG} bytes", status)
     for name, value in config_of(created, "Labels").items():
         is_own = not value or container["Labels"].get(name) == value or key.covers("labels", name)
         key.permit(is_own, "labels", f"the image's {name}", status)
@@ -1537,7 +1538,8 @@ class Request:
 
     def log_fields(self) -> Json:
         """Return the request's fields of a log line."""
-        # Invariant: no path as sent, query, header or body is among them.
+        # Invariant: no path as sent, query, header or body is among them; the name in a path is,
+        # of a client with a valid key.
         fields: Json = {"method": self.method[:16], "route": self.route.path if self.route else ""}
         fields.update(status=self.status, request_id=self.id, client_ip=self.client)
         if self.key.name:
@@ -5810,6 +5812,8 @@ def metrics(request: Request, agent: Agent) -> Response:
 def file_tree(request: Request, agent: Agent, path: str) -> Tree:
     """Return where the request may use the file at path, and note the path for the log."""
     request.target["path"] = path
+    # Invariant: without a folder only the master key goes on, whatever was decided before.
+    request.key.permit(request.key.master or request.folder, "files", path)
     return Tree(agent.host_root, agent.file_locks, request.folder)
 
 

@@ -1152,7 +1152,7 @@ def ports(*numbers: Any) -> dict[str, Any]:
             "what makes the list of all too long",
             "ci",
             {"env": ["A=" + "a" * 2**17]},
-            "body: more than",
+            "size: more than",
         ),
         ("a proxy's label", "ci", {"labels": {"traefik.enable": "true"}}, "labels: traefik.enable"),
         ("a label that no list has", "bare", {"labels": {"com.acme.a": "1"}}, "labels: com.acme.a"),
@@ -1351,6 +1351,27 @@ def test_no_pattern_lets_an_image_bring_the_agents_labels(policed):
         found = policed.engine.inspect(name)["Config"]["Labels"]
         values = (found["dockeragent.was"], found["dockeragent.any"], found["traefik.enable"])
         assert values == ("", "", "true")
+    finally:
+        policed.engine.remove(name)
+        forget(policed.engine, image)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "brought",
+    cases(
+        ("labels", {"Labels": {"com.acme.a": "a" * 2**17}}),
+        ("the names of labels", {"Labels": {"b" * 2**17: "1"}}),
+        ("an environment", {"Env": ["PATH=/bin", "A=" + "a" * 2**17]}),
+    ),
+)
+def test_image_brings_no_more_than_a_body_may(policed, way, brought):
+    name, image = f"{policed.scope}-s", f"{policed.scope}-size:1"
+    load_image(policed.engine, image, **brought)
+    try:
+        reply = policed.create(way, name, {"image": image})
+        assert_envelope(reply, 403, "key ci: size: more than 131072")
+        assert name not in policed.containers()
     finally:
         policed.engine.remove(name)
         forget(policed.engine, image)
@@ -1637,6 +1658,16 @@ def test_files_of_a_limited_key(policed, key, path, fields, status):
             reply = policed.agent.request(method, f"/api/v1/files?path={quoted}", key=key)
             assert reply.status == (404 if "permission" in fields else 403)
     assert os.listdir(root / "conf2") == []
+
+
+def test_limited_key_for_which_no_folder_was_decided_gets_no_file(tmp_path):
+    request = da.Request("", da.NEVER, ())
+    agent = da.Agent(None, str(tmp_path), {}, None, set(), None)
+    request.key = da.Key("ci", files=("/a",))
+    with pytest.raises(da.ApiError, match="key ci: files: /a/x is not allowed"):
+        da.file_tree(request, agent, "/a/x")
+    request.key = da.Key("master", master=True)
+    assert da.file_tree(request, agent, "/a/x").folder is None
 
 
 @pytest.mark.parametrize(
@@ -9722,7 +9753,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 6_145
+LINES = 6_149
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
