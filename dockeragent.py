@@ -3398,6 +3398,8 @@ LIST_FIELDS.update(command="Command", created="Created", state="State", status="
 LIST_FIELDS.update(ports="Ports", labels="Labels")
 PORT_FIELDS = {"ip": "IP", "private_port": "PrivatePort", "public_port": "PublicPort"}
 PORT_FIELDS["type"] = "Type"
+NamedEvent = tuple[str, Any]  # what an operation tells as it goes on: the event's name and data
+SILENCE: NamedEvent = ("", {})  # each PING_INTERVAL without another
 # The labels that the agent sets, after OWN_LABELS.
 AGENT_LABELS = ("key", "run", "name", "spec", "restart", "replaces", "was", "gate")
 
@@ -3616,10 +3618,10 @@ def full_repository(image: str) -> str:
     return split_image(full_reference(image))[0]
 
 
-def pull_progress(
+def pull_events(
     engine: Engine, body: Json, auth: str, interrupts: Interrupts
-) -> Iterator[Json | None]:
-    """Yield the words of a pull as they come, and None each PING_INTERVAL.
+) -> Iterator[NamedEvent]:
+    """Yield ("progress", {...}) as a pull goes on, and at last ("done", {"image", "digest"}).
 
     Raises EngineError for a pull that fails; closing the generator ends the pull.
     """
@@ -3632,18 +3634,20 @@ def pull_progress(
         response = engine.open("POST", "/images/create", *how)
     except EngineError as error:
         raise pull_error(error.status, error.message) from error
+    digest = ""
     with contextlib.closing(response):
         for word in json_lines(response, PULL_SILENCE):
-            if word and (told := word.get("error") or word.get("errorDetail")):
+            if word is None:
+                yield SILENCE
+                continue
+            if told := word.get("error") or word.get("errorDetail"):
                 raise pull_error(502, str(told.get("message") if isinstance(told, dict) else told))
-            yield word
-
-
-def pull_state(word: Json) -> Json:
-    """Return what a client is told of one object of a pull's stream."""
-    detail = word.get("progressDetail")
-    shown = {**detail, **word} if isinstance(detail, dict) else word
-    return {name: shown.get(name) for name in ("id", "status", "current", "total")}
+            detail = word.get("progressDetail")
+            shown = {**detail, **word} if isinstance(detail, dict) else word
+            yield "progress", {n: shown.get(n) for n in ("id", "status", "current", "total")}
+            if match := re.fullmatch("Digest: (sha256:[0-9a-f]{64})", str(word.get("status"))):
+                digest = match[1]
+    yield "done", pull_result(engine, body["image"], digest)
 
 
 def pull_error(status: int, message: str) -> EngineError:
@@ -3664,17 +3668,10 @@ def pull_error(status: int, message: str) -> EngineError:
 
 def pull_image(engine: Engine, body: Json, auth: str, interrupts: Interrupts) -> Json:
     """Pull an image; return {"image", "digest", "status"}. Raises EngineError."""
-    status = digest = ""
-    for word in filter(None, pull_progress(engine, body, auth, interrupts)):
-        status = word.get("status") or status
-        digest = digest_in(word) or digest
-    return {**pull_result(engine, body["image"], digest), "status": status}
-
-
-def digest_in(word: Json) -> str:
-    """Return the digest that one object of a pull's stream tells of, "" for none."""
-    match = re.fullmatch("Digest: (sha256:[0-9a-f]{64})", str(word.get("status")))
-    return match[1] if match else ""
+    status = ""
+    for _, told in pull_events(engine, body, auth, interrupts):
+        status = told.get("status") or status
+    return {**told, "status": status}
 
 
 def pull_result(engine: Engine, image: str, digest: str) -> Json:
@@ -4588,7 +4585,7 @@ GATE = {"timeout": 60, "stable": 10}  # seconds
 NO_EVIDENCE: Json = {"rolled_back": False, "exit_code": None, "health": None, "logs": []}
 UNREACHABLE = (502, 503, 504)  # statuses of an Engine that has to be waited for
 
-Told = queue.SimpleQueue[tuple[str, Any]]  # events: name and data; the last is "done" or "error"
+Told = queue.SimpleQueue[NamedEvent]  # the last is "done" or "error", with an ApiError
 
 
 class Journal(NamedTuple):
@@ -4889,10 +4886,10 @@ class Deployment:
         pull = body.get("pull", "missing" if is_fixed else "always")
         if pull == "always" or (pull == "missing" and not has_image(self.engine, body)):
             self.told.put(("step", {"step": "pull"}))
-            for word in filter(None, pull_progress(self.engine, body, auth, interrupts)):
+            for kind, data in pull_events(self.engine, body, auth, interrupts):
                 # Invariant: what a client does not read is bounded; all other events are few.
-                if self.told.qsize() < MAX_PROGRESS:
-                    self.told.put(("progress", pull_state(word)))
+                if kind == "progress" and self.told.qsize() < MAX_PROGRESS:
+                    self.told.put((kind, data))
         return self.engine.json("GET", image_path(name))
 
     def find_old(self, image: Json, *, adopt: bool) -> Found | None:
@@ -5704,24 +5701,26 @@ def deploy(request: Request, agent: Agent) -> Response:
     request.target.update(name=name, image=request.body["image"])
     told = agent.deploys.begin(request, registry_auth(request))
     if wants_events(request):
-        return event_stream(deploy_events(told))
+        return event_stream(event_texts(deploy_events(told)))
     kind, data = next(each for each in iter(told.get, None) if each[0] in ("done", "error"))
     if kind == "error":
         raise data
     return Response(data, 201 if data["changed"] and not data["replaced"] else 200)
 
 
-def deploy_events(told: Told) -> Stream:
-    """Yield the event stream of a deploy."""
-    yield STREAM_START
+def deploy_events(told: Told) -> Iterator[NamedEvent]:
     kind = ""
     while kind not in ("done", "error"):
-        try:
+        kind, data = SILENCE
+        with contextlib.suppress(queue.Empty):
             kind, data = told.get(timeout=PING_INTERVAL)
-        except queue.Empty:
-            yield PING
-            continue
-        yield event(kind, envelope(data) if kind == "error" else data)
+        yield kind, envelope(data) if kind == "error" else data
+
+
+def event_texts(events: Iterator[NamedEvent]) -> Stream:
+    yield STREAM_START
+    for kind, data in events:
+        yield event(kind, data) if kind else PING
 
 
 def wants_events(request: Request) -> bool:
@@ -5743,25 +5742,12 @@ def with_ending(events: Stream) -> Stream:
 
 
 def pull(request: Request, agent: Agent) -> Response:
-    auth = registry_auth(request)
-    request.target.update(image=request.body["image"])
+    engine, body, auth = agent.engine, request.body, registry_auth(request)
+    request.target.update(image=body["image"])
     if wants_events(request):
-        return event_stream(pull_events(request, agent, auth))
+        return event_stream(event_texts(pull_events(engine, body, auth, request.interrupts)))
     interrupts = request.interrupts._replace(stop=None)
-    return Response(pull_image(agent.engine, request.body, auth, interrupts))
-
-
-def pull_events(request: Request, agent: Agent, auth: str) -> Stream:
-    """Yield the event stream of a pull. Raises EngineError or Stopping."""
-    yield STREAM_START
-    digest = ""
-    for word in pull_progress(agent.engine, request.body, auth, request.interrupts):
-        if word is None:
-            yield PING
-            continue
-        digest = digest_in(word) or digest
-        yield event("progress", pull_state(word))
-    yield event("done", pull_result(agent.engine, request.body["image"], digest))
+    return Response(pull_image(engine, body, auth, interrupts))
 
 
 def stats(request: Request, agent: Agent) -> Response:
