@@ -5185,7 +5185,9 @@ def run_parts(
                 raise Stopping(503, "the agent is being stopped; the run was killed")
             if timed_out:
                 break
-            timed_out = kill_run(source)
+            with tolerate(404, 409):  # it has ended by itself
+                source.engine.call("POST", container_path(source.container, "kill"))
+                timed_out = True
             deadline = time.monotonic() + CALL_TIMEOUT  # for the lines from before the kill
         ending: Json = {"exit_code": cursor.ending[1].get("exit_code")}
         if timed_out:
@@ -5193,14 +5195,6 @@ def run_parts(
         elif ending["exit_code"] is None:
             raise EngineError(502, "the container was removed before it ended")
     yield ending
-
-
-def kill_run(source: LogSource) -> bool:
-    """Kill a container; return False if it has ended by itself. Raises EngineError."""
-    with tolerate(404, 409):
-        source.engine.call("POST", container_path(source.container, "kill"))
-        return True
-    return False
 
 
 def run_items(lines: list[Line]) -> list[bytes]:
