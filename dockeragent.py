@@ -6009,16 +6009,12 @@ def check(config: Config) -> int:
 
 
 def start_up(log: Log, address: Address, agent: Agent) -> None:
-    """Log where the agent listens, and whether the Engine answers."""
+    """Log where the agent listens; then undo or finish what a killed agent has left."""
     problem = agent.engine.problem()
     where = {"address": str(address), "engine": str(agent.engine.address)}
     log("info", "listening", version=VERSION, **where, engine_answers=not problem)
     if problem:
         log("warning", f"the Engine does not answer: {problem}")
-
-
-def recover(log: Log, agent: Agent) -> None:
-    """Undo or finish what a killed agent has left, as soon as the Engine can be reached."""
     # Twice: the Engine may still be working on a create that the killed agent has sent.
     pauses = [LATE_CREATE, 0]
     while pauses and not agent.deploys.stopping.wait(pauses.pop()):
@@ -6070,7 +6066,6 @@ def run(config: Config) -> int:
         notify("READY=1")
         # In a thread: an Engine that does not answer must not delay a stop.
         threading.Thread(target=start_up, args=(log, address, agent), daemon=True).start()
-        threading.Thread(target=recover, args=(log, agent), daemon=True).start()
         signal.sigwait(STOP_SIGNALS)
         notify("STOPPING=1")
         log("info", "stopping")
