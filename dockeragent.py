@@ -3267,10 +3267,8 @@ class Engine:
             if pool and (sock := self._idle_connection()):
                 with contextlib.suppress(ConnectionError):
                     return self._exchange(sock, call, target, deadline, pool)
-                self._asked = -math.inf  # the Engine may have been restarted as another version
             return self._exchange(self._connect(deadline), call, target, deadline, pool)
         except FAILURES as error:
-            self._asked = -math.inf
             raise engine_failure(error) from error
 
     def _exchange(
@@ -3297,7 +3295,7 @@ class Engine:
             deadline = min(deadline, time.monotonic() + CONNECT_TIMEOUT)
             return EngineSocket(connect(self.address, self._tls, deadline))
         except (OSError, ValueError) as error:
-            self._asked = -math.inf
+            self._asked = -math.inf  # it may come back as another version
             message = f"the Engine at {self.address} is not reachable: {describe(error)}"
             if isinstance(error, PermissionError) and self.address.path:
                 message += f"; {socket_access(self.address.path)}"
