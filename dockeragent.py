@@ -3718,21 +3718,21 @@ def shape_row(container: Json, master: bool) -> Json:
     ports = row["ports"] or []
     row["ports"] = [{ours: port.get(PORT_FIELDS[ours]) for ours in PORT_FIELDS} for port in ports]
     if not master:
-        row["names"] = own_names(row)
+        row["names"] = [f"/{own_name(row)}"]
         row["labels"] = {k: v for k, v in row["labels"].items() if not k.startswith(OWN_LABELS)}
     return row
 
 
-def own_names(row: Json) -> list[str]:
-    """Return a row's names without those of links to it, /other/alias."""
-    return [name for name in row["names"] if "/" not in name[1:]]
+def own_name(row: Json) -> str:
+    """Return a container's name, "" for none. One that is linked to has /other/alias, too."""
+    return next((name[1:] for name in row["names"] if name.rfind("/") == 0), "")
 
 
 def is_listed(row: Json, key: Key, query: Json) -> bool:
     label, has_value, value = query.get("label", "").partition("=")
     if label and (label not in row["labels"] or (has_value and row["labels"][label] != value)):
         return False
-    name = "".join(own_names(row))[1:]
+    name = own_name(row)
     return query.get("name", "") in name and key.covers("containers", name)
 
 
@@ -5438,24 +5438,19 @@ class Metrics:
         return result
 
 
+@expected_shape()
 def container_samples(found: bytes, key: Key) -> dict[str, float]:
-    """Return the values by series of the containers that a key covers, from the Engine's list.
-
-    Engine API, "List containers". Raises EngineError (502).
-    """
+    """Return the values by series of the containers that a key covers, from the Engine's list."""
     samples: dict[str, float] = {}
-    with expected_shape():
-        for container in decode_response(found, list):
-            # One that is linked to has names such as /other/alias, too.
-            name = next((n[1:] for n in container["Names"] or () if n.rfind("/") == 0), "")
-            if name and key.covers("containers", name):
-                labels = {"name": name, "image": container["Image"]}
-                state = series("dockeragent_container_state", **labels, state=container["State"])
-                samples[state] = 1
-                # "Up 5 minutes (healthy)", "(unhealthy)" or "(health: starting)"
-                if match := re.search(r"\((healthy|unhealthy|health: \w+)\)$", container["Status"]):
-                    health = series("dockeragent_container_health", **labels)
-                    samples[health] = int(match[1] == "healthy")
+    for row, _ in shape_rows(found, key.master):
+        name = own_name(row)
+        if name and key.covers("containers", name):
+            labels = {"name": name, "image": row["image"]}
+            samples[series("dockeragent_container_state", **labels, state=row["state"])] = 1
+            # "Up 5 minutes (healthy)", "(unhealthy)" or "(health: starting)"
+            if match := re.search(r"\((healthy|unhealthy|health: \w+)\)$", row["status"]):
+                health = series("dockeragent_container_health", **labels)
+                samples[health] = int(match[1] == "healthy")
     return samples
 
 
