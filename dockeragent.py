@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2526, and a reviewer may stop there:
+stands first, up to line 2525, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -134,7 +134,7 @@ DEFAULT_STOP = 10  # seconds, the Engine's own default
 MAX_STOP = 86_400  # seconds; no wait here is unbounded
 MAX_RESPONSE = 64 * 1024 * 1024  # bytes of one answer that is not a stream
 MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
-IDLE_CONNECTION = 2.0  # seconds that each is kept
+IDLE_CONNECTION = 2.0  # seconds; an older one may be dead without a sign
 VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded between two requests
 HEALTH_CACHE = 1.0  # seconds during which the Engine is not asked again
 GATE_INTERVAL = 0.2  # seconds between two looks at a new container
@@ -2064,9 +2064,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.log("warning", "request", **refused.log_fields(), **fields)
 
     def service_actions(self) -> None:
-        """Close refused connections and the Engine's idle ones; also called twice a second."""
+        """Close refused connections; also called twice a second."""
         now = time.monotonic()
-        self.agent.tidy(now)
         while self._refused and (
             self._refused[0][0] < now or len(self._refused) > MAX_LINGERING_REFUSALS
         ):
@@ -3232,11 +3231,9 @@ class Engine:
                 held.callback(lock.release)
             yield
 
-    def close_idle(self, before: float = math.inf) -> None:
-        """Close the connections that have been idle since before a time (monotonic)."""
-        with contextlib.suppress(IndexError):  # another thread took the last one
-            while self._idle[0][0] < before:
-                self._idle.pop(0)[1].close()
+    def close(self) -> None:
+        for _, sock in self._idle:
+            sock.close()
 
     def _ping(self, deadline: float) -> None:
         """Find the API version that both sides know (Engine API, "Ping"). Raises EngineError."""
@@ -3283,8 +3280,8 @@ class Engine:
     def _idle_connection(self) -> EngineSocket | None:
         while self._idle:
             with contextlib.suppress(IndexError):  # another thread took the last one
-                _, sock = self._idle.pop()
-                if sock.is_quiet():
+                since, sock = self._idle.pop()
+                if time.monotonic() - since < IDLE_CONNECTION and sock.is_quiet():
                     return sock
                 sock.close()
         return None
@@ -5486,10 +5483,6 @@ class Agent(NamedTuple):
             return self.engine.json("GET", path)
         return None
 
-    def tidy(self, now: float) -> None:
-        """Close what has been idle for too long; called twice a second."""
-        self.engine.close_idle(now - IDLE_CONNECTION)
-
 
 @functools.lru_cache(maxsize=16)
 def identity(body: bytes) -> tuple[tuple[str, str], ...]:
@@ -6069,7 +6062,7 @@ def run(config: Config) -> int:
             if signal.sigtimedwait(STOP_SIGNALS, 0.05):
                 log("warning", "stopped at once")
                 os._exit(1)
-    engine.close_idle()
+    engine.close()
     log("info", "stopped")
     return 0
 

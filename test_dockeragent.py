@@ -3522,11 +3522,11 @@ def test_silent_tls_connection_does_not_hold_up_the_stop(pki, fake_engine):
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "unix://{}/agent.sock"])
 def test_stop_waits_for_no_look_of_the_accepting_thread(address, tmp_path):
     code = """
-import socket, threading, types
+import socket, threading
 config = da.load_config({"API_KEY": "k" * 40, "LISTEN_ADDR": sys.argv[2]})
-log, agent = da.Log("error"), types.SimpleNamespace(tidy=lambda now: None)
+log = da.Log("error")
 with da.listen(config.listen_addr) as listener:
-    server = da.Server(config, log, listener, (), agent, lambda request, seconds: None)
+    server = da.Server(config, log, listener, (), None, lambda request, seconds: None)
     threading.Thread(target=server.serve_forever, args=(3600,), daemon=True).start()
     with socket.socket(listener.family) as client:
         client.connect(listener.getsockname())
