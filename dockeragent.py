@@ -2855,8 +2855,7 @@ CREATE = object_schema(
 RUN_ROWS = {"timeout": integer_schema(1, MAX_STOP), **CREATE["properties"]}
 RUN_ROWS["auto_remove"] = absent("must be left out: the container of a run is always removed")
 RUN = object_schema("image", {"image": "nginx:1.27", "cmd": ["nginx", "-t"]}, check_run, **RUN_ROWS)
-GATE_TIME = {"type": "integer|number", "description": "a number of seconds", "example": 10}
-GATE_TIME.update(minimum=0, maximum=MAX_GATE)
+GATE_TIME = integer_schema(0, MAX_GATE, kind="integer|number")  # seconds
 DEPLOY_ROWS = {"deploy": object_schema("", timeout=GATE_TIME, stable=GATE_TIME)}
 DEPLOY_ROWS.update((name, row) for name, row in CREATE["properties"].items() if name != "name")
 DEPLOY_ROWS["auto_remove"] = absent("must be absent: nothing could bring the container back")
@@ -4877,7 +4876,7 @@ class Deployment:
     def get_image(self, body: Json, auth: str, interrupts: Interrupts) -> Json:
         """Return the inspected image, pulled if the body says so. Raises EngineError."""
         name = body["image"]
-        is_fixed = "@" in name or re.fullmatch("(sha256:)?[0-9a-f]{64}", name)
+        is_fixed = "@" in name or re.fullmatch(IMAGE_ID, name)
         pull = body.get("pull", "missing" if is_fixed else "always")
         if pull == "always" or (pull == "missing" and not has_image(self.engine, body)):
             self.told.put(("step", {"step": "pull"}))
