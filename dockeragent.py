@@ -5072,12 +5072,11 @@ class Deploys:
                 del self.busy[deployment.name]
             deployment.told.put(end)
 
-    def _deploy(self, deployment: Deployment, request: Request, auth: str) -> tuple[str, Any]:
+    def _deploy(self, deployment: Deployment, request: Request, auth: str) -> NamedEvent:
         """Return the event that tells how a deploy ended."""
         fields: Json = {"container": deployment.name, "key": request.key.name}
-        end: tuple[str, Any]
         try:
-            end = "done", deployment.deploy(request, auth)
+            end: NamedEvent = ("done", deployment.deploy(request, auth))
         except ApiError as error:
             if isinstance(error, EngineError) and not error.members:  # nothing was touched
                 error.members = known = dict(NO_EVIDENCE)
