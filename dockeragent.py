@@ -5464,6 +5464,9 @@ def exposition(samples: Mapping[str, float]) -> bytes:
 # Endpoints: one function an operation
 # --------------------------------------------------------------------------------------------------
 
+EVENT_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
+EVENT_HEADERS["Cache-Control"] = "no-cache, no-transform"
+
 
 class Agent(NamedTuple):
     """What the endpoints act upon."""
@@ -5667,10 +5670,6 @@ def logs(request: Request, agent: Agent) -> Response:
     if asked["follow"]:
         return event_stream(log_events(cursor, found, wanted, render))
     return Response(stream=log_document(cursor.read(wanted), render))
-
-
-EVENT_HEADERS = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no"}
-EVENT_HEADERS["Cache-Control"] = "no-cache, no-transform"
 
 
 def deploy(request: Request, agent: Agent) -> Response:
