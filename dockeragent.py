@@ -3393,7 +3393,7 @@ LIST_FIELDS.update(ports="Ports", labels="Labels")
 PORT_FIELDS = {"ip": "IP", "private_port": "PrivatePort", "public_port": "PublicPort"}
 PORT_FIELDS["type"] = "Type"
 NamedEvent = tuple[str, Any]  # what an operation tells as it goes on: the event's name and data
-SILENCE: NamedEvent = ("", {})  # each PING_INTERVAL without another
+NO_NEWS: NamedEvent = ("", {})  # comes each PING_INTERVAL, and becomes a ping
 # The labels that the agent sets, after OWN_LABELS.
 AGENT_LABELS = ("key", "run", "name", "spec", "restart", "replaces", "was", "gate")
 
@@ -3632,7 +3632,7 @@ def pull_events(
     with contextlib.closing(response):
         for word in json_lines(response, PULL_SILENCE):
             if word is None:
-                yield SILENCE
+                yield NO_NEWS
                 continue
             if told := word.get("error") or word.get("errorDetail"):
                 raise pull_error(502, str(told.get("message") if isinstance(told, dict) else told))
@@ -5688,7 +5688,7 @@ def deploy(request: Request, agent: Agent) -> Response:
 def deploy_events(told: Told) -> Iterator[NamedEvent]:
     kind = ""
     while kind not in ("done", "error"):
-        kind, data = SILENCE
+        kind, data = NO_NEWS
         with contextlib.suppress(queue.Empty):
             kind, data = told.get(timeout=PING_INTERVAL)
         yield kind, envelope(data) if kind == "error" else data
