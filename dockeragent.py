@@ -3091,10 +3091,7 @@ class EngineResponse:
 
 
 def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> socket.socket:
-    """Return a socket connected to an address, TLS done, by deadline (monotonic).
-
-    Raises OSError or ValueError.
-    """
+    """Return a socket connected by deadline (monotonic), TLS done. Raises OSError, ValueError."""
     with contextlib.ExitStack() as on_error:
         if address.path:
             sock = on_error.enter_context(socket.socket(socket.AF_UNIX))
@@ -3115,10 +3112,7 @@ def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> so
 
 
 def connect_tcp(address: Address, deadline: float) -> socket.socket:
-    """Return a socket connected to the first of the host's addresses that accepts it.
-
-    All of them share the time until deadline. Raises OSError.
-    """
+    """Connect to the first address that accepts it; all share the time. Raises OSError."""
     found: list[Any] = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     for left, (*_, there) in zip(range(len(found), 0, -1), found):
         patience = max(0.001, (deadline - time.monotonic()) / left)
@@ -3183,10 +3177,7 @@ class Engine:
         return response
 
     def version(self, deadline: float, refresh: bool = False) -> str:
-        """Return the API version in use, such as "1.41"; refresh: it was refused, ask again.
-
-        Raises EngineError, which names the variable if a pinned version is refused.
-        """
+        """Return the API version in use, such as "1.41"; refresh: ask anew. Raises EngineError."""
         is_old = time.monotonic() - self._asked > VERSION_KEPT and not self._pinned
         if refresh or is_old:
             self._ping(deadline)
@@ -3249,10 +3240,7 @@ class Engine:
         self._asked = time.monotonic()
 
     def _send(self, call: Call, version: str, deadline: float) -> EngineResponse:
-        """Return a response whose head came before deadline, whatever its status.
-
-        Raises EngineError, ClientGone and Stopping.
-        """
+        """Return a response, whatever its status. Raises EngineError, ClientGone and Stopping."""
         target = (f"/v{version}" if version else "") + call.path
         if call.query:
             target += "?" + urlencode(call.query)
@@ -3491,7 +3479,6 @@ def find_image(engine: Engine, image: str) -> Json:
 
 
 def find_containers(engine: Engine, **filters: str) -> list[Any]:
-    """Return the Engine's rows of the containers that match filters."""
     given = {kind: [value] for kind, value in filters.items()}
     query = {"all": 1, "filters": json.dumps(given)}
     rows: list[Any] = decode_response(engine.call("GET", "/containers/json", query), list)
@@ -3837,7 +3824,6 @@ def prune_images(engine: Engine, key: Key, repository: str, keep: int, *, dry_ru
 
 @expected_shape()
 def read_networks(engine: Engine) -> list[Json]:
-    """Return all networks as we list them."""
     networks = []
     for found in decode_response(engine.call("GET", "/networks"), list):
         row = {ours: found[theirs] for ours, theirs in NETWORK_FIELDS.items()}
@@ -3890,7 +3876,6 @@ def remove_network(engine: Engine, name: str) -> None:
 
 @expected_shape()
 def read_volumes(engine: Engine) -> list[Json]:
-    """Return all volumes as we list them."""
     volumes = []
     found = engine.json("GET", "/volumes")["Volumes"] or []
     users = count_users(engine)
@@ -5063,7 +5048,6 @@ class Deploys:
             raise ApiError(503, "the agent has no more threads; try again later") from error
 
     def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
-        """Do what a name was claimed for."""
         end: Any = "error", ApiError(500, "an error of the agent's own; see its log")
         try:
             end = act()
@@ -5407,7 +5391,6 @@ class Metrics:
         self._values["dockeragent_rate_limited_total"] = 0
 
     def observe(self, request: Request, seconds: float) -> None:
-        """Count one request that has ended."""
         # Invariant: no label holds what a client sent, or a stranger could make endless series.
         method = request.method if request.method in COUNTED_METHODS else "other"
         route = request.route.path if request.route else "other"
@@ -5422,7 +5405,6 @@ class Metrics:
                 self._values[name] += value
 
     def samples(self) -> dict[str, float]:
-        """Return the values by series."""
         with self._lock:
             result = {**self._values, "process_cpu_seconds_total": time.process_time()}
         # proc(5), /proc/pid/statm. Suppressed: that no descriptor is free.
@@ -5506,10 +5488,7 @@ def find_container(request: Request, agent: Agent) -> Json:
 
 
 def find_to_change(request: Request, agent: Agent) -> Json:
-    """Return the container in the path, once no deploy of its name is unfinished.
-
-    Raises ApiError (409) while it is being created or deployed, and EngineError.
-    """
+    """Return the container in the path. Raises ApiError (409) while it is created or deployed."""
     found = find_container(request, agent)
     if request.target["name"] in agent.engine.unchecked:
         message = f"{request.target['name']} is being created; try again later"
