@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2525, and a reviewer may stop there:
+stands first, up to line 2471, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -173,8 +173,7 @@ LOCK_TIMEOUT = 30.0  # seconds to wait for other writes to the same filesystem
 # a bare LF or a NUL never matches; no white space before the colon, so no folded line does either.
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-\"$-~]+) HTTP/([0-9]\.[0-9])")
-FIELD_LINES = rb"(?:" + TOKEN + rb":[\t -~\x80-\xff]*\r\n)*"
-FIELD_BLOCK = re.compile(FIELD_LINES + rb"\r\n")
+FIELD_BLOCK = re.compile(rb"(?:" + TOKEN + rb":[\t -~\x80-\xff]*\r\n)*")
 # RFC 3986 section 3.2.2: a name or an IPv4 address, or an IPv6 address in brackets; then a port.
 HOST_VALUE = re.compile(
     r"(?:\[[0-9A-Fa-f:.]+(?:%[0-9A-Za-z._~-]+)?\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?"
@@ -183,10 +182,7 @@ ABSOLUTE_FORM = re.compile(r"(?i)^https?://([^/?]*)")  # RFC 9112 section 3.2.2
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 section 2.2
 LONE_CONTROL = re.compile(rb"\n(?<!\r\n)|\r(?!\n|\Z)|\0")
 # The rest is compiled when first used, so that no start waits for it.
-PARTIAL_FIELD_BLOCK = FIELD_LINES + rb"(?:" + TOKEN + rb"(?::[\t -~\x80-\xff]*)?)?\r?"
-CHUNK_LINE = rb"\r\n([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?\r\n"
-PARTIAL_CHUNK_LINE = rb"\r?|\r\n[^\n]*"
-
+CHUNK_LINE = rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?"
 HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # what some proxies add
 REQUEST_ID = r"[A-Za-z0-9._-]{1,64}"
 CONTAINER = r"[a-zA-Z0-9][a-zA-Z0-9_.-]*"
@@ -1323,14 +1319,11 @@ Fields = dict[str, list[str]]  # header values by lower-case name
 
 
 def parse_fields(block: bytes) -> Fields:
-    """Return the values of a header block by lower-case name (RFC 9112 section 5).
-
-    Raises ApiError (400).
-    """
+    """Return the values in header lines by lower-case name (RFC 9112, 5). Raises ApiError."""
     if not FIELD_BLOCK.fullmatch(block):
         raise ApiError(400, "a header line is not of the form Name: value")
     fields: Fields = {}
-    for line in block.decode("latin-1").split("\r\n")[:-2]:
+    for line in block.decode("latin-1").split("\r\n")[:-1]:
         name, _, value = line.partition(":")
         fields.setdefault(name.lower(), []).append(value.strip(" \t"))
     return fields
@@ -1429,80 +1422,6 @@ def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
-class LengthReader:
-    """Takes a body of known length off the front of what was received."""
-
-    def __init__(self, length: int) -> None:
-        self._left = length  # bytes still to come
-        self.is_done = not length
-
-    def take(self, buffer: bytearray) -> bytes:
-        """Return the body's bytes that are there, and remove them from buffer."""
-        data = bytes(buffer[: self._left])
-        del buffer[: self._left]
-        self._left -= len(data)
-        self.is_done = not self._left
-        return data
-
-
-class ChunkedReader:
-    """Takes a chunked body (RFC 9112 section 7.1) off the front of what was received."""
-
-    def __init__(self) -> None:
-        self.is_done = False
-        self._left = 0  # bytes of the current chunk still to come
-        self._is_first = True  # only the first chunk's line follows no CRLF of a chunk before it
-        self._in_trailer = False
-
-    def take(self, buffer: bytearray) -> bytes:
-        """Return the body's bytes that are there, and remove them from buffer.
-
-        Raises ApiError (400) for bad chunked coding.
-        """
-        pieces = []
-        while not self._in_trailer:
-            piece = bytes(buffer[: self._left])
-            del buffer[: self._left]
-            pieces.append(piece)
-            self._left -= len(piece)
-            if self._left or not self._take_line(buffer):
-                return b"".join(pieces)
-        self._take_trailer(buffer)
-        return b"".join(pieces)
-
-    def _take_line(self, buffer: bytearray) -> bool:
-        """Take a chunk's size line, with the CRLF before it; return whether all of it was there."""
-        ahead = b"\r\n" if self._is_first else b""
-        line = ahead + buffer[: buffer.find(b"\n", 0 if self._is_first else 2) + 1 or None]
-        size = chunk_size(bytes(line))
-        if size is None:
-            return False
-        del buffer[: len(line) - len(ahead)]
-        self._left, self._is_first, self._in_trailer = size, False, not size
-        return True
-
-    def _take_trailer(self, buffer: bytearray) -> None:
-        """Take the trailer, whose fields are dropped, if all of it is there."""
-        block = bytes(buffer[: MAX_TRAILER + 1])
-        complete = FIELD_BLOCK.match(block)
-        trailer = complete or re.compile(PARTIAL_FIELD_BLOCK).fullmatch(block)
-        # Invariant: neither a trailer nor a chunk's line is waited for without a bound.
-        if not trailer or trailer.end() > MAX_TRAILER:
-            raise ApiError(400, "body: bad chunked coding")
-        if complete:
-            del buffer[: complete.end()]
-            self.is_done = True
-
-
-@functools.lru_cache(maxsize=512)
-def chunk_size(line: bytes) -> int | None:
-    """Return the size in a chunk's line, None if the line is incomplete. Raises ApiError (400)."""
-    match = re.fullmatch(CHUNK_LINE, line)
-    if len(line) > MAX_CHUNK_LINE or not (match or re.fullmatch(PARTIAL_CHUNK_LINE, line)):
-        raise ApiError(400, "body: bad chunked coding")
-    return int(match[1], 16) if match else None
-
-
 class Request:
     """One request, and what becomes of it; set step by step, in the order of Connection.answer."""
 
@@ -1581,6 +1500,28 @@ def check_routes(*routes: Route) -> tuple[Route, ...]:
     return routes
 
 
+def read_chunks(connection: Connection) -> bytes:
+    """Return the content of a chunked body (RFC 9112 section 7.1). Raises ApiError, ClientGone."""
+    content = bytearray()
+    while True:
+        # Invariant: neither a chunk's line nor the trailer is waited for without a bound.
+        line = connection.receive_until(b"\r\n", MAX_CHUNK_LINE, 400, "line of a chunk is")
+        match = re.fullmatch(CHUNK_LINE, line)
+        if not match:
+            raise ApiError(400, "body: bad chunked coding")
+        size = int(match[1], 16)
+        if len(content) + size > MAX_BODY:
+            raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
+        connection.take(len(line))
+        if not size:
+            connection.take_fields(MAX_TRAILER, 400, "trailer is")
+            return bytes(content)
+        chunk = connection.take(size + 4)  # with the CRLF before it and the one behind it
+        if not chunk.endswith(b"\r\n"):
+            raise ApiError(400, "body: bad chunked coding")
+        content += chunk[2:-2]
+
+
 def read_body(connection: Connection, request: Request, route: Route) -> None:
     """Read and check the JSON of the body. Raises ApiError or ClientGone."""
     expected = [value.lower() for value in request.fields.get("expect", ()) if request.minor]
@@ -1594,17 +1535,10 @@ def read_body(connection: Connection, request: Request, route: Route) -> None:
         return
     if expected and request.length != 0 and not connection.buffer:
         connection.write(request, b"HTTP/1.1 100 Continue\r\n\r\n")
-    deadline = time.monotonic() + BODY_TIMEOUT
+    connection.deadline, connection.interrupts = time.monotonic() + BODY_TIMEOUT, NEVER
     length = request.length
-    reader = ChunkedReader() if length is None else LengthReader(length)
-    received = bytearray(reader.take(connection.buffer))
-    while len(received) <= MAX_BODY and not reader.is_done:
-        connection.receive_more(deadline, "body", NEVER)
-        received += reader.take(connection.buffer)
-    if len(received) > MAX_BODY:
-        raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
+    data = read_chunks(connection) if length is None else connection.take(length)
     request.is_unread = False
-    data = bytes(received)
     if route.body["required"] or data.strip(b" \t\r\n") not in (b"", b"null"):
         request.body = validate(route.body, decode_json(data))
 
@@ -1649,6 +1583,8 @@ class Connection(socketserver.BaseRequestHandler):
         self.sock = self.slot.sock
         self.until_stop = Interrupts(stop=self.server.stopping)
         self.buffer = bytearray()  # received, and not yet taken
+        self.deadline = time.monotonic() + HEAD_TIMEOUT  # monotonic; for what is received next
+        self.interrupts = self.until_stop  # of the waits for it
         self.is_kept = True  # for another request
         self.has_answered = False  # so that the last response is given time to be read
         self.sock.setblocking(False)
@@ -1659,20 +1595,19 @@ class Connection(socketserver.BaseRequestHandler):
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, timeout)
 
     def handle(self) -> None:
-        deadline = time.monotonic() + HEAD_TIMEOUT
         if context := self.server.config.server_tls:
-            self.is_kept = self.shake_hands(context, deadline)
-        while self.is_kept and self.wait_for_request(deadline):
+            self.is_kept = self.shake_hands(context)
+        while self.is_kept and self.wait_for_request():
             self.serve()
             idle = STRANGER_IDLE_TIMEOUT if self.slot.key is STRANGER else IDLE_TIMEOUT
-            deadline = time.monotonic() + idle
+            self.deadline = time.monotonic() + idle
 
-    def shake_hands(self, context: ssl.SSLContext, deadline: float) -> bool:
+    def shake_hands(self, context: ssl.SSLContext) -> bool:
         """Return whether the connection is a TLS one now."""
         try:
             tls = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
             self.sock = self.slot.sock = tls
-            while self.until_stop.wait_readable(self.sock, deadline):
+            while self.until_stop.wait_readable(self.sock, self.deadline):
                 with contextlib.suppress(ssl.SSLWantReadError):
                     self.sock.do_handshake()
                     # Invariant: nothing is read before the handshake has happened. Some Pythons
@@ -1695,8 +1630,8 @@ class Connection(socketserver.BaseRequestHandler):
             while self.has_answered and receive(self.sock, deadline):
                 pass
 
-    def wait_for_request(self, deadline: float) -> bool:
-        """Return whether a request begins before deadline; False too if the agent stops."""
+    def wait_for_request(self) -> bool:
+        """Return whether a request begins in time; False too if the agent stops."""
         with contextlib.suppress(OSError, Stopping):
             while True:
                 begun = EMPTY_LINES.sub(b"", self.buffer)
@@ -1706,7 +1641,7 @@ class Connection(socketserver.BaseRequestHandler):
                 if begun not in (b"", b"\r"):
                     self.buffer = bytearray(begun)
                     return True
-                if not (data := receive(self.sock, deadline, self.until_stop)):
+                if not (data := receive(self.sock, self.deadline, self.until_stop)):
                     break
                 self.buffer += data
         # Only a client that is still sending could have its response discarded.
@@ -1741,18 +1676,26 @@ class Connection(socketserver.BaseRequestHandler):
         self.server.log("error" if request.status >= 500 else "info", "request", **fields)
         self.server.observe(request, seconds)
 
-    def receive_more(self, deadline: float, what: str, interrupts: Interrupts) -> None:
+    def receive_more(self) -> None:
         try:
-            data = receive(self.sock, deadline, interrupts)
+            data = receive(self.sock, self.deadline, self.interrupts)
         except socket.timeout as error:
-            raise ApiError(408, f"the {what} did not arrive in time") from error
+            raise ApiError(408, "the rest of the request did not arrive in time") from error
         except OSError as error:
             raise ClientGone from error
         if not data:
-            raise ApiError(400, f"the connection ended within the {what}")
+            raise ApiError(400, "the connection ended within the request")
         self.buffer += data
 
-    def head_until(self, end: bytes, limit: int, status: int, what: str, deadline: float) -> bytes:
+    def take(self, size: int) -> bytes:
+        """Receive so many bytes and remove them from the buffer. Raises ApiError, ClientGone."""
+        while len(self.buffer) < size:
+            self.receive_more()
+        data = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return data
+
+    def receive_until(self, end: bytes, limit: int, status: int, what: str) -> bytes:
         """Return the bytes before end; remove neither. Raises ApiError as early as possible."""
         scanned = 0  # so that a head in tiny pieces costs no more
         while True:
@@ -1762,18 +1705,25 @@ class Connection(socketserver.BaseRequestHandler):
             if len(part.rstrip(b"\r\n")) > limit:
                 raise ApiError(status, f"the {what} longer than {limit} bytes")
             if LONE_CONTROL.search(part + found, scanned):
-                raise ApiError(400, "the head has a bare CR, a bare LF or a NUL in it")
+                raise ApiError(400, "there is a bare CR, a bare LF or a NUL in the request")
             if found:
                 return bytes(part)
             scanned = len(part) - 1
-            self.receive_more(deadline, "head", self.until_stop)
+            self.receive_more()
+
+    def take_fields(self, limit: int, status: int, what: str) -> Fields:
+        """Take header lines and the CRLF before them from the buffer. Raises ApiError."""
+        block = self.take(len(self.receive_until(b"\r\n\r\n", limit, status, what)) + 4)[2:-2]
+        if block.count(b"\n") > MAX_FIELDS:
+            raise ApiError(431, f"there are more than {MAX_FIELDS} headers")
+        return parse_fields(block)
 
     def read_head(self, request: Request) -> None:
         """Take the next request's head from the buffer. Raises ApiError."""
-        deadline = time.monotonic() + HEAD_TIMEOUT
+        self.deadline, self.interrupts = time.monotonic() + HEAD_TIMEOUT, self.until_stop
         if self.buffer.startswith(b"HEAD "):
             request.method = "HEAD"  # not even a response that refuses its head has a body
-        line = self.head_until(b"\r\n", MAX_REQUEST_LINE, 414, "request line is", deadline)
+        line = self.receive_until(b"\r\n", MAX_REQUEST_LINE, 414, "request line is")
         # Invariant: the head is matched by the grammar before any other code sees it.
         match = REQUEST_LINE.fullmatch(line)
         if not match:
@@ -1782,12 +1732,8 @@ class Connection(socketserver.BaseRequestHandler):
         if version not in ("1.0", "1.1"):
             raise ApiError(505, "use HTTP/1.1 or HTTP/1.0")
         request.minor = int(version[-1])
-        del self.buffer[: len(line)]  # its CRLF stays: it ends a head without headers
-        block = self.head_until(b"\r\n\r\n", MAX_FIELD_BLOCK, 431, "headers are", deadline)
-        del self.buffer[: len(block) + 4]
-        if block.count(b"\n") > MAX_FIELDS:
-            raise ApiError(431, f"there are more than {MAX_FIELDS} headers")
-        request.fields = parse_fields((block + b"\r\n\r\n")[2:])
+        self.take(len(line))  # its CRLF stays: it ends a head without headers
+        request.fields = self.take_fields(MAX_FIELD_BLOCK, 431, "headers are")
 
     def check_head(self, request: Request) -> None:
         """Take from the headers who asks, and how long the body is. Raises ApiError (400, 501).

@@ -3003,7 +3003,6 @@ def test_bad_chunks_are_400_and_the_last(body, pair):
     tail = b"" if body.endswith((b"{}", b"{}\r\n", b"}\r\n0\r\n")) else SMUGGLED
     for size in (1 << 20, 1 if len(body) < 500 else 700):
         data = CHUNKED + body + tail
-        # Whoever waits for more is answered at once, unless more could make it good.
         replies = split_replies(send_in_pieces(pair.agent, data, size, half_close=not tail))
         assert len(replies) == 1
         assert_envelope(replies[0], 400)
