@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2471, and a reviewer may stop there:
+stands first, up to line 2468, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -898,6 +898,19 @@ def parse_range(text: str, path: str) -> tuple[int, int]:
     return low, high
 
 
+def parse_expiry(text: str, path: str) -> float:
+    try:
+        return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+    except ValueError as error:
+        refuse(path, str(error))
+
+
+def full_pattern(pattern: str, path: str) -> str:
+    if pattern == "*" or not pattern.endswith("*"):
+        return pattern if pattern == "*" else full_reference(pattern)
+    return full_reference(pattern[:-1], tag="") + "*"
+
+
 parse_version = functools.partial(parse_text, r"(1\.[0-9]{1,3})?", "an API version such as 1.41")
 parse_path = functools.partial(parse_text, "(?s:/.*)", "an absolute path")
 parse_level = functools.partial(parse_text, "|".join(LEVELS), "debug, info, warning or error")
@@ -943,9 +956,9 @@ KEY_ENTRY = object_schema(
     name=string_schema(f"(?!master\\Z){KEY_NAME}", "1 to 64 of A-Z a-z 0-9 . _ -"),
     sha256=string_schema("[0-9a-f]{64}", "64 hexadecimal digits; see new-key"),
     master=BOOLEAN,
-    expires=string_schema(EXPIRY, "a time such as 2027-06-30T00:00:00Z"),
+    expires={**string_schema(EXPIRY, "a time such as 2027-06-30T00:00:00Z"), "check": parse_expiry},
     allow=array_of(one_of(*DECISIONS)),
-    images=array_of(string_schema(IMAGE_PATTERN, "an image")),
+    images=array_of({**string_schema(IMAGE_PATTERN, "an image"), "check": full_pattern}),
     **dict.fromkeys(("containers", "networks", "volumes"), NAMES),
     **dict.fromkeys(("binds", "files"), PATHS),
     ports=array_of({**PORT_RANGE, "check": parse_range}),
@@ -1039,13 +1052,6 @@ def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
             if place := forbidden_place(path, values):
                 refuse(f"{here}.{field}", f"{path} would give away {place}")
         entry = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
-        entry["images"] = tuple(map(full_pattern, entry.get("images", ())))
-        if "expires" in entry:
-            try:
-                moment = datetime.datetime.fromisoformat(entry["expires"].replace("Z", "+00:00"))
-            except ValueError as error:
-                refuse(f"{here}.expires", str(error))
-            entry["expires"] = moment.timestamp()
         keys.append(Key(digest=bytes.fromhex(entry.pop("sha256")), **entry))
     return tuple(keys)
 
@@ -1053,7 +1059,14 @@ def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
 def forbidden_place(path: str, values: Json) -> str:
     """Return the place that path lies in or holds, "" if a limited key may have it."""
     root = os.path.realpath(values["host_root"]).rstrip("/")
-    places = forbidden_places(values)
+    # Also the secrets and sockets that are configured.
+    names = "api_key_file", "keys_file", "tls_cert_file", "tls_key_file", "tls_client_ca_file"
+    paths = [values[name] for name in (*names, "docker_cert_path")]
+    paths += [values["docker_host"].path, values["listen_addr"].path]
+    paths.append(os.path.expanduser(DOCKER_FOLDER))
+    # abspath leaves two slashes at the beginning as they are.
+    absolute = ["/" + os.path.abspath(path).lstrip("/") for path in paths if path]
+    places: list[str] = FORBIDDEN_PATHS + absolute
     for place in [*places, *(host_path(place, root) for place in places)]:
         for real in (path, host_path(path, root), host_path(root + path, root)):
             if os.path.commonpath([real, place]) in (real, place):
@@ -1065,22 +1078,6 @@ def host_path(path: str, root: str) -> str:
     """Return a path with its links resolved; below HOST_ROOT, as the host sees it."""
     real = os.path.realpath(path)
     return str(real[len(root) :] or "/") if f"{real}/".startswith(f"{root}/") else real
-
-
-def full_pattern(pattern: str) -> str:
-    if pattern == "*" or not pattern.endswith("*"):
-        return pattern if pattern == "*" else full_reference(pattern)
-    return full_reference(pattern[:-1], tag="") + "*"
-
-
-def forbidden_places(values: Json) -> list[str]:
-    """Return what no limited key may have: also the secrets and sockets that are configured."""
-    names = "api_key_file", "keys_file", "tls_cert_file", "tls_key_file", "tls_client_ca_file"
-    paths = [values[name] for name in (*names, "docker_cert_path")]
-    paths += [values["docker_host"].path, values["listen_addr"].path]
-    paths.append(os.path.expanduser(DOCKER_FOLDER))
-    # abspath leaves two slashes at the beginning as they are.
-    return FORBIDDEN_PATHS + ["/" + os.path.abspath(path).lstrip("/") for path in paths if path]
 
 
 def read_file(variable: str, path: str) -> bytes:
