@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2468, and a reviewer may stop there:
+stands first, up to line 2466, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1883,7 +1883,6 @@ class Slot:
         self.key = STRANGER  # the last valid key that was shown on it
         self.since = time.monotonic()  # it was opened, or its last complete request came
         self.is_answering = False
-        self.is_revoked = False  # another connection has it now
         self.is_streaming = False
 
 
@@ -1957,7 +1956,6 @@ class Server(http.server.ThreadingHTTPServer):
             if not slots:
                 return False
             slot = min(slots, key=lambda slot: slot.since)
-            slot.is_revoked = True
             self.slots.discard(slot)
             # The connection's own thread closes it: here the descriptor could be another's by now.
             # Not SSLSocket.shutdown, after which that thread would read plain text.
@@ -1969,7 +1967,7 @@ class Server(http.server.ThreadingHTTPServer):
         """Note that a complete request came. Raises ClientGone if its slot has been revoked."""
         with self._lock:
             slot.since, slot.is_answering = time.monotonic(), True
-            if slot.is_revoked:
+            if slot not in self.slots:
                 raise ClientGone
 
     def note_key(self, slot: Slot, key: Key) -> bool:
