@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2466, and a reviewer may stop there:
+stands first, up to line 2462, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1936,13 +1936,9 @@ class Server(http.server.ThreadingHTTPServer):
                 self.slots.discard(request)
         self._refuse(request.sock, client_address)
 
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.slots.discard(request)
-
     def shutdown_request(self, request: Any) -> None:
+        """End a connection's thread, whatever became of the connection."""
+        self.slots.discard(request)
         request.sock.close()
 
     def _make_room(self) -> bool:
