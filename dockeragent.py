@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2462, and a reviewer may stop there:
+stands first, up to line 2453, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -22,13 +22,8 @@ stands first, up to line 2462, and a reviewer may stop there:
 
 Nothing up to there names what comes after it: Server is handed the table of routes, and `decide`
 is handed a function that asks the Engine. What comes after is reached by a checked request only,
-and speaks to nobody but the Engine:
-
-    Request schemas, Engine client, Containers and images, Images, Logs, Deploy, One-off runs,
-    Sight, Endpoints, Routes, Command line
-
-Of that, `send_create` (what a limited key's image brings) and Deployment.recover (which acts on
-names that a limited key chose) deserve a look all the same.
+and speaks to nobody but the Engine. Of that, `send_create` (what a limited key's image brings) and
+Deployment.recover (which acts on names that a limited key chose) deserve a look all the same.
 
 Invariants, each stated again on the line that keeps it:
  1. Keys are compared in one place, as digests, in constant time; without one only /health answers.
@@ -1329,8 +1324,8 @@ def parse_fields(block: bytes) -> Fields:
 def body_length(fields: Fields) -> int | None:
     """Return the length of a request's body in bytes; None if it is chunked (RFC 9112 section 6).
 
-    Raises ApiError for every framing that two parsers might read in two ways (400), and for a
-    coding other than chunked (501).
+    Raises ApiError for framing that two parsers may read differently, which behind a proxy would
+    smuggle requests in (400), and for a coding other than chunked (501).
     """
     lengths, codings = fields.get("content-length", []), fields.get("transfer-encoding", [])
     if len(lengths) + len(codings) > 1:
@@ -1733,11 +1728,7 @@ class Connection(socketserver.BaseRequestHandler):
         request.fields = self.take_fields(MAX_FIELD_BLOCK, 431, "headers are")
 
     def check_head(self, request: Request) -> None:
-        """Take from the headers who asks, and how long the body is. Raises ApiError (400, 501).
-
-        Framing that two parsers may read differently is refused: behind a proxy it would smuggle
-        requests in.
-        """
+        """Take from the headers who asks, and how long the body is. Raises ApiError (400, 501)."""
         fields = request.fields
         own = ",".join(fields.get("x-request-id", []))
         if re.fullmatch(REQUEST_ID, own):
