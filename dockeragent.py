@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2449, and a reviewer may stop there:
+stands first, up to line 2445, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -210,15 +210,11 @@ class ApiError(Exception):
     """A refusal the client is told about: one status, one sentence, perhaps headers and members."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        headers: Mapping[str, str] | None = None,
-        members: Mapping[str, Any] | None = None,
+        self, status: int, message: str, headers: Mapping[str, str] = {}, **members: Any
     ) -> None:
         """members: what the response's JSON has beside error, message and status."""
         super().__init__(message)
-        self.status, self.headers, self.members = status, headers or {}, members or {}
+        self.status, self.headers, self.members = status, headers, members
         self.message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
 
 
@@ -4880,9 +4876,9 @@ class Deployment:
                 self.recover()
         except ApiError as second:
             message = f"{message}; and this could not be undone yet: {second.message}"
-            raise ApiError(second.status, message, members=known) from error
+            raise ApiError(second.status, message, **known) from error
         known["rolled_back"] = self.outcome == "rolled back" and not self.problem
-        raise ApiError(503 if is_stop else 422, message + self.problem, members=known) from error
+        raise ApiError(503 if is_stop else 422, message + self.problem, **known) from error
 
     def evidence(self, new: Found) -> Json:
         """Return what the Engine knows of a container that failed."""
