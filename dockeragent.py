@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2445, and a reviewer may stop there:
+stands first, up to line 2438, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1658,7 +1658,7 @@ class Connection(socketserver.BaseRequestHandler):
         if error:
             fields["error"] = error
         self.server.log("error" if request.status >= 500 else "info", "request", **fields)
-        self.server.observe(request, seconds)
+        self.server.agent.metrics.observe(request, seconds)
 
     def receive_more(self) -> None:
         try:
@@ -1877,20 +1877,13 @@ class Server(http.server.ThreadingHTTPServer):
     allow_reuse_port = False  # another process could share the port and take the keys
 
     def __init__(
-        self,
-        config: Config,
-        log: Log,
-        listener: socket.socket,
-        routes: Iterable[Route],
-        agent: Any,
-        observe: Callable[[Request, float], None],
+        self, config: Config, log: Log, listener: socket.socket, routes: Iterable[Route], agent: Any
     ) -> None:
-        """agent: what the endpoints act upon. observe: is told each request and its seconds."""
+        """agent: what the endpoints act upon; its metrics are told each request and its seconds."""
         super().__init__(("", 0), Connection, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
-        self.config, self.log, self.routes = config, log, routes
-        self.agent, self.observe = agent, observe
+        self.config, self.log, self.routes, self.agent = config, log, routes, agent
         self.limiter = RateLimiter(config.rate_limit)
         self.slots: set[Slot] = set()
         self.stopping, self._stop = socket.socketpair()  # the first can be read once we stop
@@ -5943,7 +5936,7 @@ def run(config: Config) -> int:
     config = config._replace(max_connections=allowed)
     engine = Engine(config.docker_host, config.engine_tls, config.docker_api_version)
     agent = Agent(engine, config.host_root, {}, Metrics(), set(), Deploys(engine, log))
-    with Server(config, log, listener, ROUTES, agent, agent.metrics.observe) as server:
+    with Server(config, log, listener, ROUTES, agent) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         notify("READY=1")
         # In a thread: an Engine that does not answer must not delay a stop.

@@ -3525,7 +3525,7 @@ import socket, threading
 config = da.load_config({"API_KEY": "k" * 40, "LISTEN_ADDR": sys.argv[2]})
 log = da.Log("error")
 with da.listen(config.listen_addr) as listener:
-    server = da.Server(config, log, listener, (), None, lambda request, seconds: None)
+    server = da.Server(config, log, listener, (), None)
     threading.Thread(target=server.serve_forever, args=(3600,), daemon=True).start()
     with socket.socket(listener.family) as client:
         client.connect(listener.getsockname())
