@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2438, and a reviewer may stop there:
+stands first, up to line 2433, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1005,22 +1005,23 @@ def config_warnings(values: Json) -> Iterator[str]:
 
 def load_keys(values: Json) -> tuple[Key, ...]:
     """Return the keys. Raises ConfigError, without any key in it."""
-    path = values["api_key_file"]
-    if values["api_key"] and path:
+    key, path = os.fsencode(values["api_key"]), values["api_key_file"]
+    if key and path:
         raise ConfigError("API_KEY_FILE: set this or API_KEY, not both")
-    keys: tuple[Key, ...] = ()
-    if key := read_file("API_KEY_FILE", path).removesuffix(b"\n") if path else values["api_key"]:
-        key = os.fsencode(key)
-        if re.search(rb"[\x00-\x1f\x7f]", key) or key != key.strip(b" "):
-            name = "API_KEY_FILE" if path else "API_KEY"
-            raise ConfigError(f"{name}: remove control characters and outer spaces from the key")
-        values["api_key"] = key
-        keys = (Key("master", hashlib.sha256(key).digest(), master=True),)
-    elif path:
-        raise ConfigError(f"API_KEY_FILE: {path} has no key in it")
+    if path:
+        with config_errors("API_KEY_FILE", path) as file:
+            key = file.read(MAX_BODY).removesuffix(b"\n")
+        if not key:
+            raise ConfigError(f"API_KEY_FILE: {path} has no key in it")
+    if re.search(rb"[\x00-\x1f\x7f]", key) or key != key.strip(b" "):
+        name = "API_KEY_FILE" if path else "API_KEY"
+        raise ConfigError(f"{name}: remove control characters and outer spaces from the key")
+    values["api_key"] = key
+    keys = [Key("master", hashlib.sha256(key).digest(), master=True)] if key else []
     if path := values["keys_file"]:
         try:
-            keys += parse_keys(read_file("KEYS_FILE", path), values)
+            with config_errors("KEYS_FILE", path) as file:
+                keys += parse_keys(file.read(MAX_BODY), values)
             for field in "name", "digest":
                 if len({getattr(key, field) for key in keys}) < len(keys):
                     refuse("keys", f"two have the same {field}")
@@ -1028,7 +1029,7 @@ def load_keys(values: Json) -> tuple[Key, ...]:
             raise ConfigError(f"KEYS_FILE: {path}: {error.message}") from error
     if not keys:
         raise ConfigError("API_KEY: is required; try API_KEY=$(openssl rand -hex 32)")
-    return keys
+    return tuple(keys)
 
 
 def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
@@ -1068,12 +1069,6 @@ def host_path(path: str, root: str) -> str:
     """Return a path with its links resolved; below HOST_ROOT, as the host sees it."""
     real = os.path.realpath(path)
     return str(real[len(root) :] or "/") if f"{real}/".startswith(f"{root}/") else real
-
-
-def read_file(variable: str, path: str) -> bytes:
-    """Return a file's content, of a large one the beginning. Raises ConfigError."""
-    with config_errors(variable, path) as file:
-        return file.read(MAX_BODY)
 
 
 def serve_tls(values: Json) -> ssl.SSLContext | None:
