@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2433, and a reviewer may stop there:
+stands first, up to line 2430, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -400,9 +400,7 @@ def object_schema(required: str, example: Any = None, check: Any = None, **rows:
 
 NOTHING = object_schema("")
 BOOLEAN = {"type": "boolean", "description": "true or false"}
-
-
-NO_MARKS = bytes(set(range(256)) - set(b"[{]},"))
+NO_MARKS = bytes(set(range(256)) - set(b"[{]},"))  # what tells nothing of depth and number
 
 
 def decode_json(body: bytes) -> Any:
@@ -1272,7 +1270,8 @@ class RateLimiter:
             is_admitted = len(times) < self._limit
             if is_admitted:
                 times.append(now)
-            left, reset = self._limit - len(times), math.ceil(times[0] + RATE_WINDOW - now)
+            left = self._limit - len(times)
+            wait = max(1, math.ceil(times[0] + RATE_WINDOW - now))
             self._windows[client, key] = times
             # Invariant: the table is bounded, however many addresses clients come from. None of its
             # windows is empty, and the newest stays.
@@ -1281,12 +1280,11 @@ class RateLimiter:
                 if oldest[-1] > now - RATE_WINDOW and len(self._windows) <= MAX_CLIENTS:
                     break
                 del self._windows[least_recent]
-        wait = str(max(1, reset))
-        numbers = {"Limit": str(self._limit), "Remaining": str(left), "Reset": wait}
-        headers = {f"X-RateLimit-{name}": value for name, value in numbers.items()}
+        numbers = {"Limit": self._limit, "Remaining": left, "Reset": wait}
+        headers = {f"X-RateLimit-{name}": str(number) for name, number in numbers.items()}
         if not is_admitted:
             message = f"more than {self._limit} requests in 60 seconds; retry in {wait} s"
-            raise ApiError(429, message, {**headers, "Retry-After": wait})
+            raise ApiError(429, message, {**headers, "Retry-After": str(wait)})
         return headers
 
 
@@ -1321,12 +1319,11 @@ def body_length(fields: Fields) -> int | None:
         if codings[0].lower() != "chunked":
             raise ApiError(501, "Transfer-Encoding: only chunked is understood")
         return None
-    if not lengths:
-        return 0
-    if not (lengths[0].isascii() and lengths[0].isdigit()):
+    length = "".join(lengths) if lengths else "0"
+    if not re.fullmatch("[0-9]+", length):
         raise ApiError(400, "Content-Length must be plain digits")
     # 18 digits are past every limit here; int() of thousands would take its time.
-    return int(lengths[0].lstrip("0")[:18] or "0")
+    return int(length.lstrip("0")[:18] or "0")
 
 
 class Interrupts(NamedTuple):
