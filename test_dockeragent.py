@@ -2983,6 +2983,7 @@ def test_good_chunks(body, pair):
         ("bare LF in an extension", b"2;a\nb\r\n{}\r\n0\r\n\r\n"),
         ("bare CR in an extension", b"2;a\rb\r\n{}\r\n0\r\n\r\n"),
         ("bare LF after the data", b"2\r\n{}\n0\r\n\r\n"),
+        ("two other bytes after the data", b"2\r\n{}xx0\r\n\r\n"),
         ("data longer than its size", b"2\r\n{}}\r\n0\r\n\r\n"),
         ("data shorter than its size", b"3\r\n{}\r\n0\r\n\r\n"),
         ("extension without an end", b"2;" + b"a" * 2000),
