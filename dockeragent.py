@@ -2832,7 +2832,8 @@ Pool = list[tuple[float, "EngineSocket"]]  # idle connections, and since when ea
 # Statuses that are passed through to the client; any other is 502.
 PASSED_THROUGH_STATUSES = (400, 401, 403, 404, 409, 500, 501)
 BROKEN = "the Engine sent an invalid response"
-FAILURES = (OSError, http.client.HTTPException)
+# ValueError: http.client takes the size of a chunk for an integer, which may be negative.
+FAILURES = (OSError, http.client.HTTPException, ValueError)
 
 
 class Call(NamedTuple):

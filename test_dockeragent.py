@@ -3649,6 +3649,9 @@ def cut_short(sock: socket.socket) -> None:
         pytest.param(
             HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 502, "", id="bad chunk"
         ),
+        pytest.param(
+            HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n-5\r\n", 502, "", id="negative chunk"
+        ),
         pytest.param(http_answer(b"<html>", 500), 502, "500", id="500 of a proxy in between"),
         pytest.param(http_answer({"message": None}, 404), 502, "404", id="404 that says null"),
         pytest.param(http_answer(b"null", 404), 502, "404", id="404 whose JSON is no object"),
