@@ -1422,6 +1422,7 @@ class Request:
         self.folder: str | None = None  # where a limited key's files are
         self.target: Json = {}  # what is acted upon, for the log: {"id", "name"}, {"path"}...
         self.status = 0  # once a response has begun
+        self.error = ""  # what is wrong, for the log
         self.sent = 0  # bytes of the response's body
 
     def header(self, name: str) -> str:
@@ -1628,27 +1629,26 @@ class Connection(socketserver.BaseRequestHandler):
         """Answer one request and log it. The one place where errors become responses."""
         interrupts = Interrupts(self.sock, self.server.stopping)
         request = Request(self.client_address, interrupts, self.server.slots)
-        error = ""
         try:
             try:
                 self.respond(request, self.answer(request))
             except ApiError as refusal:
-                error = refusal.message
+                request.error = refusal.message
                 self.respond_error(request, refusal)
         except ClientGone:
             self.is_kept = False
         except Exception as bug:
             self.server.log("error", "bug", request_id=request.id, traceback=describe_bug(bug))
-            error = f"an internal error; the agent's log has it under {request.id}"
+            request.error = f"an internal error; the agent's log has it under {request.id}"
             with contextlib.suppress(ClientGone):
-                self.respond_error(request, ApiError(500, error))
+                self.respond_error(request, ApiError(500, request.error))
         finally:
             self.slot.is_answering = self.slot.is_streaming = False
         seconds = time.monotonic() - request.started
         fields = {**request.log_fields(), "latency_ms": round(seconds * 1000, 3)}
         fields["bytes"] = max(0, request.sent)
-        if error:
-            fields["error"] = error
+        if request.error:
+            fields["error"] = request.error
         self.server.log("error" if request.status >= 500 else "info", "request", **fields)
         self.server.agent.metrics.observe(request, seconds)
 
@@ -5406,7 +5406,8 @@ def find_to_change(request: Request, agent: Agent) -> Json:
 
 def health(request: Request, agent: Agent) -> Response:
     code, status, docker = 200, "ok", "connected"
-    if agent.engine.problem():
+    request.error = agent.engine.problem()  # told by the log alone
+    if request.error:
         code, status, docker = 503, "degraded", "unreachable"
     now = timestamp(time.time(), "seconds")
     return Response({"status": status, "docker": docker, "timestamp": now}, code)

@@ -4024,6 +4024,10 @@ def test_engine_goes_and_comes_back(tmp_path):
             ).json()
             assert sick.pop("timestamp")
             assert sick == {"status": "degraded", "docker": "unreachable"}
+            # The log alone says why.
+            probes = [line for line in agent.lines("request") if line["route"] == "/health"]
+            assert {line["status"] for line in probes if "error" not in line} == {200}
+            assert str(path) in [line for line in probes if line["status"] == 503][-1]["error"]
             path.unlink()
 
 
