@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2430, and a reviewer may stop there:
+stands first, up to line 2431, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -925,7 +925,8 @@ SETTINGS = (
     Setting("LOG_LEVEL", "info", "or debug, warning, error", parse_level),
 )
 
-KEY_NAME = r"[A-Za-z0-9._-]{1,64}"
+KEY_NAME = r"(?!master\Z)[A-Za-z0-9._-]{1,64}"
+KEY_NAME_RULE = "1 to 64 of A-Z a-z 0-9 . _ -, and not master"
 # A container that mounts one of these, or a folder that holds one, is root on the host.
 FORBIDDEN_PATHS = "/proc /sys /dev /run /var/run /var/lib/docker /var/lib/containerd".split()
 KEY_PATTERN = r"\*|[a-zA-Z0-9][a-zA-Z0-9_.-]*\*?"
@@ -941,7 +942,7 @@ LIMITS["cpus"] = integer_schema(0.01, 10**6, kind="integer|number")
 LIMITS["containers"] = integer_schema(0, 2**31)
 KEY_ENTRY = object_schema(
     "name sha256",
-    name=string_schema(f"(?!master\\Z){KEY_NAME}", "1 to 64 of A-Z a-z 0-9 . _ -"),
+    name=string_schema(KEY_NAME, KEY_NAME_RULE),
     sha256=string_schema("[0-9a-f]{64}", "64 hexadecimal digits; see new-key"),
     master=BOOLEAN,
     expires={**string_schema(EXPIRY, "a time such as 2027-06-30T00:00:00Z"), "check": parse_expiry},
@@ -5861,8 +5862,8 @@ def healthcheck(config: Config) -> int:
 
 def new_key(name: str) -> int:
     """Print a new key, and its entry for KEYS_FILE; return the exit status."""
-    if not re.fullmatch(KEY_NAME, name) or name == "master":
-        print_error(f"{name}: a key's name has 1 to 64 letters, digits, '.', '_' or '-'")
+    if not re.fullmatch(KEY_NAME, name):
+        print_error(f"{name}: a key's name must be {KEY_NAME_RULE}")
         return 2
     key = secrets.token_hex(32)
     entry = {"name": name, "sha256": hashlib.sha256(key.encode()).hexdigest()}

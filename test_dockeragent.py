@@ -703,7 +703,7 @@ ENTRY = {"name": "ci", "sha256": "a" * 64}
         ),
         ("a repeated field", '{"keys": [], "keys": []}', "more than once"),
         ("no name", {"keys": [{"sha256": "a" * 64}]}, "keys[0].name"),
-        ("the name of the master", {"keys": [{**ENTRY, "name": "master"}]}, "keys[0].name"),
+        ("the name of the master", {"keys": [{**ENTRY, "name": "master"}]}, "and not master"),
         ("a name with a space", {"keys": [{**ENTRY, "name": "c i"}]}, "keys[0].name"),
         ("the key itself", {"keys": [{**ENTRY, "sha256": KEY}]}, "keys[0].sha256"),
         ("a name twice", {"keys": [ENTRY, {**ENTRY, "sha256": "b" * 64}]}, "same name"),
@@ -790,6 +790,7 @@ def test_new_key_is_an_entry_that_a_check_accepts(tmp_path):
     for name in ("master", "c i", "", "x" * 65):
         done = command("new-key", name)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert "and not master" in done.stderr
 
 
 def test_keys_are_found_by_their_digest_and_expire(fake_engine, tmp_path):
