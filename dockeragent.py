@@ -2499,7 +2499,7 @@ def check_health(health: Json, path: str) -> Json:
     health = {name: value for name, value in health.items() if value is not False}
     given = {"cmd", "shell", "disable"} & health.keys()
     if len(given) > 1 or ("disable" in given and len(health) > 1):
-        refuse(path, "must have one of cmd, shell and disable, and times only with the first two")
+        refuse(path, "must have at most one of cmd, shell and disable, which takes no times")
     if health.get("cmd") == []:
         refuse(f"{path}.cmd", "must not be empty")
     return health

@@ -2419,7 +2419,7 @@ ANON = {"target": "/t"}
         ),
         ("two checks", health(cmd=["a"], shell="a"), "healthcheck: "),
         ("check and none", health(cmd=["a"], disable=True), "healthcheck: "),
-        ("times of none", health(disable=True, interval=1), "healthcheck: "),
+        ("times of none", health(disable=True, interval=1), "at most one of cmd"),
         ("empty check", health(cmd=[]), "healthcheck.cmd: "),
         ("check more often than the Engine can", health(interval=0.0001), "healthcheck.interval: "),
         ("time as text", health(timeout="3s"), "healthcheck.timeout: "),
