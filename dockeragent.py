@@ -2570,15 +2570,18 @@ def engine_mount(volume: Json) -> Json:
     mount.update(Target=volume["target"], ReadOnly=volume.get("read_only", False))
     if volume.get("non_recursive"):  # set by the policy, never by a client
         mount["BindOptions"] = {"NonRecursive": True}
-    if volume["type"] == "tmpfs":
+    if {"size_mb", "mode"} & volume.keys():  # a tmpfs; podman takes no mode among these for 0000
         size, mode = volume.get("size_mb", 0) * 2**20, int(volume.get("mode", "0"), 8)
         mount["TmpfsOptions"] = {"SizeBytes": size, "Mode": mode}
     return mount
 
 
 def engine_endpoint(networks: list[Json]) -> Json:
-    """Return the first network's endpoint: before API 1.44 a create takes no more than one."""
-    return {networks[0]["name"]: {"Aliases": networks[0]["aliases"]}}
+    """Return the first network's endpoint: before API 1.44 a create takes no more than one.
+
+    None without aliases: the mode tells the rest, and podman knows the bridge as a mode alone.
+    """
+    return {n["name"]: {"Aliases": n["aliases"]} for n in networks[:1] if n["aliases"]}
 
 
 def engine_ulimits(limits: Json) -> list[Json]:
@@ -3369,8 +3372,8 @@ def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
         target[last] = target.get(last, []) + value if isinstance(value, list) else value
     # What the Engine wants to be told twice.
     request["ExposedPorts"] = {port: {} for port in request["HostConfig"].get("PortBindings", ())}
-    for network in request.get("NetworkingConfig", {}).get("EndpointsConfig", ()):
-        request["HostConfig"]["NetworkMode"] = network
+    for network in body.get("networks", [])[:1]:
+        request["HostConfig"]["NetworkMode"] = network["name"]
     return request.pop("query"), request
 
 

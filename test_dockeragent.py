@@ -4435,6 +4435,19 @@ def test_path_becomes_no_option_of_a_mount_of_podmans(fake_engine, path):
     assert fake_engine.requests() == []
 
 
+def test_bridge_and_tmpfs_are_told_as_docker_run_tells_them(fakes):
+    """podman has no network of that name, and takes an empty TmpfsOptions for a mode of 0000."""
+    fake, agent = fakes
+    fake.script["POST /containers/create"] = http_answer({"message": "seen"}, 409)
+    body = {**volume(type="tmpfs", target="/t"), "network_mode": "bridge"}
+    fake.requests()
+    assert_envelope(agent.post("/api/v1/containers", body), 409, "seen")
+    sent = json.loads(fake.changes()[0].body)
+    mount = {"Type": "tmpfs", "Source": "", "Target": "/t", "ReadOnly": False}
+    assert sent["HostConfig"] == {"Mounts": [mount], "NetworkMode": "bridge"}
+    assert sent["NetworkingConfig"] == {"EndpointsConfig": {}}
+
+
 def test_inspect_is_byte_for_byte(agent, engine):
     container = engine.run("true")
     with contextlib.closing(UnixConnection(engine.path)) as connection:
