@@ -3021,9 +3021,30 @@ def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> so
     return sock
 
 
+def resolve(address: Address, deadline: float) -> list[Any]:
+    """Return what getaddrinfo() does, but by deadline (monotonic). Raises OSError."""
+    found: queue.Queue[Any] = queue.Queue()
+
+    def look_up() -> None:
+        try:
+            found.put(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
+        except OSError as error:
+            found.put(error)
+
+    # In a thread: it alone knows no timeout, and a dead name server costs it half a minute.
+    threading.Thread(target=look_up, daemon=True).start()
+    try:
+        result: Any = found.get(timeout=max(0, deadline - time.monotonic()))
+    except queue.Empty:
+        raise socket.timeout("its name is not resolved in time") from None
+    if isinstance(result, OSError):
+        raise result
+    return list(result)
+
+
 def connect_tcp(address: Address, deadline: float) -> socket.socket:
     """Connect to the first address that accepts it; all share the time. Raises OSError."""
-    found: list[Any] = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+    found = resolve(address, deadline)
     for left, (*_, there) in zip(range(len(found), 0, -1), found):
         patience = max(0.001, (deadline - time.monotonic()) / left)
         try:

@@ -3968,6 +3968,15 @@ def test_health_answers_within_4_seconds_of_an_engine_that_swallows_everything(f
             sock.close()
 
 
+def test_name_server_that_swallows_everything_holds_up_no_health():
+    code = """
+import socket, threading
+socket.getaddrinfo = lambda *arguments, **options: threading.Event().wait()
+print(da.Engine(da.parse_engine("tcp://engine:2375"), None).problem())
+"""
+    assert "its name is not resolved in time" in in_child(code)
+
+
 def test_waiting_for_the_engine_costs_one_stranger_at_a_time(fake_engine):
     with Agent(DOCKER_HOST=fake_engine.url) as agent:
         assert agent.get("/health", key="").status == 200
