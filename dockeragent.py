@@ -1698,8 +1698,6 @@ class Connection(socketserver.BaseRequestHandler):
     def read_head(self, request: Request) -> None:
         """Take the next request's head from the buffer. Raises ApiError."""
         self.deadline, self.interrupts = time.monotonic() + HEAD_TIMEOUT, self.until_stop
-        if self.buffer.startswith(b"HEAD "):
-            request.method = "HEAD"  # not even a response that refuses its head has a body
         line = self.receive_until(b"\r\n", MAX_REQUEST_LINE, 414, "request line is")
         # Invariant: the head is matched by the grammar before any other code sees it.
         match = REQUEST_LINE.fullmatch(line)
@@ -1778,6 +1776,8 @@ class Connection(socketserver.BaseRequestHandler):
             raise ApiError(503, message, {"Retry-After": "1"})
 
     def respond_error(self, request: Request, error: ApiError) -> None:
+        if not request.method and self.buffer.startswith(b"HEAD "):
+            request.method = "HEAD"  # not even a response that refuses its head has a body
         if request.status:  # the head was sent: only the missing end of the body can tell now
             self.is_kept = False
         else:
