@@ -192,7 +192,7 @@ DURATION = r"(?=\.?[0-9])([0-9]{0,15})(?:\.([0-9]{0,15}))?(ns|us|µs|μs|ms|s|m|
 UNITS = {"ns": 1, "us": 10**3, "µs": 10**3, "μs": 10**3, "ms": 10**6, "s": 10**9}  # nanoseconds
 UNITS.update(m=60 * UNITS["s"], h=3600 * UNITS["s"])
 # Up to the year 9999; an entry without a time has the year 1.
-EVENT_ID = r"([0-9]{1,11}|2[0-9]{11}|-62135596800)\.([0-9]{9})-([1-9][0-9]{0,14})"
+EVENT_ID = r"([12]?[0-9]{1,11}|-62135596800)\.([0-9]{9})-([1-9][0-9]{0,14})"
 ENGINE_EVENT_ID = r"([0-9]{1,19})-[1-9][0-9]{0,14}"
 
 # Python's phrases changed between 3.9 and 3.13 (413, 414, 416, 422); these are RFC 9110's.
@@ -4357,14 +4357,15 @@ class LogCursor:
         found = theirs = self._reading(least, None, http10=False).keep_last(unfinished=unfinished)
         tail = wanted + wanted // 8 + 64 + doubt
         with contextlib.suppress(LogDamaged):
-            while theirs.entries in (0, least) or self._source.until:
+            is_cut = self._source.until or len(theirs.kept) < theirs.total
+            while is_cut or theirs.entries in (0, least):
                 larger = self._reading(tail, doubt, http10=False)
                 larger.mark = theirs.first
                 larger.keep_last(unfinished=unfinished)
                 is_full = larger.entries >= tail
                 if not is_full and larger.marked < theirs.entries:
                     break
-                if tail >= ALL or (is_full and larger.total >= wanted and larger.oldest):
+                if tail >= ALL or (is_full and larger.total > wanted):
                     found = larger
                     break
                 # podman takes longer for a large tail than for the whole log.

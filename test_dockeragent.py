@@ -6982,6 +6982,7 @@ STAMP_PATTERNS = {
     "clock set back twice": stepping(-HOUR, at=20) + stepping(-2 * HOUR, at=0, lines=30),
     "host boots in 1970": stepping(0, lines=30) + stepping(5 * SECOND - START, at=0, lines=30),
     "an entry without a time": numbered(0, YEAR_1, YEAR_1, 1, YEAR_1 + 1, 2),
+    "a clock in the year 6000": numbered(0, 4000 * 365 * 24 * HOUR, 1),
     "the last second of the year 9999": numbered(0, YEAR_9999, 1, YEAR_9999, 2),
     "all lines of one stamp": numbered(*[0] * 40),
     "five lines of each stamp": numbered(*(n // 5 * MS for n in range(60))),
@@ -7191,6 +7192,26 @@ def test_followed_tail_of_a_damaged_log_is_no_longer_than_asked(agent, engine, p
         reply = agent.get(logs_path(name, f"tail={wanted}", "follow=1"))
         *lines, _ = parse_events(reply.body)  # the last is an error if the Engine gives one
         assert reply.status == 200 and len(lines) <= wanted
+
+
+def test_long_tail_of_a_damaged_log_ends_where_the_engines_does(agent, engine):
+    entries: list[Any] = [Entry(n * MS, f"{n} {'x' * 1000}\n") for n in range(3000)]
+    entries[-300] = b'{"log":"half\n'
+    name = stored_log(engine, entries)
+    theirs = engine.logs(name, "&tail=1000").decode().splitlines()
+    if not engine.logs_fail:
+        lines = read_lines(agent, name, "tail=1000")
+        assert len(lines) <= 1000 and lines[len(lines) - len(theirs) :] == theirs
+        assert follow_lines(agent, name, "tail=1000") == lines
+
+
+def test_tail_of_one_stream_whose_lines_are_too_long_to_keep(agent, engine):
+    long = [*pieces(2 * HOUR, "y", 200_000, "stderr"), *pieces(3 * HOUR, "z", 200_000, "stderr")]
+    first, before = numbered(*range(3), stream="stderr"), Entry(HOUR, "before\n", "stderr")
+    name = stored_log(engine, [*first, *stepping(0, lines=5000), before, *long])
+    lines = ["y" * 200_000, "z" * 200_000]
+    assert read_lines(agent, name, "tail=2", "stdout=0") == lines
+    assert follow_lines(agent, name, "tail=2", "stdout=0") == lines
 
 
 @pytest.fixture(scope="module")
