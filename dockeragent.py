@@ -4329,6 +4329,8 @@ class LogCursor:
     def _reading(self, tail: int, doubt: int | None, **options: Any) -> LogReading:
         """Ask for the last entries; after a line that was found, nothing but their order counts."""
         source = self._source
+        if source.engine.is_podman:
+            tail = ALL  # in its tails, a line's first entry is joined to the line before
         query: dict[str, Any] = {"stdout": 1, "stderr": 1, "timestamps": 1}
         query["tail"] = tail if tail < ALL else "all"
         query["follow"] = int(options.pop("follow", False))
@@ -4368,8 +4370,7 @@ class LogCursor:
                 if tail >= ALL or (is_full and larger.total > wanted):
                     found = larger
                     break
-                # podman takes longer for a large tail than for the whole log.
-                tail = 16 * tail if is_full and not self._source.engine.is_podman else ALL
+                tail = 16 * tail if is_full else ALL
         if len(found.kept) >= min(wanted, found.total):
             self.last, self._reach = found.newest and found.newest[:2], found.reach
             return list(found.kept)[max(0, len(found.kept) - wanted) :]

@@ -7874,6 +7874,18 @@ def test_podmans_stamps_are_matched_in_full(fake_agent, fake_engine, stamp):
         assert read_lines(fake_agent, "x", f"tail={index}") == lines[4 - index :]
 
 
+def test_podman_is_not_asked_for_a_tail(fake_engine):
+    """It joins the first entry of a line to the line before, in the last entries but not in all."""
+    stored_frames(fake_engine, [frame(1, b"%d\n" % n) for n in range(9)], EXITED)
+    extra = "Api-Version: 1.41\r\nLibpod-API-Version: 4.3.1\r\n"
+    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=extra)
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        for query in ("tail=2", "follow=1&tail=2", "last_event_id=1771668000.000000001-7"):
+            assert b"7" in agent.get(logs_path("x", query)).body
+    asked = [request.target for request in fake_engine.requests() if "/logs?" in request.target]
+    assert asked and {re.search("tail=([a-z0-9]+)", target)[1] for target in asked} == {"all"}
+
+
 def test_stream_begins_before_the_engine_answers(fake_agent, fake_engine):
     """podman 4.3 sends no head while a log is empty."""
     log_of(fake_engine, lambda sock: sock.recv(1), RUNNING)
