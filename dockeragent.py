@@ -4200,15 +4200,15 @@ class LogCursor:
 
     def read(self, wanted: int | None, *, numbered: bool = False) -> Iterator[list[Line]]:
         """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
-        left = sys.maxsize
+        left, unfinished = sys.maxsize, self.ending[0] == "end"
         if wanted is not None and not self.last:
             doubt = NUMBERED if numbered or wanted >= LOOK else 0
-            lines = self._tail(wanted, doubt, unfinished=True)
+            lines = self._tail(wanted, doubt, unfinished=unfinished)
             if lines is not None:
                 yield lines
                 return
             left = wanted
-        for lines in self._stored(unfinished=True):
+        for lines in self._stored(unfinished=unfinished):
             yield lines[:left]
             left -= len(lines)
             if left <= 0:

@@ -7874,6 +7874,13 @@ def test_podmans_stamps_are_matched_in_full(fake_agent, fake_engine, stamp):
         assert read_lines(fake_agent, "x", f"tail={index}") == lines[4 - index :]
 
 
+@pytest.mark.parametrize("query", ["follow=1", "follow=1&tail=5"])
+def test_line_begun_while_a_container_restarts_is_not_cut_off(fake_agent, fake_engine, query):
+    stored_frames(fake_engine, [FIRST, frame(1, b"x" * 16384)], BACKOFF)
+    line, end = parse_events(fake_agent.get(logs_path("x", query)).body)
+    assert (line.data, end.type) == ("one", "restart")
+
+
 def test_podman_is_not_asked_for_a_tail(fake_engine):
     """It joins the first entry of a line to the line before, in the last entries but not in all."""
     stored_frames(fake_engine, [frame(1, b"%d\n" % n) for n in range(9)], EXITED)
