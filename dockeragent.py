@@ -2836,6 +2836,7 @@ Pool = list[tuple[float, "EngineSocket"]]  # idle connections, and since when ea
 # Statuses that are passed through to the client; any other is 502.
 PASSED_THROUGH_STATUSES = (400, 401, 403, 404, 409, 500, 501)
 BROKEN = "the Engine sent an invalid response"
+LINE_TOO_LONG: Json = {"error": "the Engine's response has too long a line"}
 # ValueError: http.client takes the size of a chunk for an integer, which may be negative.
 FAILURES = (OSError, http.client.HTTPException, ValueError)
 
@@ -3271,8 +3272,10 @@ def container_id(decoded: Json) -> str:
 def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[Json | None]:
     """Yield the objects of a body that has one on each line, and None each PING_INTERVAL.
 
-    silence: seconds without a byte, after which it raises EngineError (504). Raises EngineError
-    (502) for another body, and what `EngineResponse.read` raises.
+    In place of a line over MAX_LINE it yields LINE_TOO_LONG: an image's labels can make an event so
+    long, and must not end the stream. silence: seconds without a byte, after which it raises
+    EngineError (504). Raises EngineError (502) for another body, and what `EngineResponse.read`
+    raises.
     """
     rest, heard = b"", time.monotonic()
     due = heard + PING_INTERVAL
@@ -3281,15 +3284,18 @@ def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[
         if time.monotonic() >= heard + silence:
             raise EngineError(504, f"the Engine said nothing for {silence:.0f} s")
         *lines, rest = (rest + (data or b"")).split(b"\n")
-        # Invariant: no line of the Engine's is held past MAX_LINE.
-        if len(rest) > MAX_LINE:
-            raise EngineError(502, "the Engine's response has too long a line")
-        yield from map(decode_response, filter(bytes.strip, lines))
+        rest = rest[: MAX_LINE + 1]  # Invariant: no more of a line of the Engine's is held
+        yield from map(decode_line, filter(bytes.strip, lines))
         if time.monotonic() >= due:
             yield None
             due = time.monotonic() + PING_INTERVAL
     if rest.strip():
-        yield decode_response(rest)
+        yield decode_line(rest)
+
+
+def decode_line(line: bytes) -> Json:
+    decoded: Json = LINE_TOO_LONG if len(line) > MAX_LINE else decode_response(line)
+    return decoded
 
 
 @contextlib.contextmanager
@@ -5269,7 +5275,7 @@ def engine_events(engine: Engine, query: Json, until: float, request: Request) -
         for message in json_lines(response):
             if message is None:
                 yield PING
-            elif data := event_data(message, request.key):
+            elif message is not LINE_TOO_LONG and (data := event_data(message, request.key)):
                 number = number + 1 if message["timeNano"] == last else 1
                 last = message["timeNano"]
                 # Invariant: JSON has no line ends in it, so no label or name can forge a field.

@@ -5222,7 +5222,8 @@ def test_bad_auth_is_refused_and_not_repeated(fakes, path, auth):
         ([b'{"status":"Downloading"}\n'], False, 502, ""),
         ([b'{"status":"Downloading"}\n<html>\n'], True, 502, "JSON"),
         ([b'{"status":"a"}\n["no object"]\n'], True, 502, "JSON"),
-        ([b'{"status":"a"}\n', b" " * (2**20 + 1)], True, 502, "too long"),
+        ([b'{"status":"a"}\n', b'{"error":"%b"}' % (b"a" * 2**20)], True, 502, "too long"),
+        ([b'{"error":"%b"}\n' % (b"a" * 2**20), b'{"status":"a"}\n'], True, 502, "too long"),
         ([b'{"error":"%b"}' % (b"unexpected status " * 50_000)], True, 502, "unexpected status"),
     ],
 )
@@ -8699,7 +8700,7 @@ def test_bad_question_for_events_is_400_and_reaches_nothing(fakes, query, header
             True,
             "Attributes",
         ),
-        ("line without an end", [b" " * (2**20 + 1)], True, "too long"),
+        ("line without an end", [b'{"Type":"' + b"a" * 2**21], True, "ended its stream"),
     ),
 )
 def test_broken_stream_of_events_says_so(fakes, pieces, end, words):
@@ -8709,6 +8710,20 @@ def test_broken_stream_of_events_says_so(fakes, pieces, end, words):
     assert (first.type, last.type) == ("message", "error")
     error = json.loads(last.data)
     assert error["status"] == 502 and words in error["message"]
+
+
+@pytest.mark.parametrize("size", [2**20 - 1, 2**20, 2**23])
+def test_event_that_is_too_long_hides_no_other(fakes, size):
+    """An image's labels, or the command of a health check that an Engine tells twice, make one."""
+    fake, agent = fakes
+    padded = json_line(raw_event(3))[:-2].ljust(size) + b"}\n"
+    fake.script["GET /events"] = chunked_answer(
+        json_line(raw_event(2)), padded, json_line(raw_event(4))
+    )
+    found = parse_events(agent.get(f"{EVENTS}?until=1").body)
+    ids = [event.id for event in found[:-1]]
+    assert ids == (["2-1", "3-1", "4-1"] if size < 2**20 else ["2-1", "4-1"])
+    assert found[-1].type == "end"
 
 
 def test_time_past_all_clocks_is_no_bug(fakes):
