@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2431, and a reviewer may stop there:
+stands first, up to line 2434, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -680,7 +680,7 @@ def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
 
 
 def config_of(inspected: Json | None, member: str) -> Json:
-    """Return "Labels" or "Healthcheck" of an inspected container or image, {} for none."""
+    """Return "Labels", "Healthcheck" or "Volumes" of an inspected container or image, {} for none."""
     return ((inspected or {}).get("Config") or {}).get(member) or {}
 
 
@@ -767,6 +767,9 @@ def check_created(key: Key, created: Json, container: Json, status: int = 409) -
     for name, value in config_of(created, "Labels").items():
         is_own = not value or container["Labels"].get(name) == value or key.covers("labels", name)
         key.permit(is_own, "labels", f"the image's {name}", status)
+    # Each becomes an anonymous volume: thousands take the Engine minutes, and stay.
+    volumes = config_of(created, "Volumes")
+    key.permit(len(volumes) <= 32, "volumes", "more than 32 of the image's", status)
     health = config_of(created, "Healthcheck")
     for name in "Interval", "StartInterval":  # nanoseconds; 0 is the default, below 0 at once
         is_slow = (health.get(name) or 10**9) >= 10**9 or health.get("Test") == ["NONE"]

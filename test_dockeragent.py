@@ -1364,14 +1364,16 @@ def test_no_pattern_lets_an_image_bring_the_agents_labels(policed):
         ("labels", {"Labels": {"com.acme.a": "a" * 2**17}}),
         ("the names of labels", {"Labels": {"b" * 2**17: "1"}}),
         ("an environment", {"Env": ["PATH=/bin", "A=" + "a" * 2**17]}),
+        ("volumes", {"Volumes": {f"/v{number}": {} for number in range(33)}}),
     ),
 )
 def test_image_brings_no_more_than_a_body_may(policed, way, brought):
     name, image = f"{policed.scope}-s", f"{policed.scope}-size:1"
     load_image(policed.engine, image, **brought)
+    word = "volumes: more than 32" if "Volumes" in brought else "size: more than 131072"
     try:
         reply = policed.create(way, name, {"image": image})
-        assert_envelope(reply, 403, "key ci: size: more than 131072")
+        assert_envelope(reply, 403, f"key ci: {word}")
         assert name not in policed.containers()
     finally:
         policed.engine.remove(name)
@@ -1537,6 +1539,8 @@ def test_action_is_for_the_container_that_was_checked(fake_engine, tmp_path):
         ("a label of a moved tag", {"Labels": {"traefik.enable": "1"}}, "traefik.enable"),
         ("a check of a moved tag", {"Healthcheck": {"Interval": 1}}, "healthcheck"),
         ("its check at the start", {"Healthcheck": {"StartInterval": 1}}, "healthcheck"),
+        ("its volumes", {"Volumes": dict.fromkeys(map(str, range(33)), {})}, "volumes"),
+        ("its size", {"Cmd": ["a" * 2**17]}, "size"),
     ),
 )
 def test_container_is_looked_at_before_anybody_can_start_it(fake_engine, tmp_path, created, word):
