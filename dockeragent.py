@@ -5300,7 +5300,9 @@ def event_data(message: Json, key: Key) -> Json | None:
         is_known = kind == "container" or "container" not in attributes
         if kind not in NAMED_TYPES or not (is_known and key.covers(f"{kind}s", name)):
             return None
-        attributes = {k: v for k, v in attributes.items() if not k.startswith(OWN_LABELS)}
+        # Before it was renamed a container may have been another's.
+        hidden = (OWN_LABELS, "oldName")
+        attributes = {k: v for k, v in attributes.items() if not k.startswith(hidden)}
     moment = stamp_from(require(message, "timeNano", int) % 2**63).decode()
     shown = {"time": moment, "type": kind, "action": message.get("Action")}
     return {**shown, "id": actor.get("ID"), "name": name, "attributes": attributes}

@@ -8825,13 +8825,14 @@ def test_limited_key_hears_of_its_own_alone(changes, shown):
     assert da.event_data(event, da.Key("master", master=True)) is not None
 
 
-def test_limited_key_is_not_shown_the_agents_labels():
-    event = raw_event(**actor_of(name="web", **{"dockeragent.spec": "1", "dockeragents": "2"}))
+def test_limited_key_is_not_shown_the_agents_labels_or_an_earlier_name():
+    own = {"dockeragent.spec": "1", "dockeragents": "2", "oldName": "/secret"}
+    event = raw_event(**actor_of(name="web", **own))
     limited, master = (
         da.event_data(event, key) for key in (LIMITED, da.Key("master", master=True))
     )
     assert limited["attributes"] == {"name": "web", "dockeragents": "2"}
-    assert master["attributes"] == {"name": "web", "dockeragents": "2", "dockeragent.spec": "1"}
+    assert master["attributes"] == {"name": "web", **own}
 
 
 # Metrics
