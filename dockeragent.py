@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2434, and a reviewer may stop there:
+stands first, up to line 2436, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1044,6 +1044,8 @@ def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
         for field, path in [(f, path) for f in ("binds", "files") for path in entry.get(f, ())]:
             if place := forbidden_place(path, values):
                 refuse(f"{here}.{field}", f"{path} would give away {place}")
+        if entry["sha256"] == hashlib.sha256().hexdigest():  # of a variable that was not set
+            refuse(f"{here}.sha256", "is that of an empty key, which anybody has")
         entry = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
         keys.append(Key(digest=bytes.fromhex(entry.pop("sha256")), **entry))
     return tuple(keys)

@@ -706,6 +706,7 @@ ENTRY = {"name": "ci", "sha256": "a" * 64}
         ("the name of the master", {"keys": [{**ENTRY, "name": "master"}]}, "and not master"),
         ("a name with a space", {"keys": [{**ENTRY, "name": "c i"}]}, "keys[0].name"),
         ("the key itself", {"keys": [{**ENTRY, "sha256": KEY}]}, "keys[0].sha256"),
+        ("no key at all", {"keys": [{**ENTRY, "sha256": "EMPTY"}]}, "keys[0].sha256"),
         ("a name twice", {"keys": [ENTRY, {**ENTRY, "sha256": "b" * 64}]}, "same name"),
         ("a key twice", {"keys": [ENTRY, {**ENTRY, "name": "b"}]}, "same digest"),
         ("the master's key", {"keys": [{**ENTRY, "sha256": "MASTER"}]}, "same digest"),
@@ -770,7 +771,10 @@ def test_wrong_keys_file_is_one_line(text, word, tmp_path):
     content = text if isinstance(text, str) else json.dumps(text)
     (tmp_path / "link").symlink_to("/")
     path = tmp_path / "keys.json"
-    path.write_text(content.replace("MASTER", digest(KEY)).replace("FOLDER", str(tmp_path)))
+    words = {"MASTER": digest(KEY), "EMPTY": digest(""), "FOLDER": str(tmp_path)}
+    for written, meaning in words.items():
+        content = content.replace(written, meaning)
+    path.write_text(content)
     for arguments in ([], ["check"]):
         done = command(*arguments, KEYS_FILE=str(path), HOME=str(tmp_path))
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
