@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2436, and a reviewer may stop there:
+stands first, up to line 2437, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -674,13 +674,14 @@ def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
         if not found or found.get("Name") != name:
             raise ApiError(404, f"no such network: {name}")
         network["name"] = name if name == "bridge" else found["Id"]
+    key.permit(len(names) <= 32, "networks", "more than 32 aliases")  # no other size counts them
     # All on a network resolve them: one could be api.stripe.com, or another's container.
     for name in names:
         key.permit_name("containers", name, "hostname or alias")
 
 
 def config_of(inspected: Json | None, member: str) -> Json:
-    """Return "Labels", "Healthcheck" or "Volumes" of an inspected container or image, {} for none."""
+    """Return a member of an inspected container's or image's configuration, {} for none."""
     return ((inspected or {}).get("Config") or {}).get(member) or {}
 
 

@@ -1134,6 +1134,12 @@ def ports(*numbers: Any) -> dict[str, Any]:
             joined({"name": "SCOPE-front", "aliases": ["api.stripe.com"]}),
             "stripe",
         ),
+        (
+            "thousands of aliases",
+            "ci",
+            joined({"name": "SCOPE-front", "aliases": [f"SCOPE-{n}" for n in range(33)]}),
+            "networks: more than 32 aliases",
+        ),
         ("another's name as hostname", "ci", {"hostname": "unSCOPE"}, "hostname or alias: un"),
         (
             "another's name as hostname, networked",
@@ -1543,7 +1549,7 @@ def test_action_is_for_the_container_that_was_checked(fake_engine, tmp_path):
         ("a label of a moved tag", {"Labels": {"traefik.enable": "1"}}, "traefik.enable"),
         ("a check of a moved tag", {"Healthcheck": {"Interval": 1}}, "healthcheck"),
         ("its check at the start", {"Healthcheck": {"StartInterval": 1}}, "healthcheck"),
-        ("its volumes", {"Volumes": dict.fromkeys(map(str, range(33)), {})}, "volumes"),
+        ("its volumes", {"Volumes": {f"/v{number}": {} for number in range(33)}}, "volumes"),
         ("its size", {"Cmd": ["a" * 2**17]}, "size"),
     ),
 )
