@@ -3077,8 +3077,9 @@ class Engine:
         self.removal = threading.Lock()  # so that two removals do not share them
         # Held while a network is looked for and created: older Engines allow two of one name.
         self.networking = threading.Lock()
-        self.counting = threading.Lock()  # held while a limited key's containers are counted
-        self.unchecked: set[str] = set()  # names of new containers that nobody may start yet
+        # By name of a limited key, whose containers are counted: none holds up another's creates.
+        self.counting: dict[str, threading.Lock] = {}
+        self.unchecked: list[str] = []  # names of new containers that nobody may start yet
         self._health_lock = threading.Lock()
         self._health = -math.inf, ""  # when it was asked, and what is wrong
 
@@ -3455,12 +3456,12 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
     with contextlib.ExitStack() as held:
         if not key.master:
             restrict_brought(key, body, find_image(engine, body["Image"]))
-            # One create at a time, or the count is not true. Until it was looked at, no other
-            # request may start it: see `find_to_change`.
-            held.enter_context(engine.counting)
+            # One create of the key at a time, or the count is not true. Until it was looked at, no
+            # other request may start it: see `find_to_change`.
+            held.enter_context(engine.counting.setdefault(key.name, threading.Lock()))
             check_count(key, query["name"], ids_by_name(engine, "."))
-            engine.unchecked.add(query["name"])
-            held.callback(engine.unchecked.discard, query["name"])
+            engine.unchecked.append(query["name"])
+            held.callback(engine.unchecked.remove, query["name"])
         held.enter_context(engine.creates)
         created = engine.json("POST", "/containers/create", query, body, START_TIMEOUT)
         path = container_path(container_id(created), "json")

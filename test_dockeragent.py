@@ -1578,6 +1578,40 @@ def test_container_is_looked_at_before_anybody_can_start_it(fake_engine, tmp_pat
     assert asked == ["POST /containers/create", f"DELETE /containers/{identity}"]
 
 
+def test_slow_create_of_a_key_holds_up_no_other_key(fake_engine, tmp_path):
+    """Nor does one of its name that fails let anybody start it."""
+    identity, began, release = "1" * 64, threading.Event(), threading.Event()
+
+    def create(sock: socket.socket) -> None:
+        if not began.is_set():
+            began.set()
+            assert release.wait(WAIT)
+        sock.sendall(http_answer({"message": "in use"}, 409))
+
+    more = {"allow": ["create", "operate"], "containers": ["w*"], "images": ["a"], "cache": True}
+    entries = [{"name": key, "key": key, **more} for key in ("ci", "cd")]
+    fake_engine.script["GET /images/docker.io/library/a%3Alatest/json"] = http_answer({"Id": "i"})
+    fake_engine.script["GET /containers/json"] = http_answer([])
+    fake_engine.script["POST /containers/create"] = create
+    found = http_answer({"Id": identity, "Name": "/web", "Config": {}})
+    for name in ("web", identity):
+        fake_engine.script[f"GET /containers/{name}/json"] = found
+    body = {"image": "a", "name": "web", "network_mode": "none"}
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=keys_file(tmp_path, *entries)) as agent:
+        slow = threading.Thread(
+            target=agent.post, args=("/api/v1/containers", body), kwargs={"key": "ci"}
+        )
+        slow.start()
+        assert began.wait(WAIT)
+        assert_envelope(
+            agent.post("/api/v1/containers", body, key="cd", timeout=WAIT), 409, "in use"
+        )
+        started = agent.post("/api/v1/containers/web/start", key="cd")
+        assert_envelope(started, 409, "is being created")
+        release.set()
+        slow.join()
+
+
 def test_lists_leave_out_what_is_anothers(policed):
     agent, scope, begun = policed.agent, policed.scope, time.time()
     run_by_hand(policed.engine, f"un{scope}2")
