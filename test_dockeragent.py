@@ -1744,6 +1744,29 @@ def test_volume_with_options_or_of_a_plugin_is_refused(volume):
         da.decide(request, "create", ask=lambda path: volume)
 
 
+@pytest.mark.parametrize(
+    "maker, brought, is_shared",
+    cases(
+        ("of a limited key", "cd", {"Id": "i"}, True),
+        ("of the master", "", {"Id": "i"}, False),
+        ("of its image", "cd", {"Config": {"Labels": {"dockeragent.key": "cd"}}}, False),
+        ("of an image that is gone", "cd", None, False),
+    ),
+)
+def test_network_is_shared_by_the_label_of_the_agent_and_by_id(maker, brought, is_shared):
+    """A name could be another's by the time that the Engine looks for it."""
+    request, identity = da.Request("", da.NEVER, ()), "1" * 64
+    request.key = da.Key("ci", containers=("a*",), images=("*",), cache=True)
+    request.body = {"name": "a", "image": "a", "network_mode": "container:ab"}
+    found = {"Id": identity, "Name": "/ab", "Image": "i"}
+    found["Config"] = {"Labels": {"dockeragent.key": maker}}
+    answers = {"/containers/ab/json": found, "/images/i/json": brought}
+    refused = pytest.raises(da.ApiError, match="network_mode: container:ab")
+    with contextlib.nullcontext() if is_shared else refused:
+        da.decide(request, "create", ask=answers.__getitem__)
+        assert request.body["network_mode"] == f"container:{identity}"
+
+
 class PrivateImage(NamedTuple):
     agent: Agent
     image: str  # in the host's cache, from a registry that wants a password
@@ -9115,8 +9138,10 @@ def test_refused_and_open_requests_are_counted(fake_engine):
 def test_limited_key_sees_its_own_alone(fake_engine, tmp_path):
     names = ("web", "db", "web.next", "web2", "db.next")
     events = [json_line(raw_event(n, **actor_of(name=name))) for n, name in enumerate(names)]
+    rows = [row(f"/{name}", "Up 1 hour (healthy)") for name in names]
+    rows[0]["Names"].insert(0, "/db/alias")  # of a link to it
     fake_engine.script = {
-        LIST: http_answer([row(f"/{name}", "Up 1 hour (healthy)") for name in names]),
+        LIST: http_answer(rows),
         "GET /events": chunked_answer(*events),
         "GET /containers/db/json": http_answer({**RUNS, "Name": "/db"}),
     }
