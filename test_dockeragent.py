@@ -1270,7 +1270,8 @@ def test_what_a_limited_container_gets_unasked(policed):
     engine, name, image = policed.engine, f"{policed.scope}-b", f"{policed.scope}-labels:1"
     labels = {"traefik.enable": "true", "dockeragent.was": "x", "dockeragent.x": "y"}
     check = {"Test": ["CMD", "true"], "Interval": 10**9}
-    load_image(engine, image, Labels={**labels, "com.acme.team": "web"}, Healthcheck=check)
+    brought = {**labels, "com.acme.team": "web", "dockeragent.key": "cd"}
+    load_image(engine, image, Labels=brought, Healthcheck=check)
     try:
         bind = {"source": f"{policed.folder}/static", "target": "/b"}
         named = {"source": f"{policed.scope}-plain", "target": "/n"}
