@@ -925,6 +925,19 @@ def test_path_of_a_key_is_resolved_as_the_host_sees_it(tmp_path):
     assert da.parse_keys(text, named)[0].binds == ("/srv/con",)
 
 
+@pytest.mark.parametrize("name", CONFIG.keys() - {"host_root"})
+def test_folder_of_what_is_configured_is_for_no_limited_key(name):
+    place = "/srv/app/secret"
+    written = f"/{place}"  # as good as with one slash
+    is_address = name in ("docker_host", "listen_addr")
+    named = {**CONFIG, name: da.Address(written) if is_address else written}
+    for path in ("/srv/app", place, f"{place}/x"):
+        text = json.dumps({"keys": [{**ENTRY, "files": [path]}]}).encode()
+        with pytest.raises(da.ApiError, match=f"{path} would give away {place}"):
+            da.parse_keys(text, named)
+        assert da.parse_keys(text, CONFIG)
+
+
 def test_route_needs_its_permission(fake_engine, tmp_path):
     """A key with every other permission, and the widest patterns, gets no further."""
     every = [route.permission for route in da.ROUTES if route.permission in da.DECISIONS]
@@ -1420,6 +1433,7 @@ def test_disk_below_a_bind_is_not_in_it(policed):
         ("below zero, which is at once", {"Interval": -1}, {}, True),
         ("at first each millisecond", {"StartInterval": 10**6, "Interval": 10**9}, {}, True),
         ("its times, with a check of ours", {"Interval": 10**6}, {"cmd": ["true"]}, True),
+        ("its times, which 0 leaves as they are", {"Interval": 10**6}, {"interval": 0}, True),
         ("its check, with times of ours", {"Interval": 10**6}, {"interval": 1}, False),
         ("its check, turned off", {"Interval": 10**6}, {"disable": True}, False),
     ),
