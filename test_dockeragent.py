@@ -925,7 +925,7 @@ def test_path_of_a_key_is_resolved_as_the_host_sees_it(tmp_path):
     assert da.parse_keys(text, named)[0].binds == ("/srv/con",)
 
 
-@pytest.mark.parametrize("name", CONFIG.keys() - {"host_root"})
+@pytest.mark.parametrize("name", sorted(CONFIG.keys() - {"host_root"}))
 def test_folder_of_what_is_configured_is_for_no_limited_key(name):
     place = "/srv/app/secret"
     written = f"/{place}"  # as good as with one slash
@@ -1482,6 +1482,14 @@ def test_ten_creates_at_once_are_no_more_than_three(policed):
         for name in policed.containers():
             if "-few" in name:
                 policed.engine.remove(name)
+
+
+def test_deploys_helpers_do_not_count():
+    key = da.Key("few", containers=("few*",), limits={"containers": 2})
+    for name in ("few1", "few1.next", "few2", "few2.next"):
+        da.check_count(key, name, ["few1", "few1.prev", "few1.next", "other"])
+    with pytest.raises(da.ApiError, match="more than 2 containers"):
+        da.check_count(key, "few3", ["few1", "few2.next"])
 
 
 def test_network_of_an_own_container_may_be_shared(policed):
