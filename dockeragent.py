@@ -766,7 +766,7 @@ def check_created(key: Key, created: Json, container: Json, status: int = 409) -
     size = len(encode_json(created.get("Config")))
     key.permit(size <= MAX_LIMITED_CONFIG, "size", f"more than {MAX_LIMITED_CONFIG} bytes", status)
     for name, value in config_of(created, "Labels").items():
-        is_own = not value or container["Labels"].get(name) == value or key.covers("labels", name)
+        is_own = container["Labels"].get(name) == value or key.covers("labels", name)
         key.permit(is_own, "labels", f"the image's {name}", status)
     # Each becomes an anonymous volume: thousands take the Engine minutes, and stay.
     volumes = config_of(created, "Volumes")

@@ -1178,6 +1178,12 @@ def ports(*numbers: Any) -> dict[str, Any]:
             {"env": ["A=" + "a" * 2**17]},
             "size: more than",
         ),
+        (
+            "what makes it so by its mounts",
+            "ci",
+            {"volumes": [{"target": f"/{number}/{'a' * 4090}"} for number in range(32)]},
+            "size: more than",
+        ),
         ("a proxy's label", "ci", {"labels": {"traefik.enable": "true"}}, "labels: traefik.enable"),
         ("a label that no list has", "bare", {"labels": {"com.acme.a": "1"}}, "labels: com.acme.a"),
         ("too much memory", "ci", limits(memory_mb=65), "memory_mb: more than 64"),
@@ -9777,6 +9783,21 @@ def test_anonymous_volumes_are_carried_over(agent, engine, site):
     engine.call("DELETE", f"/containers/{site}?force=1&v=1")
     for mount in filter(None, (mount.get("Name") for mount in mounts)):
         engine.call("DELETE", f"/volumes/{mount}")
+
+
+def test_volume_with_options_is_not_taken_for_an_anonymous_one(agent, engine, site):
+    """It could be a folder of the host's."""
+    volume = secrets.token_hex(32)
+    options = {"type": "tmpfs", "device": "tmpfs"}
+    engine.call("POST", "/volumes/create", {"Name": volume, "DriverOpts": options})
+    try:
+        named = [{"type": "volume", "source": volume, "target": "/keep"}]
+        assert put(agent, site, spec(volumes=named)).status == 201
+        assert put(agent, site, spec()).status == 200
+        assert engine.inspect(site)["Mounts"] == []
+    finally:
+        engine.remove(site)
+        engine.call("DELETE", f"/volumes/{volume}")
 
 
 def test_same_tag_with_a_new_image_is_a_change_and_its_digest_the_way_back(
