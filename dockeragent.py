@@ -3354,8 +3354,9 @@ def container_path(name: str, action: str = "") -> str:
 def own_stop_timeout(config: Json) -> int:
     """Return the seconds that a stop takes at most if none are given."""
     wait = config.get("StopTimeout")
-    # Invariant: a container's own timeout makes no wait longer than a client could ask for.
-    return min(MAX_STOP, max(0, wait)) if wait and isinstance(wait, int) else DEFAULT_STOP
+    # Invariant: a container's own timeout makes no wait longer than a client could ask for. -1 is
+    # for ever to the Engine.
+    return min(MAX_STOP, wait) if isinstance(wait, int) and wait >= 0 else DEFAULT_STOP
 
 
 def agent_labels(key: Key, **values: str) -> dict[str, str]:
@@ -4622,8 +4623,9 @@ class Deployment:
             self.engine.call("POST", path, body={"RestartPolicy": policy})
 
     def stop(self, found: Found) -> None:
-        seconds = own_stop_timeout(found.container["Config"]) + CALL_TIMEOUT
-        self.engine.call("POST", container_path(found.id, "stop"), seconds=seconds)
+        wait = own_stop_timeout(found.container["Config"])
+        path = container_path(found.id, "stop")
+        self.engine.call("POST", path, {"t": wait}, seconds=wait + CALL_TIMEOUT)
 
     def remove_old(self, old: Found) -> None:
         """Remove what was replaced, without its volumes; a failure is a warning."""

@@ -9656,6 +9656,15 @@ def test_container_of_another_is_adopted_only_on_request(agent, engine, site):
     assert names_of(engine, site).keys() == {site}
 
 
+@pytest.mark.parametrize("own, sent", [(None, 10), (0, 0), (3, 3), (-1, 10)])
+def test_no_container_is_waited_for_without_end(fragile, engine, site, own, sent):
+    proxy, agent = fragile
+    run_by_hand(engine, site, StopTimeout=own)
+    proxy.arm(99, refuse_call)
+    assert put(agent, site, GOOD, "?adopt=true").status == 200
+    assert f"/stop?t={sent}" in "".join(proxy.disarm())
+
+
 def test_container_that_removes_itself_is_not_replaced(agent, engine, site):
     host = {"NetworkMode": "none", "AutoRemove": True}
     other = run_by_hand(engine, site, HostConfig=host)
