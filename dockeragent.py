@@ -4707,17 +4707,21 @@ class Deployment:
             self.rename(new, NEXT)
         if old.container["Name"] != f"/{self.name}":
             self.rename(old, "")
-        self.set_restart(old, new.journal.was["restart"])
+        self.revive(old, new.journal.was["restart"], running=new.journal.was["running"])
+        remove_container(self.engine, new.id)  # last: its labels tell how the old one was
+        self.outcome, self.is_unfinished = "rolled back", False
+
+    def revive(self, old: Found, policy: Json, *, running: bool) -> None:
+        """Give the old container back its policy and its run. That it does not start is told."""
+        self.set_restart(old, policy)
         self.stop(old)  # again: the first stop may still be under way in the Engine
-        if new.journal.was["running"]:
+        if running:
             try:
                 start_container(self.engine, old.id)
             except EngineError as error:
                 if error.status in UNREACHABLE:
                     raise
-                self.problem = f"; and the old container does not start: {error.message}"
-        remove_container(self.engine, new.id)  # last: its labels tell how the old one was
-        self.outcome, self.is_unfinished = "rolled back", False
+                self.problem = f"the old container does not start: {error.message}"
 
     def judge(self, new: Found, old: Found) -> None:
         """Commit if the new container passes the gate, else roll back."""
@@ -4741,9 +4745,8 @@ class Deployment:
 
     def give_back(self, _: None, old: Found) -> None:
         """Start the old container again, which has lost its new one."""
-        self.rename(old, "")
-        self.set_restart(old, old.journal.restart)
-        start_container(self.engine, old.id)
+        self.revive(old, old.journal.restart, running=True)
+        self.rename(old, "")  # last: its helper name is all that tells that this is to be done
         self.outcome = "rolled back"
 
     # Names that are there: which is the new container, which the old one, and what is done.
@@ -4906,7 +4909,8 @@ class Deployment:
             message = f"{message}; and this could not be undone yet: {second.message}"
             raise ApiError(second.status, message, **known) from error
         known["rolled_back"] = self.outcome == "rolled back" and not self.problem
-        raise ApiError(503 if is_stop else 422, message + self.problem, **known) from error
+        message = "; and ".join(filter(None, (message, self.problem)))
+        raise ApiError(503 if is_stop else 422, message, **known) from error
 
     def evidence(self, new: Found) -> Json:
         """Return what the Engine knows of a container that failed."""
@@ -5033,7 +5037,7 @@ class Deploys:
                     continue
                 message = error.message
             break
-        message = message or "; ".join(deployment.warnings)
+        message = message or "; ".join(filter(None, (*deployment.warnings, deployment.problem)))
         fields = {"container": deployment.name, "outcome": deployment.outcome, "error": message}
         if deployment.outcome or message:
             self._log("warning", "recovery", **fields)

@@ -9403,6 +9403,16 @@ def test_killed_agent_leaves_one_container_that_runs(engine, site, tmp_path, kin
             assert_settled(engine, site, old, kind)
 
 
+def recover_and_crash(proxy: FaultyProxy, number: int) -> None:
+    """Kill an agent in a recovery."""
+    agents: queue.Queue[Agent] = queue.Queue()
+    proxy.arm(number, lambda forward, sock: crash(agents.get(timeout=WAIT))(forward, sock))
+    with Agent(DOCKER_HOST=proxy.url) as agent:
+        agents.put(agent)
+        assert agent.process.wait(WAIT) == -signal.SIGKILL
+    proxy.disarm()
+
+
 @pytest.mark.parametrize(
     "kind, first, second",
     [("good", 3, 0), ("good", 4, 2), ("good", 6, 0), ("good", 7, 1)]
@@ -9411,12 +9421,7 @@ def test_killed_agent_leaves_one_container_that_runs(engine, site, tmp_path, kin
 def test_agent_killed_again_while_it_recovers(engine, site, tmp_path, kind, first, second):
     with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
         old = deploy_and_crash(proxy, site, kind, first, after=False)
-        agents: queue.Queue[Agent] = queue.Queue()
-        proxy.arm(second, lambda forward, sock: crash(agents.get(timeout=WAIT))(forward, sock))
-        with Agent(DOCKER_HOST=proxy.url) as agent:
-            agents.put(agent)
-            assert agent.process.wait(WAIT) == -signal.SIGKILL
-        proxy.disarm()
+        recover_and_crash(proxy, second)
         with Agent(DOCKER_HOST=proxy.url):
             assert_settled(engine, site, old, kind)
 
@@ -9759,15 +9764,19 @@ def test_deploy_of_another_old_container_is_not_rolled_back(engine, site, tmp_pa
     assert engine.inspect(site)["State"]["Running"]
 
 
-@pytest.mark.parametrize("helper", [".prev", ".next"])
-def test_container_whose_other_half_was_removed_by_hand(engine, site, tmp_path, helper):
+@pytest.mark.parametrize(
+    "helper, number", [(".prev", 99), (".prev", 1), (".prev", 2), (".next", 99)]
+)
+def test_container_whose_other_half_was_removed_by_hand(engine, site, tmp_path, helper, number):
     with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
         old = deploy_and_crash(proxy, site, "good", 4, after=False)
-    removed = ".next" if helper == ".prev" else ".prev"
-    left = names_of(engine, site)[site + helper]["Id"]
-    engine.remove(site + removed)
-    with Agent():
-        assert_settled(engine, site, left, "bad")
+        removed = ".next" if helper == ".prev" else ".prev"
+        left = names_of(engine, site)[site + helper]["Id"]
+        engine.remove(site + removed)
+        if number < 99:
+            recover_and_crash(proxy, number)
+        with Agent(DOCKER_HOST=proxy.url):
+            assert_settled(engine, site, left, "bad")
     assert (left == old) == (helper == ".prev")
 
 
