@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2437, and a reviewer may stop there:
+stands first, up to line 2438, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -136,7 +136,8 @@ GATE_INTERVAL = 0.2  # seconds between two looks at a new container
 MAX_GATE = 3600  # seconds
 MAX_DEPLOYS = 25  # of one limited key at once
 LATE_CREATE = 5.0  # seconds after a start, when most creates of a killed agent are done
-RECOVERY_INTERVAL = 2.0  # seconds between two attempts while the Engine is unreachable
+RECOVERY_INTERVAL = 2.0  # seconds between two attempts while the Engine is unreachable, and for it
+# to do what it was asked before
 MAX_PROGRESS = 1000  # events of a pull that are kept for a client that does not read them
 FAILED_LINES = 50  # of a failed deploy's log, in the response
 HEALTH_KEPT = 4.0  # seconds during which a result is good enough while the Engine is asked
@@ -4612,6 +4613,11 @@ class Deployment:
                 journal = NO_JOURNAL
         return Found(container_id(inspected), inspected, journal)
 
+    def settle(self, error: ApiError) -> None:
+        """Give an Engine that has not answered time to do what it was asked all the same."""
+        if error.status in UNREACHABLE:
+            self.stopping.wait(RECOVERY_INTERVAL)
+
     # The steps
 
     def rename(self, found: Found, suffix: str) -> None:
@@ -4865,7 +4871,8 @@ class Deployment:
                 raise ApiError(409, f"the image must not carry labels that begin with {OWN_LABELS}")
             if self.stopping.is_set():
                 raise Stopping(503, "the agent is being stopped; try again later")
-        except ApiError:
+        except ApiError as error:
+            self.settle(error)
             with contextlib.suppress(EngineError):
                 left = self.look().get(NEXT)  # it may be there even after a timeout
                 if left and (left == made.get("Id") or self.find(left).journal == journal):
@@ -4893,6 +4900,7 @@ class Deployment:
 
     def undo(self, new: Found, old: Found | None, error: ApiError) -> None:
         """Put back what was there and raise error. Returns if the commit happened all the same."""
+        self.settle(error)
         known = self.evidence(new)
         is_stop, message = isinstance(error, Stopping), error.message
         try:
@@ -5033,7 +5041,9 @@ class Deploys:
                 deployment.recover()
             except ApiError as error:
                 if retries and error.status in UNREACHABLE:
-                    self.stopping.wait(RECOVERY_INTERVAL)
+                    while self._engine.problem() and not self.stopping.wait(RECOVERY_INTERVAL):
+                        pass
+                    deployment.settle(error)
                     continue
                 message = error.message
             break

@@ -9469,6 +9469,22 @@ def test_failing_call_leaves_one_container_that_runs(engine, fragile, site, kind
         assert reply.json().get("rolled_back", False) == is_old
 
 
+@pytest.mark.parametrize("number", range(8))
+def test_call_that_the_engine_does_late_is_waited_for(engine, fragile, site, number):
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+    calls: queue.Queue[threading.Timer] = queue.Queue()
+
+    def do_late(forward: Callable[[], bytes], sock: socket.socket) -> None:
+        calls.put(threading.Timer(0.5, forward))
+        calls.queue[0].start()
+
+    proxy.arm(number, do_late)
+    reply = put(agent, site, GOOD)
+    calls.get(timeout=WAIT).join()
+    assert_settled(engine, site, old, "good" if reply.status == 200 else "bad")
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_killed_first_deploy_leaves_no_helper(engine, site, tmp_path, number):
     with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
