@@ -3704,6 +3704,8 @@ def read_images(engine: Engine) -> list[Json]:
         image = {ours: row[theirs] for ours, theirs in IMAGE_FIELDS.items()}
         for kind in ("tags", "digests"):  # before API 1.43 "<none>:<none>" stands for none
             image[kind] = [name for name in image[kind] or [] if "<none>" not in name]
+        # containerd's store lists what was pulled by its digest among the tags, too.
+        image["tags"] = [name for name in image["tags"] if "@" not in name]
         images.append({**image, "containers": users["image", image["id"]]})
     return images
 

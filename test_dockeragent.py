@@ -5535,6 +5535,13 @@ class Shelf:
 
 PRUNES = cases(
     (
+        "a digest among the tags is none of them",
+        {"a": (["web:1", f"web@{DIGEST}"], ["web"], 1), "b": (["web:2"], [], 2)},
+        {"keep": 1},
+        ["web:1"],
+        10,
+    ),
+    (
         "the newest stay, whatever their order in the list",
         {"b": (["web:2"], [], 2), "c": (["web:3"], [], 3), "a": (["web:1"], [], 1)},
         {"keep": 1},
