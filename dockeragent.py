@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2438, and a reviewer may stop there:
+stands first, up to line 2437, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -136,8 +136,7 @@ GATE_INTERVAL = 0.2  # seconds between two looks at a new container
 MAX_GATE = 3600  # seconds
 MAX_DEPLOYS = 25  # of one limited key at once
 LATE_CREATE = 5.0  # seconds after a start, when most creates of a killed agent are done
-RECOVERY_INTERVAL = 2.0  # seconds between two attempts while the Engine is unreachable, and for it
-# to do what it was asked before
+RECOVERY_INTERVAL = 2.0  # seconds for an Engine that has not answered, before names are read anew
 MAX_PROGRESS = 1000  # events of a pull that are kept for a client that does not read them
 FAILED_LINES = 50  # of a failed deploy's log, in the response
 HEALTH_KEPT = 4.0  # seconds during which a result is good enough while the Engine is asked
@@ -4589,10 +4588,16 @@ class Deployment:
         self.warnings: list[str] = []
 
     def look(self) -> dict[str, str]:
-        """Return the ids of the containers with the name and its helper names, by suffix."""
+        """Return the ids of the containers with the name and its helper names, by suffix.
+
+        Raises EngineError, with 503 while one is being renamed: what is there cannot be told.
+        """
         names = {self.name + suffix: suffix for suffix in ("", *HELPER_NAMES)}
         ids = ids_by_name(self.engine, f"^/?({'|'.join(map(re.escape, names))})$")
-        return {suffix: ids[name] for name, suffix in names.items() if name in ids}
+        found = {suffix: ids[name] for name, suffix in names.items() if name in ids}
+        if len(set(found.values())) < len(found):  # it has two names meanwhile
+            raise EngineError(503, f"the Engine is renaming a container of {self.name}")
+        return found
 
     def inspect(self, container: str) -> Json:
         inspected = self.engine.json("GET", container_path(container, "json"))
@@ -4916,6 +4921,7 @@ class Deployment:
             elif not is_stop:
                 self.recover()
         except ApiError as second:
+            self.settle(second)
             message = f"{message}; and this could not be undone yet: {second.message}"
             raise ApiError(second.status, message, **known) from error
         known["rolled_back"] = self.outcome == "rolled back" and not self.problem
@@ -5043,8 +5049,6 @@ class Deploys:
                 deployment.recover()
             except ApiError as error:
                 if retries and error.status in UNREACHABLE:
-                    while self._engine.problem() and not self.stopping.wait(RECOVERY_INTERVAL):
-                        pass
                     deployment.settle(error)
                     continue
                 message = error.message

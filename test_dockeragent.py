@@ -9476,8 +9476,18 @@ def test_failing_call_leaves_one_container_that_runs(engine, fragile, site, kind
         assert reply.json().get("rolled_back", False) == is_old
 
 
-@pytest.mark.parametrize("number", range(8))
-def test_call_that_the_engine_does_late_is_waited_for(engine, fragile, site, number):
+def test_container_that_is_just_being_renamed_is_not_touched(pair):
+    twice = [{"Id": "c" * 64, "Names": ["/renamed", "/renamed.next"]}]
+    pair.engine.script["its own look"] = http_answer(twice)
+    reply = put(pair.agent, "renamed", spec())
+    assert (reply.status, "renaming" in reply.json()["message"]) == (503, True)
+
+
+@pytest.mark.parametrize(
+    "kind, number",
+    [("good", number) for number in range(8)] + [("bad", number) for number in (6, 8, 10, 11)],
+)
+def test_call_that_the_engine_does_late_is_waited_for(engine, fragile, site, kind, number):
     proxy, agent = fragile
     old = put(agent, site, spec()).json()["id"]
     calls: queue.Queue[threading.Timer] = queue.Queue()
@@ -9487,7 +9497,7 @@ def test_call_that_the_engine_does_late_is_waited_for(engine, fragile, site, num
         calls.queue[0].start()
 
     proxy.arm(number, do_late)
-    reply = put(agent, site, GOOD)
+    reply = put(agent, site, GOOD if kind == "good" else BAD)
     calls.get(timeout=WAIT).join()
     assert_settled(engine, site, old, "good" if reply.status == 200 else "bad")
 
