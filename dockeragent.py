@@ -4631,9 +4631,14 @@ class Deployment:
         self.engine.call("POST", container_path(found.id, "rename"), {"name": self.name + suffix})
 
     def set_restart(self, found: Found, policy: Json) -> None:
-        if restart_policy(found.container["HostConfig"]) != policy:  # podman 4 cannot change it
-            path = container_path(found.id, "update")
-            self.engine.call("POST", path, body={"RestartPolicy": policy})
+        if restart_policy(found.container["HostConfig"]) == policy:  # podman 4 cannot change it
+            return
+        path, body = container_path(found.id, "update"), {"RestartPolicy": policy}
+        with tolerate(500):
+            self.engine.call("POST", path, body=body)
+            return
+        self.stopping.wait(GATE_INTERVAL)  # the Engine refuses one that has just exited
+        self.engine.call("POST", path, body=body)
 
     def stop(self, found: Found) -> None:
         wait = own_stop_timeout(found.container["Config"])

@@ -9476,6 +9476,15 @@ def test_failing_call_leaves_one_container_that_runs(engine, fragile, site, kind
         assert reply.json().get("rolled_back", False) == is_old
 
 
+@pytest.mark.parametrize("number", [1, 6])
+def test_policy_that_is_refused_while_the_container_exits_is_set_again(fragile, site, number):
+    proxy, agent = fragile
+    put(agent, site, spec())
+    proxy.arm(number, refuse_call)
+    assert put(agent, site, GOOD).status == 200
+    assert "/update" in proxy.disarm()[number]
+
+
 def test_container_that_is_just_being_renamed_is_not_touched(pair):
     twice = [{"Id": "c" * 64, "Names": ["/renamed", "/renamed.next"]}]
     pair.engine.script["its own look"] = http_answer(twice)
