@@ -1607,6 +1607,25 @@ def test_container_is_looked_at_before_anybody_can_start_it(fake_engine, tmp_pat
     assert asked == ["POST /containers/create", f"DELETE /containers/{identity}"]
 
 
+@pytest.mark.parametrize("action", ["start", "restart"])
+@pytest.mark.parametrize(
+    "maker, key, status", [("", "ci", 200), ("ci", "ci", 403), ("", KEY, 200), ("ci", KEY, 200)]
+)
+def test_container_that_nobody_has_looked_at_is_started_by_no_limited_key(
+    policed, action, maker, key, status
+):
+    """The Engine may do a create that has timed out, all the same."""
+    name = f"{policed.scope}-late"
+    body = {"Image": IMAGE, "Cmd": LOOP, "Labels": {LABEL: "1", "dockeragent.key": maker}}
+    policed.engine.call("POST", f"/containers/create?name={name}", body)
+    try:
+        reply = policed.agent.post(f"/api/v1/containers/{name}/{action}", key=key)
+        assert reply.status == status
+        assert (b"what has never run" in reply.body) == (status == 403)
+    finally:
+        policed.engine.remove(name)
+
+
 def test_slow_create_of_a_key_holds_up_no_other_key(fake_engine, tmp_path):
     """Nor does one of its name that fails let anybody start it."""
     identity, began, release = "1" * 64, threading.Event(), threading.Event()
@@ -10027,7 +10046,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 6_062
+LINES = 6_073
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
