@@ -3029,13 +3029,13 @@ def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> so
 
 
 def resolve(address: Address, deadline: float) -> list[Any]:
-    """Return what getaddrinfo() does, but by deadline (monotonic). Raises OSError."""
+    """Return what getaddrinfo() does, but by deadline (monotonic). Raises OSError, ValueError."""
     found: queue.Queue[Any] = queue.Queue()
 
     def look_up() -> None:
         try:
             found.put(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
-        except OSError as error:
+        except (OSError, ValueError) as error:
             found.put(error)
 
     # In a thread: it alone knows no timeout, and a dead name server costs it half a minute.
@@ -3044,13 +3044,13 @@ def resolve(address: Address, deadline: float) -> list[Any]:
         result: Any = found.get(timeout=max(0, deadline - time.monotonic()))
     except queue.Empty:
         raise socket.timeout("its name is not resolved in time") from None
-    if isinstance(result, OSError):
+    if isinstance(result, Exception):
         raise result
     return list(result)
 
 
 def connect_tcp(address: Address, deadline: float) -> socket.socket:
-    """Connect to the first address that accepts it; all share the time. Raises OSError."""
+    """Connect to the first address that accepts it; all share the time. Raises as resolve does."""
     found = resolve(address, deadline)
     for left, (*_, there) in zip(range(len(found), 0, -1), found):
         patience = max(0.001, (deadline - time.monotonic()) / left)

@@ -4105,6 +4105,11 @@ print(da.Engine(da.parse_engine("tcp://engine:2375"), None).problem())
     assert "its name is not resolved in time" in in_child(code)
 
 
+def test_host_that_is_no_name_is_told_at_once():
+    code = 'print(da.Engine(da.parse_engine("tcp://a..b:2375"), None).problem())'
+    assert "idna" in in_child(code)
+
+
 def test_waiting_for_the_engine_costs_one_stranger_at_a_time(fake_engine):
     with Agent(DOCKER_HOST=fake_engine.url) as agent:
         assert agent.get("/health", key="").status == 200
