@@ -7228,6 +7228,13 @@ def test_log_of_a_container_that_runs_is_followed_in_its_own_order(
         assert found[query] in [events[start + n :] for n in range(new + 1)], query
 
 
+def test_line_is_not_taken_for_one_of_its_stamp_far_behind_it(agent, engine):
+    name = stored_log(engine, numbered(*(n * MS for n in range(5180)), 120 * MS, *[6 * SECOND] * 9))
+    events = follow(agent, name)
+    assert events[120].id == events[5180].id  # so far apart it counts anew
+    assert follow(agent, name, f"last_event_id={events[120].id}") == events[121:]
+
+
 def test_terminals_log_is_read_in_its_own_order(agent, engine):
     entries = [
         entry._replace(text=entry.text.replace("\n", "\r\n"))
