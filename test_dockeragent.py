@@ -5389,6 +5389,13 @@ def test_refused_pull_is_sorted_by_what_the_engine_says(fakes, message, status):
     assert_envelope(agent.post("/api/v1/images/pull", {"image": "x:1"}), status, message)
 
 
+def test_no_more_of_a_registrys_text_is_searched_than_is_told(fakes):
+    fake, agent = fakes
+    message = "x" * da.MAX_MESSAGE + " 401 Unauthorized"
+    fake.script["POST /images/create"] = http_answer({"error": message})
+    assert_envelope(agent.post("/api/v1/images/pull", {"image": "x:1"}), 502, "xxx...")
+
+
 @pytest.mark.parametrize("begun", [True, False], ids=["after some progress", "before the head"])
 @pytest.mark.parametrize("accept", [{}, SSE], ids=["one answer", "event stream"])
 @pytest.mark.parametrize("leaver", ["client", "agent"])
