@@ -953,8 +953,8 @@ def test_route_needs_its_permission(fake_engine, tmp_path):
             reply = agent.request(route.method, path, key=route.permission)
             assert_envelope(reply, 403, f": allow: {route.permission} is not allowed")
         until(lambda: len(agent.lines("request")) == len(limited), "a log line for each")
-        asked = [{"name": "web"} if "{" in route.path else {} for route in limited]
-        assert [line["target"] for line in agent.lines("request")] == asked
+        for line in agent.lines("request"):
+            assert line["target"] == ({"name": "web"} if "{" in line["route"] else {})
         assert fake_engine.requests() == []
 
 
@@ -2264,7 +2264,8 @@ def test_trusted_proxy_is_believed_over_http(fake_engine):
             "GET /api/v1/x", "X-Forwarded-For: 1.1.1.1", "X-Forwarded-For: 192.0.2.1", LAST
         )
         assert split_replies(agent.raw(two))[0].status == 429
-    assert [line["client_ip"] for line in agent.lines("request")][::3] == ["192.0.2.1"] * 2
+    clients = sorted(line["client_ip"] for line in agent.lines("request"))
+    assert clients == ["192.0.2.1"] * 3 + ["192.0.2.2"]
 
 
 # Strict JSON and query strings
@@ -3585,7 +3586,7 @@ def test_listen_addr(listen, reached, fake_engine):
                 sock.sendall(message("GET /x", LAST))
                 assert split_replies(read_to_end(sock))[0].status == 404
         until(lambda: len(agent.lines("request")) == len(reached), "the log lines")
-        assert [line["client_ip"] for line in agent.lines("request")] == reached
+        assert sorted(line["client_ip"] for line in agent.lines("request")) == reached
 
 
 def test_unix_socket_replaces_a_stale_one_only(fake_engine, tmp_path):
@@ -8719,8 +8720,9 @@ def test_followed_sight_ends_with_its_client_and_with_the_agent(fake_engine, pat
         sock.sendall(chunked_answer(end=False))
         begun.set()
         sock.settimeout(WAIT)
-        if not sock.recv(1):
-            ended.set()
+        with contextlib.suppress(ConnectionError):  # reset, if it left before it had read all
+            assert sock.recv(1) == b""
+        ended.set()
 
     fake_engine.script = {INSPECT: http_answer(RUNS), RAW_STATS: silent, "GET /events": silent}
     with Agent(DOCKER_HOST=fake_engine.url) as agent, follower(agent, path) as stream:
