@@ -3775,6 +3775,9 @@ def cut_short(sock: socket.socket) -> None:
         pytest.param(http_answer(b"<html>"), 502, "not JSON", id="200 that is not JSON"),
         pytest.param(http_answer(b""), 502, "not JSON", id="200 with nothing in it"),
         pytest.param(cut_short, 502, "", id="half a body"),
+        pytest.param(
+            HEAD_OK + b"Content-Length: 9\r\n\r\n{}", 502, "", id="half a body, valid JSON"
+        ),
         pytest.param(chunked_answer(b"[]", end=False), 502, "", id="no last chunk, valid JSON"),
         pytest.param(
             HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 502, "", id="bad chunk"
