@@ -476,6 +476,11 @@ def full_reference(image: str, tag: str = ":latest") -> str:
     return f"{host}/{rest}{'' if has_tag else tag}"
 
 
+def config_of(inspected: Json | None, member: str) -> Json:
+    """Return a member of an inspected container's or image's configuration, {} for none."""
+    return ((inspected or {}).get("Config") or {}).get(member) or {}
+
+
 # --------------------------------------------------------------------------------------------------
 # Keys: what a key is and what its patterns cover, and the one place where keys are compared
 # --------------------------------------------------------------------------------------------------
@@ -678,11 +683,6 @@ def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
     # All on a network resolve them: one could be api.stripe.com, or another's container.
     for name in names:
         key.permit_name("containers", name, "hostname or alias")
-
-
-def config_of(inspected: Json | None, member: str) -> Json:
-    """Return a member of an inspected container's or image's configuration, {} for none."""
-    return ((inspected or {}).get("Config") or {}).get(member) or {}
 
 
 def find_peer(key: Key, name: str, ask: Ask) -> str:
