@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2437, and a reviewer may stop there:
+stands first, up to line 2436, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -709,10 +709,9 @@ def restrict_numbers(key: Key, body: Json, ask: Ask) -> None:
         resources[name] = wanted or most  # 0 is no limit to the Engine
     if "memory_mb" in key.limits:
         memory = resources["memory_mb"]
-        swap = resources.get("memory_swap_mb", 0) or memory
+        swap = resources["memory_swap_mb"] = resources.get("memory_swap_mb", 0) or memory
         # -1 is no limit to the Engine.
         key.permit(0 < swap <= memory, "memory_swap_mb", f"more than memory_mb, {memory},")
-        resources["memory_swap_mb"] = swap
     for name in resources.get("ulimits", ()):
         key.permit(name in LIMITED_ULIMITS, "ulimits", name)
 
