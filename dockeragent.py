@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2436, and a reviewer may stop there:
+stands first, up to line 2443, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1011,8 +1011,7 @@ def load_keys(values: Json) -> tuple[Key, ...]:
     if key and path:
         raise ConfigError("API_KEY_FILE: set this or API_KEY, not both")
     if path:
-        with config_errors("API_KEY_FILE", path) as file:
-            key = file.read(MAX_BODY).removesuffix(b"\n")
+        key = read_file("API_KEY_FILE", path).removesuffix(b"\n")
         if not key:
             raise ConfigError(f"API_KEY_FILE: {path} has no key in it")
     if re.search(rb"[\x00-\x1f\x7f]", key) or key != key.strip(b" "):
@@ -1022,8 +1021,7 @@ def load_keys(values: Json) -> tuple[Key, ...]:
     keys = [Key("master", hashlib.sha256(key).digest(), master=True)] if key else []
     if path := values["keys_file"]:
         try:
-            with config_errors("KEYS_FILE", path) as file:
-                keys += parse_keys(file.read(MAX_BODY), values)
+            keys += parse_keys(read_file("KEYS_FILE", path), values)
             for field in "name", "digest":
                 if len({getattr(key, field) for key in keys}) < len(keys):
                     refuse("keys", f"two have the same {field}")
@@ -1073,6 +1071,15 @@ def host_path(path: str, root: str) -> str:
     """Return a path with its links resolved; below HOST_ROOT, as the host sees it."""
     real = os.path.realpath(path)
     return str(real[len(root) :] or "/") if f"{real}/".startswith(f"{root}/") else real
+
+
+def read_file(variable: str, path: str) -> bytes:
+    """Return a small file's content. Raises ConfigError."""
+    with config_errors(variable, path) as file:
+        content = file.read(MAX_BODY + 1)
+    if len(content) > MAX_BODY:
+        raise ConfigError(f"{variable}: {path} is too large")
+    return content
 
 
 def serve_tls(values: Json) -> ssl.SSLContext | None:

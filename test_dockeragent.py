@@ -912,6 +912,13 @@ CONFIG.update(
 CONFIG["tls_client_ca_file"] = ""
 
 
+@pytest.mark.parametrize("variable", ["API_KEY_FILE", "KEYS_FILE"])
+def test_key_file_that_is_too_large_is_refused_by_name(tmp_path, variable):
+    (tmp_path / "file").write_bytes(b"a" * (da.MAX_BODY + 1))
+    with pytest.raises(da.ConfigError, match=f"{variable}: .* is too large"):
+        da.load_config({variable: str(tmp_path / "file")})
+
+
 def test_path_of_a_key_is_resolved_as_the_host_sees_it(tmp_path):
     root = tmp_path / "host"
     build(root, ["dir srv/conf", "link srv/up ../run", "link srv/run /var/run", "dir run"])
@@ -3654,9 +3661,9 @@ def test_stop_waits_for_no_look_of_the_accepting_thread(address, tmp_path):
     code = """
 import socket, threading
 config = da.load_config({"API_KEY": "k" * 40, "LISTEN_ADDR": sys.argv[2]})
-log = da.Log("error")
+agent = da.Agent(None, "/", {}, da.Metrics(), set(), None)
 with da.listen(config.listen_addr) as listener:
-    server = da.Server(config, log, listener, (), None)
+    server = da.Server(config, da.Log("error"), listener, (), agent)
     threading.Thread(target=server.serve_forever, args=(3600,), daemon=True).start()
     with socket.socket(listener.family) as client:
         client.connect(listener.getsockname())
@@ -3666,6 +3673,22 @@ with da.listen(config.listen_addr) as listener:
 print("stopped")
 """
     assert in_child(code, "/", address.format(tmp_path)) == "HTTP/1.1 404\nstopped\n"
+
+
+def test_request_that_comes_as_its_slot_is_revoked_is_not_answered(tmp_path):
+    code = """
+import socket
+config = da.load_config({"API_KEY": "k" * 40, "LISTEN_ADDR": sys.argv[2]})
+with da.listen(config.listen_addr) as listener, socket.socket() as client:
+    server = da.Server(config, da.Log("error"), listener, (), None)
+    slot = da.Slot(client)
+    server.slots.add(slot)
+    server.begin_answer(slot)
+    server.slots.discard(slot)
+    try: server.begin_answer(slot)
+    except da.ClientGone: print("gone")
+"""
+    assert in_child(code, "/", f"unix://{tmp_path}/agent.sock") == "gone\n"
 
 
 def test_second_signal_ends_it_at_once(fake_engine):
@@ -10078,7 +10101,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 6_072
+LINES = 6_079
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
