@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2443, and a reviewer may stop there:
+stands first, up to line 2452, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -167,7 +167,7 @@ LOCK_TIMEOUT = 30.0  # seconds to wait for other writes to the same filesystem
 # RFC 9110 section 5.6.2 and 5.5, RFC 9112 section 3: no control but HTAB in a value, so a bare CR,
 # a bare LF or a NUL never matches; no white space before the colon, so no folded line does either.
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-\"$-~]+) HTTP/([0-9]\.[0-9])")
+REQUEST_LINE = re.compile(TOKEN + rb" [!-\"$-~]+ HTTP/[0-9]\.[0-9]")
 FIELD_BLOCK = re.compile(rb"(?:" + TOKEN + rb":[\t -~\x80-\xff]*\r\n)*")
 # RFC 3986 section 3.2.2: a name or an IPv4 address, or an IPv6 address in brackets; then a port.
 HOST_VALUE = re.compile(
@@ -1538,26 +1538,35 @@ def read_body(connection: Connection, request: Request, route: Route) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def find_route(routes: Iterable[Route], method: str, segments: list[str]) -> tuple[Route, str]:
-    """Return a route and the parameter in its path. Raises ApiError (400, 404, 405)."""
-    allowed: list[str] = []
+PARAMETER = 4  # where in a path its parameter is: /api/v1/containers/{id}/logs
+# By the segments of a path, with None for its parameter; then by method.
+RouteTable = dict[tuple[Optional[str], ...], dict[str, Route]]
+
+
+def route_table(routes: Iterable[Route]) -> RouteTable:
+    table: RouteTable = {}
     for route in routes:
-        if route.path.count("/") != len(segments) - 1:
-            continue
-        template = route.path.split("/")
-        if all(part[:1] == "{" or part == given for part, given in zip(template, segments)):
-            methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
-            if method in methods:
-                names = [given for part, given in zip(template, segments) if part[:1] == "{"]
-                # Invariant: only what matches reaches an Engine URL, and it is quoted there anyway.
-                if names and not re.fullmatch(CONTAINER, names[0]):
-                    raise ApiError(400, f"an id or name in the path is {NAME_RULE}")
-                return route, "".join(names)
-            allowed += methods
-    if allowed:
-        options = ", ".join(dict.fromkeys(allowed))
+        segments = tuple(None if part[:1] == "{" else part for part in route.path.split("/"))
+        methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
+        table.setdefault(segments, {}).update(dict.fromkeys(methods, route))
+    return table
+
+
+def find_route(table: RouteTable, method: str, segments: list[str]) -> tuple[Route, str]:
+    """Return a route and the parameter in its path. Raises ApiError (400, 404, 405)."""
+    methods, name = table.get(tuple(segments)), None
+    if not methods and len(segments) > PARAMETER:
+        name = segments[PARAMETER]
+        methods = table.get((*segments[:PARAMETER], None, *segments[PARAMETER + 1 :]))
+    if not methods:
+        raise ApiError(404, "there is nothing at this path; the README lists the endpoints")
+    if method not in methods:
+        options = ", ".join(methods)
         raise ApiError(405, f"use {options} here", {"Allow": options})
-    raise ApiError(404, "there is nothing at this path; the README lists the endpoints")
+    # Invariant: only what matches reaches an Engine URL, and it is quoted there anyway.
+    if name is not None and not re.fullmatch(CONTAINER, name):
+        raise ApiError(400, f"an id or name in the path is {NAME_RULE}")
+    return methods[method], name or ""
 
 
 class Connection(socketserver.BaseRequestHandler):
@@ -1693,10 +1702,10 @@ class Connection(socketserver.BaseRequestHandler):
             part, found, _ = self.buffer[: limit + len(end)].partition(end)
             if len(part.rstrip(b"\r\n")) > limit:
                 raise ApiError(status, f"the {what} longer than {limit} bytes")
-            if LONE_CONTROL.search(part + found, scanned):
-                raise ApiError(400, "there is a bare CR, a bare LF or a NUL in the request")
             if found:
                 return bytes(part)
+            if LONE_CONTROL.search(part, scanned):
+                raise ApiError(400, "there is a bare CR, a bare LF or a NUL in the request")
             scanned = len(part) - 1
             self.receive_more()
 
@@ -1712,11 +1721,10 @@ class Connection(socketserver.BaseRequestHandler):
         self.deadline, self.interrupts = time.monotonic() + HEAD_TIMEOUT, self.until_stop
         line = self.receive_until(b"\r\n", MAX_REQUEST_LINE, 414, "request line is")
         # Invariant: the head is matched by the grammar before any other code sees it.
-        match = REQUEST_LINE.fullmatch(line)
-        if not match:
+        if not REQUEST_LINE.fullmatch(line):
             raise ApiError(400, "the request line is not of the form: GET /path HTTP/1.1")
-        request.method, request.path, version = (part.decode() for part in match.groups())
-        if version not in ("1.0", "1.1"):
+        request.method, request.path, version = line.decode().split(" ")
+        if version not in ("HTTP/1.0", "HTTP/1.1"):
             raise ApiError(505, "use HTTP/1.1 or HTTP/1.0")
         request.minor = int(version[-1])
         self.take(len(line))  # its CRLF stays: it ends a head without headers
@@ -1888,7 +1896,8 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(("", 0), Connection, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
-        self.config, self.log, self.routes, self.agent = config, log, routes, agent
+        self.config, self.log, self.agent = config, log, agent
+        self.routes = route_table(routes)
         self.limiter = RateLimiter(config.rate_limit)
         self.slots: set[Slot] = set()
         self.stopping, self._stop = socket.socketpair()  # the first can be read once we stop
@@ -2924,10 +2933,14 @@ class EngineSocket(io.RawIOBase):
         if call.http10:
             connection.send(f"{call.method} {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
         else:
-            headers, data = dict(call.headers), None
-            if call.body is not None:
-                headers["Content-Type"], data = "application/json", encode_json(call.body)
-            connection.request(call.method, target, data, headers)
+            data = b"" if call.body is None else encode_json(call.body)
+            headers = {"Content-Type": "application/json"} if data else {}
+            if call.method != "GET":
+                headers["Content-Length"] = str(len(data))
+            connection.putrequest(call.method, target, skip_accept_encoding=True)
+            for header in {**call.headers, **headers}.items():
+                connection.putheader(*header)
+            connection.endheaders(data or None)
         while True:
             response = http.client.HTTPResponse(sock, method=call.method)
             response.begin()
