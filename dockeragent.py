@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2452, and a reviewer may stop there:
+stands first, up to line 2453, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1332,11 +1332,12 @@ def body_length(fields: Fields) -> int | None:
         if codings[0].lower() != "chunked":
             raise ApiError(501, "Transfer-Encoding: only chunked is understood")
         return None
-    length = "".join(lengths) if lengths else "0"
-    if not re.fullmatch("[0-9]+", length):
+    if not lengths:
+        return 0
+    if not re.fullmatch("[0-9]+", lengths[0]):
         raise ApiError(400, "Content-Length must be plain digits")
     # 18 digits are past every limit here; int() of thousands would take its time.
-    return int(length.lstrip("0")[:18] or "0")
+    return int(lengths[0].lstrip("0")[:18] or "0")
 
 
 class Interrupts(NamedTuple):
