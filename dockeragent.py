@@ -4309,13 +4309,14 @@ class LogCursor:
                 return reading
         if damage:
             raise damage
-        self.last, self._skip = None, 0  # it is gone, so all that is left came after it
+        # It is gone, so all that is left came after it.
+        self.last, self._reach, self._skip = None, ALL, 0
         return (yield from self._find(http10=http10))
 
     def _tails(self) -> Iterator[tuple[int, int | None]]:
         """Yield the tails in which to look for `last`, and of each how much is in doubt."""
-        if self.last and self._reach < ALL:
-            yield self._reach, NUMBERED
+        if self._reach < ALL:
+            yield self._reach, NUMBERED if self.last else None
         yield ALL, None
         # Damage hides all behind it from a reading that begins before it.
         low, middle, high = 0, LOOK, LOOK + 1
@@ -4415,6 +4416,8 @@ class LogCursor:
         if found.oldest and found.total > wanted:
             self.last, self._reach = found.oldest[:2], found.entries + LOOK
             self._skip = found.total - wanted - (found.oldest[2] in self._source.kinds)
+        elif found is theirs:
+            self._reach = least
         return None
 
 

@@ -8025,6 +8025,25 @@ def test_slow_reader_costs_no_memory(engine, query):
 
 
 @pytest.mark.parametrize("query", ["follow=1", "follow=0"], ids=["follow", "json"])
+def test_long_tail_is_the_last_lines_if_only_the_whole_log_is_damaged(
+    fake_agent, fake_engine, query
+):
+    frames = [frame(1, b"%d %b\n" % (n, b"x" * 9000)) for n in range(100)]
+    stored_frames(fake_engine, frames, EXITED)
+    stored = fake_engine.script["GET /containers/x/logs"]
+
+    def log(sock: socket.socket) -> None:
+        tail = re.search("tail=([0-9]+)", fake_engine.seen.queue[-1].target)
+        is_whole = not tail or int(tail[1]) >= len(frames)
+        broken = plain_answer(*frames, frame(3, b"unexpected EOF", b"Error"))
+        sock.sendall(broken) if is_whole else stored(sock)
+
+    fake_engine.script["GET /containers/x/logs"] = log
+    lines = lines_in(fake_agent.get(logs_path("x", "tail=50", query)))
+    assert [line.split()[0] for line in lines] == [str(n) for n in range(50, 100)]
+
+
+@pytest.mark.parametrize("query", ["follow=1", "follow=0"], ids=["follow", "json"])
 @pytest.mark.parametrize("came", [0, 1, 250, 301])
 def test_log_that_was_cut_is_read_to_its_end(fake_agent, fake_engine, came, query):
     frames = [frame(1, b"%d\n" % n, b"2026-02-21T10:00:00.%09dZ" % n) for n in range(301)]
