@@ -4231,6 +4231,7 @@ class LogCursor:
         self.patience = CALL_TIMEOUT  # seconds for the Engine to begin its response
         self.ending: Ending = ("end", {})
         self._source = source
+        self._since = 0 if last else source.since  # after `last`, nothing counts but the order
         self._reach = LOOK if last else ALL  # the tail in which to look for `last` first
         self._skip = 0  # lines to leave out before the next
 
@@ -4310,7 +4311,7 @@ class LogCursor:
         if damage:
             raise damage
         # It is gone, so all that is left came after it.
-        self.last, self._reach, self._skip = None, ALL, 0
+        self.last, self._since, self._reach, self._skip = None, self._source.since, ALL, 0
         return (yield from self._find(http10=http10))
 
     def _tails(self) -> Iterator[tuple[int, int | None]]:
@@ -4364,15 +4365,14 @@ class LogCursor:
         return lines[skip:] if skip else lines
 
     def _reading(self, tail: int, doubt: int | None, **options: Any) -> LogReading:
-        """Ask for the last entries; after a line that was found, nothing but their order counts."""
+        """Ask for those of the last `tail` entries that since and until leave."""
         source = self._source
         if source.engine.is_podman:
             tail = ALL  # in its tails, a line's first entry is joined to the line before
         query: dict[str, Any] = {"stdout": 1, "stderr": 1, "timestamps": 1}
         query["tail"] = tail if tail < ALL else "all"
         query["follow"] = int(options.pop("follow", False))
-        since = 0 if self.last else source.since
-        for name, moment in (("since", since), ("until", source.until)):
+        for name, moment in (("since", self._since), ("until", source.until)):
             if moment:
                 query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
         # As HTTP/1.0 it is quicker, but a response that was cut short looks complete.

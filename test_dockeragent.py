@@ -7472,6 +7472,18 @@ def test_since_and_until_are_exact_to_the_nanosecond(agent, engine):
     assert read_lines(agent, name, "until=0s") == lines
 
 
+@pytest.mark.parametrize(
+    "entries", [two_writers(20), stepping(-HOUR)], ids=["stored late", "set back"]
+)
+def test_since_and_until_are_the_engines_where_stamps_step_back(agent, engine, entries):
+    name = stored_log(engine, entries)
+    for entry in entries[::5]:
+        moment = "{}.{:09d}".format(*divmod(START + entry.at, 10**9))
+        for query in (f"since={moment}", f"until={moment}"):
+            lines = engine.logs(name, f"&{query}").decode().splitlines()
+            assert read_lines(agent, name, query) == follow_lines(agent, name, query) == lines
+
+
 MOMENTS = [
     "",
     "x",
