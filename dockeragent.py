@@ -2833,7 +2833,7 @@ TIMES = dict.fromkeys(("since", "until"), TIME)
 LOGS_QUERY = object_schema(
     "",
     follow=BOOLEAN,
-    tail=string_schema("all|[0-9]{1,18}", "all or an integer of at least 0"),
+    tail=string_schema("all|[0-9]{1,99}", "all or an integer of at least 0"),
     **TIMES,
     **dict.fromkeys(("timestamps", "stdout", "stderr"), BOOLEAN),
     format=one_of("text", "json"),
