@@ -4270,16 +4270,16 @@ class LogCursor:
         elif not self.last:
             yield from self._find()
         while not (ending or self._seconds_left() <= 0):
-            was_dropped = yield from self._arriving()
-            ending = log_ending(self._source.inspect(), started)
-            if was_dropped and not ending and self._seconds_left() > 0:
-                raise EngineError(502, "the Engine ended the log of a running container; reconnect")
+            ending = log_ending(None, started)
+            with tolerate(404, 409):  # it is removed, or being removed while it still runs
+                was_dropped = yield from self._arriving()
+                ending = log_ending(self._source.inspect(), started)
+                if was_dropped and not ending and self._seconds_left() > 0:
+                    message = "the Engine ended the log of a running container; reconnect"
+                    raise EngineError(502, message)
         self.ending = ending or ("end", {"reason": "until", "exit_code": None})
-        try:
+        with tolerate(404, 409):
             yield from self._stored(unfinished=self.ending[0] == "end")
-        except EngineError as error:
-            if error.status not in (404, 409):  # it is removed, or being removed
-                raise
 
     def _stored(self, *, unfinished: bool) -> Iterator[list[Line]]:
         """Yield the lines after `last` that the log has by now, [] at times. Raises EngineError.

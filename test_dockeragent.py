@@ -7789,6 +7789,20 @@ def test_container_removed_at_the_end_is_no_failure(fake_agent, fake_engine, sta
     assert (events[-1].type, json.loads(events[-1].data)["exit_code"]) == ("end", 7)
 
 
+@pytest.mark.parametrize("status", [404, 409])
+def test_container_removed_while_it_is_followed_is_no_failure(fake_agent, fake_engine, status):
+    """The Engine refuses the log of a container to be removed before it has killed it."""
+
+    def log_once(sock: socket.socket) -> None:
+        fake_engine.script["GET /containers/x/logs"] = http_answer({"message": "x"}, status)
+        sock.sendall(plain_answer(FIRST, TWO))
+
+    log_of(fake_engine, log_once, RUNNING)
+    *events, end = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+    assert [event.data for event in events] == ["one", "two"]
+    assert (end.type, end.data) == ("end", '{"reason":"removed","exit_code":null}')
+
+
 @pytest.mark.parametrize("garbage", [b"garbage", b"2026-02-21T10:00:00.000000001Z a\r\n2026-0"])
 def test_garbage_on_a_terminal_never_looks_whole(fake_agent, fake_engine, garbage):
     log_of(fake_engine, chunked_answer(garbage), EXITED)
