@@ -9750,6 +9750,29 @@ def test_exit_between_the_gate_and_the_policy_is_a_failure(fragile, engine, site
     assert_settled(engine, site, old, "bad")
 
 
+def test_exit_after_a_commit_began_in_a_recovery_is_rolled_back(engine, site, tmp_path):
+    policies: queue.Queue[str] = queue.Queue()
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        old = deploy_and_crash(proxy, site, "good", CALLS["good"].index("update", 3), after=False)
+
+        def note_policy(forward: Callable[[], bytes], sock: socket.socket) -> None:
+            policies.put(engine.inspect(site)["HostConfig"]["RestartPolicy"]["Name"])
+            sock.sendall(forward())
+
+        def exit_then(forward: Callable[[], bytes], sock: socket.socket) -> None:
+            engine.call("POST", f"/containers/{site}/kill")
+            until(lambda: not engine.inspect(site)["State"]["Running"], "its exit")
+            proxy.arm(BACK.index("rename") + 1, note_policy)  # after an update of its own
+            sock.sendall(forward())
+
+        proxy.arm(0, exit_then)
+        with Agent(DOCKER_HOST=proxy.url):
+            assert_settled(engine, site, old, "bad")
+        proxy.disarm()
+    # An Engine that restarts starts what was stopped, too, if its policy is "always".
+    assert policies.get(timeout=WAIT) == "no"
+
+
 def test_failure_tells_the_exit_code_and_the_last_lines(agent, engine, site):
     lines = "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo $i; done; exit 7"
     reply = put(agent, site, spec("sh", "-c", lines))
@@ -9859,6 +9882,22 @@ def test_container_that_is_listed_and_not_yet_there_is_not_replaced(pair):
     pair.engine.script["POST /containers/create"] = http_answer({"message": "taken"}, 409)
     reply = put(pair.agent, "web", spec(image="a"))
     assert (reply.status, reply.json()["message"]) == (409, "taken")
+
+
+def test_bug_in_a_deploy_is_one_line_of_the_log(pair):
+    """Of an Engine that sends what no Engine sends, in a thread that has no request."""
+    found = {"Id": "c" * 64, "Image": "sha256:" + "a" * 64, "Mounts": ["no object"]}
+    found.update(State={}, Config={}, HostConfig={})
+    pair.engine.script["its own look"] = http_answer([{"Id": "c" * 64, "Names": ["/web"]}])
+    pair.engine.script["GET /images/a/json"] = http_answer({"Id": "sha256:" + "a" * 64})
+    pair.engine.script[f"GET /containers/{'c' * 64}/json"] = http_answer(found)
+    for _ in range(2):  # the name is free again
+        reply = put(pair.agent, "web", spec(image="a"), "?adopt=true")
+        assert_envelope(reply, 500, "an error of the agent's own; see its log")
+    lines = until(lambda: len(pair.agent.lines("bug")) == 2 and pair.agent.lines("bug"), "both")
+    for line in lines:
+        assert "carry_volumes" in line["traceback"]
+        pair.agent.log.remove(line)
 
 
 def test_agent_knows_its_own_container(tmp_path):
