@@ -4607,7 +4607,7 @@ class Deployment:
         self.failed = False  # the new container is known to be bad
         self.outcome = ""  # "rolled back", "committed", ...
         self.problem = ""  # why the old container could not be started again
-        self.passed = ""  # how the gate was passed: "healthy" or "stable"
+        self.passed = ""  # how the gate was passed: "healthy" or "stable"; "" if it was not
         self.warnings: list[str] = []
 
     def look(self) -> dict[str, str]:
@@ -4703,6 +4703,7 @@ class Deployment:
     def inspect_running(self, new: Found) -> Json:
         container = self.inspect(new.id)
         if not container["State"].get("Running"):
+            self.passed = ""
             code = container["State"].get("ExitCode")
             raise GateError(422, f"the new container exited with code {code}")
         return container
@@ -4940,7 +4941,7 @@ class Deployment:
         is_stop, message = isinstance(error, Stopping), error.message
         try:
             ids = self.look()
-            if ids.get("") == new.id and PREV not in ids:
+            if self.passed and ids.get("") == new.id and PREV not in ids:
                 return self.warnings.append(message)
             self.failed = not is_stop
             if not old:

@@ -9783,6 +9783,22 @@ def test_failure_tells_the_exit_code_and_the_last_lines(agent, engine, site):
     assert not names_of(engine, site)
 
 
+def test_bad_container_whose_old_one_was_removed_by_hand_is_told_as_a_failure(
+    fragile, engine, site
+):
+    proxy, agent = fragile
+    put(agent, site, spec())
+
+    def remove_first(forward: Callable[[], bytes], sock: socket.socket) -> None:
+        engine.remove(f"{site}.prev")
+        sock.sendall(forward())
+
+    proxy.arm(SWAPPING.index("start"), remove_first)
+    reply = put(agent, site, BAD)
+    proxy.disarm()
+    assert (reply.status, reply.json()["rolled_back"], reply.json()["exit_code"]) == (422, False, 3)
+
+
 def test_stopped_container_stays_stopped_after_a_rollback(agent, engine, site):
     old = put(agent, site, spec()).json()["id"]
     engine.call("POST", f"/containers/{old}/stop")
