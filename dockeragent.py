@@ -3478,7 +3478,7 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
         if not key.master:
             restrict_brought(key, body, find_image(engine, body["Image"]))
             # One create of the key at a time, or the count is not true. Until it was looked at, no
-            # other request may start it: see `find_to_change`.
+            # other request may start it: see `found_to_change`.
             held.enter_context(engine.counting.setdefault(key.name, threading.Lock()))
             check_count(key, query["name"], ids_by_name(engine, "."))
             engine.unchecked.append(query["name"])
@@ -4996,16 +4996,28 @@ class Deploys:
         self._engine, self._log = engine, log
         self._lock = threading.Lock()
         self.busy: dict[str, Key] = {}  # by name: whose deploy it is, STRANGER for a recovery
+        self._changing: list[str] = []  # names that other requests write to
 
-    def before_write(self, name: str) -> bool:
-        """Recover a name before its container is changed; return whether. Raises ApiError."""
+    @contextlib.contextmanager
+    def changing(self, name: str) -> Iterator[bool]:
+        """Recover a name; let no deploy of it begin while its container is changed.
+
+        Gives whether there was something to recover. Raises ApiError.
+        """
         deployment = Deployment(self._engine, HELPER_NAME.sub("", name), self.stopping)
-        self._check_free(deployment.name)
-        if deployment.look().keys() <= {""}:
-            return False
-        self._claim(deployment.name)
-        self._run(deployment, functools.partial(self._recover, deployment, retries=False))
-        return True
+        self._check_free(deployment.name, self.busy, "deployed")
+        is_unfinished = not deployment.look().keys() <= {""}
+        if is_unfinished:
+            self._claim(deployment.name)
+            self._run(deployment, functools.partial(self._recover, deployment, retries=False))
+        with self._lock:
+            self._check_free(deployment.name, self.busy, "deployed")
+            # A restart that goes on would start what a deploy has stopped.
+            self._changing.append(deployment.name)
+        try:
+            yield is_unfinished
+        finally:
+            self._changing.remove(deployment.name)
 
     def begin(self, request: Request, auth: str) -> Told:
         """Start a deploy, which its client cannot end; return its events. Raises ApiError."""
@@ -5022,13 +5034,15 @@ class Deploys:
             with contextlib.suppress(ApiError):  # it is being deployed
                 self._start(deployment, functools.partial(self._recover, deployment))
 
-    def _check_free(self, name: str) -> None:
-        if name in self.busy:
-            raise ApiError(409, f"{name} is being deployed; try again later", {"Retry-After": "5"})
+    def _check_free(self, name: str, held: Collection[str], what: str) -> None:
+        if name in held:
+            raise ApiError(409, f"{name} is being {what}; try again later", {"Retry-After": "5"})
 
     def _claim(self, name: str, key: Key = STRANGER) -> None:
         with self._lock:
-            self._check_free(name)
+            self._check_free(name, self.busy, "deployed")
+            if key is not STRANGER:
+                self._check_free(name, self._changing, "changed")
             # Invariant: no limited key starts threads without bound, or takes those of another.
             held = sum(owner is key for owner in self.busy.values())
             if key.name and not key.master and held >= MAX_DEPLOYS:
@@ -5486,26 +5500,31 @@ def find_container(request: Request, agent: Agent) -> Json:
     return found
 
 
-def find_to_change(request: Request, agent: Agent) -> Json:
-    """Return the container in the path. Raises ApiError (409) while it is created or deployed."""
+@contextlib.contextmanager
+def found_to_change(request: Request, agent: Agent) -> Iterator[Json]:
+    """Give the container in the path, of which no deploy begins meanwhile.
+
+    Raises ApiError (409) while it is created or deployed.
+    """
     found = find_container(request, agent)
     if request.target["name"] in agent.engine.unchecked:
         message = f"{request.target['name']} is being created; try again later"
         raise ApiError(409, message, {"Retry-After": "1"})
-    if agent.deploys.before_write(request.target["name"]):
-        found = find_container(request, agent)  # its name may be another container's now
-    return found
+    with agent.deploys.changing(request.target["name"]) as is_unfinished:
+        # After a recovery its name may be another container's.
+        yield find_container(request, agent) if is_unfinished else found
 
 
-def find_to_operate(request: Request, agent: Agent) -> Json:
-    """Return the container in the path, as find_to_change does. Raises ApiError (403)."""
-    found = find_to_change(request, agent)
-    # The create that looks at a limited key's container is what starts it first. One that timed out
-    # may have been done all the same, and nobody has looked.
-    is_new = (found.get("State") or {}).get("StartedAt") == NEVER_STARTED
-    is_unseen = is_new and config_of(found, "Labels").get(KEY_LABEL)
-    request.key.permit(request.key.master or not is_unseen, "operate", "what has never run")
-    return found
+@contextlib.contextmanager
+def found_to_operate(request: Request, agent: Agent) -> Iterator[Json]:
+    """Give the container in the path, as found_to_change does. Raises ApiError (403)."""
+    with found_to_change(request, agent) as found:
+        # The create that looks at a limited key's container is what starts it first. One that timed
+        # out may have been done all the same, and nobody has looked.
+        is_new = (found.get("State") or {}).get("StartedAt") == NEVER_STARTED
+        is_unseen = is_new and config_of(found, "Labels").get(KEY_LABEL)
+        request.key.permit(request.key.master or not is_unseen, "operate", "what has never run")
+        yield found
 
 
 def health(request: Request, agent: Agent) -> Response:
@@ -5523,7 +5542,8 @@ def prepare_create(request: Request, agent: Agent) -> Callable[[], object]:
     request.target.update(name=body.get("name", ""), image=body["image"])
     auth = registry_auth(request)
     if "name" in body:
-        agent.deploys.before_write(body["name"])
+        with agent.deploys.changing(body["name"]):
+            pass  # what a killed agent has left of a deploy is out of the way
     interrupts = request.interrupts._replace(stop=None)
     return functools.partial(pull_image, agent.engine, body, auth, interrupts)
 
@@ -5572,23 +5592,24 @@ def post_action(
     request: Request, agent: Agent, action: str, done: str, seconds: float = CALL_TIMEOUT
 ) -> Response:
     """Do something to a container, by its full id, with the signal in the body."""
-    container = container_id(find_to_operate(request, agent))
     query = {name: signal_name(word) for name, word in request.body.items()}
-    agent.engine.call("POST", container_path(container, action), query, seconds=seconds)
+    with found_to_operate(request, agent) as found:
+        path = container_path(container_id(found), action)
+        agent.engine.call("POST", path, query, seconds=seconds)
     return Response({"message": f"container {done}"})
 
 
 def stop_or_restart(request: Request, agent: Agent, action: str, done: str) -> Response:
     """Stop or restart a container, which may take its own time. Raises ApiError."""
-    found, query = find_to_operate(request, agent), {}
-    config = require(found, "Config", dict)
-    if "signal" in request.body:
-        query = stop_signal(agent.engine, request.body["signal"], config, action)
-    wait = own_stop_timeout(config)
-    if "timeout" in request.body:
-        wait = query["t"] = request.body["timeout"]
-    path = container_path(container_id(found), action)
-    agent.engine.call("POST", path, query, seconds=wait + CALL_TIMEOUT)
+    with found_to_operate(request, agent) as found:
+        config, query = require(found, "Config", dict), {}
+        if "signal" in request.body:
+            query = stop_signal(agent.engine, request.body["signal"], config, action)
+        wait = own_stop_timeout(config)
+        if "timeout" in request.body:
+            wait = query["t"] = request.body["timeout"]
+        path = container_path(container_id(found), action)
+        agent.engine.call("POST", path, query, seconds=wait + CALL_TIMEOUT)
     return Response({"message": f"container {done}"})
 
 
@@ -5625,7 +5646,8 @@ unpause = functools.partial(post_action, action="unpause", done="unpaused")
 
 def remove(request: Request, agent: Agent) -> Response:
     query = {name: int(value) for name, value in request.query.items()}
-    agent.engine.call("DELETE", container_path(container_id(find_to_change(request, agent))), query)
+    with found_to_change(request, agent) as found:
+        agent.engine.call("DELETE", container_path(container_id(found)), query)
     return Response({"message": "container removed"})
 
 

@@ -10092,6 +10092,37 @@ def test_second_deploy_of_a_name_waits_and_another_name_does_not(agent, engine, 
         assert first.getresponse().status == 200
 
 
+@pytest.mark.parametrize(
+    "method, action", [("POST", "/restart"), ("POST", "/start"), ("DELETE", "")]
+)
+def test_no_deploy_begins_while_another_request_changes_the_container(
+    fragile, engine, site, method, action
+):
+    """A restart would start the old container again, beside the new one."""
+    proxy, agent = fragile
+    put(agent, site, spec())
+    begun, asked = threading.Event(), threading.Event()
+
+    def hold(forward: Callable[[], bytes], sock: socket.socket) -> None:
+        begun.set()
+        asked.wait(WAIT)
+        sock.sendall(forward())
+
+    proxy.arm(0, hold)
+    path, force = f"/api/v1/containers/{site}{action}", "" if action else "?force=true"
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        change = threads.submit(agent.request, method, path + force)
+        assert begun.wait(WAIT)
+        reply = put(agent, site, GOOD)
+        asked.set()
+        assert change.result(WAIT).status == 200
+    proxy.disarm()
+    assert_envelope(reply, 409, "is being changed")
+    assert reply.headers["retry-after"].isdigit()
+    assert put(agent, site, GOOD).status in (200, 201)
+    assert names_of(engine, site).keys() == {site}
+
+
 def test_client_that_hangs_up_does_not_stop_a_deploy(agent, engine, site):
     old = put(agent, site, spec()).json()["id"]
     with contextlib.closing(begin(agent, site, GOOD)):
