@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2453, and a reviewer may stop there:
+stands first, up to line 2458, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -271,7 +271,9 @@ OTHER_NAMES.update(publish="ports", exposedports="ports", portbindings="ports", 
 OTHER_NAMES.update(memlimit="memory_mb", pidslimit="pids", pid="pid_mode", ipc="ipc_mode")
 OTHER_NAMES.update(addhost="extra_hosts", stopgraceperiod="stop_timeout", pullpolicy="pull")
 OTHER_NAMES.update(privateport="container_port", published="host_port", publicport="host_port")
-OTHER_NAMES.update(logconfig="log", destination="target", mode="permission")
+OTHER_NAMES.update(logconfig="log", destination="target", dst="target", mode="permission")
+OTHER_NAMES.update(networkingconfig="networks", devicerequests="gpus", args="cmd")
+OTHER_NAMES.update(repo="image", tag="image", ip="host_ip", type="driver", stream="follow")
 OTHER_NAMES.update(hostconfig="volumes, ports, resources and so on, beside image")
 
 
@@ -444,14 +446,16 @@ def unique_object(pairs: list[tuple[str, Any]]) -> Json | NotJson:
 
 def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json:
     """Return a query's typed parameters; a field of the body is refused. Raises ApiError (400)."""
-    rows, pairs = schema["properties"], []
+    rows, fields, pairs = schema["properties"], (body or NOTHING)["properties"], []
     for part in filter(None, query.split("&")):
         # A plus is a space, as in the Engine's own queries. A byte that is not UTF-8 becomes a lone
         # surrogate, which `validate` refuses.
         raw = part.partition("=")
         name, _, value = (unquote_plus(text, errors="surrogateescape") for text in raw)
-        if name not in rows and name in (body or NOTHING)["properties"]:
+        if name in fields and name not in rows:
             refuse(f"query.{name}", f'goes into the body, as in {{"{name}": ...}}')
+        if fields and not rows:
+            refuse(f"query.{name}", f"is unknown; the body takes {', '.join(fields)}")
         is_boolean = rows.get(name, {}).get("type") == "boolean"
         pairs.append((name, BOOLEANS.get(value.lower(), value) if is_boolean else value))
     parameters = unique_object(pairs)
@@ -2256,7 +2260,8 @@ def remove_beneath(tree: Tree, path: str) -> None:
     with file_errors(), Walk(tree) as walk:
         parent, name = walk.enter(path)
         walk.lock(parent)
-        walk.find(name)  # refuses what is no regular file
+        if walk.find(name) is None:  # a read-only filesystem would not say so
+            raise ApiError(404, "path: there is no such file")
         os.unlink(name, dir_fd=parent)
         sync_folder(parent)
 
@@ -2637,6 +2642,7 @@ def at(place: str, schema: Schema, convert: Any = lambda value: value, since: in
 
 STRING = string_schema(most=MAX_BODY)
 STRINGS = array_of(STRING, ["sleep", "60"])
+COMMAND = string_schema("(?s:.+)", "a command of the shell", MAX_BODY, "exit 0")
 PORT = string_schema("[0-9]+", "a port from 1 to 65535, in ASCII digits", 15)
 PORT.update(type="string|integer", check=check_port)
 HOST_PORT = {**PORT, "pattern": "[0-9]*", "check": functools.partial(check_port, least=0)}
@@ -2697,7 +2703,7 @@ VOLUMES = object_schema(
     read_only=BOOLEAN,
     type=one_of("bind", "volume", "tmpfs"),
     size_mb=MEGABYTES,
-    mode=string_schema("0*[1-7][0-7]{0,3}", "an octal mode up to 7777", 15, "1777"),
+    mode=string_schema("0*[1-7][0-7]{0,3}", "an octal mode from 1 to 7777", 15, "1777"),
 )
 JOINED = object_schema("name", name=NETWORK_NAME, aliases=array_of(HOST_NAME))
 JOINED.update({**NETWORK_NAME, "type": "string|object", "check": check_network})
@@ -2726,7 +2732,7 @@ HEALTHCHECK = object_schema(
     {"cmd": ["curl", "-f", "http://localhost/"], "interval": 10},
     check_health,
     cmd=at("Test", STRINGS, lambda cmd: ["CMD", *cmd]),
-    shell=at("Test", STRING, lambda shell: ["CMD-SHELL", shell]),
+    shell=at("Test", COMMAND, lambda shell: ["CMD-SHELL", shell]),
     disable=at("Test", BOOLEAN, lambda disable: ["NONE"]),
     interval=at("Interval", SECONDS, times(10**9)),
     timeout=at("Timeout", SECONDS, times(10**9)),
@@ -3693,7 +3699,6 @@ KEPT_IMAGES = 3  # of each repository, by a prune that names no number
 IMAGE_FIELDS = {"id": "Id", "tags": "RepoTags", "digests": "RepoDigests"}
 IMAGE_FIELDS.update(size="Size", created="Created")
 NETWORK_FIELDS = {"id": "Id", "name": "Name", "driver": "Driver", "internal": "Internal"}
-NETWORK_FIELDS.update(labels="Labels")
 VOLUME_FIELDS = {"name": "Name", "driver": "Driver", "created": "CreatedAt", "labels": "Labels"}
 
 
@@ -3795,7 +3800,7 @@ def read_networks(engine: Engine) -> list[Json]:
     for found in decode_response(engine.call("GET", "/networks"), list):
         row = {ours: found[theirs] for ours, theirs in NETWORK_FIELDS.items()}
         subnets = [each["Subnet"] for each in found["IPAM"]["Config"] or [] if "Subnet" in each]
-        networks.append({**row, "subnets": subnets, "labels": row["labels"] or {}})
+        networks.append({**row, "subnets": subnets, "labels": found["Labels"] or {}})
     return networks
 
 

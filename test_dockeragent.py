@@ -2552,6 +2552,7 @@ ANON = {"target": "/t"}
         ("check and none", health(cmd=["a"], disable=True), "healthcheck: "),
         ("times of none", health(disable=True, interval=1), "at most one of cmd"),
         ("empty check", health(cmd=[]), "healthcheck.cmd: "),
+        ("empty shell check", health(shell=""), "healthcheck.shell: "),
         ("check more often than the Engine can", health(interval=0.0001), "healthcheck.interval: "),
         ("time as text", health(timeout="3s"), "healthcheck.timeout: "),
         ("log of no size", image(log={"max_size_mb": 0}), "log.max_size_mb: "),
@@ -2620,6 +2621,9 @@ def test_create_is_refused_before_it_reaches_anything(body, word, pair):
         ("the same inside", CREATE, image(resources={"mem_limit": 5}), "did you mean memory_mb?"),
         ("compose's test", CREATE, image(healthcheck={"test": ["CMD", "a"]}), "did you mean cmd?"),
         ("our list's port", CREATE, image(ports=[{"public_port": 80}]), "did you mean host_port?"),
+        ("the Engine's DeviceRequests", CREATE, image(DeviceRequests=[]), "did you mean gpus?"),
+        ("the Engine's log Type", CREATE, image(log={"Type": "local"}), "did you mean driver?"),
+        ("the Engine's tag", PULL, image(tag="1"), "did you mean image?"),
         ("mode of a file", FILES, {"path": "/a", "mode": "0644"}, "did you mean permission?"),
         (
             "nested field at the top",
@@ -2641,6 +2645,7 @@ def test_create_is_refused_before_it_reaches_anything(body, word, pair):
         ),
         ("signal in the query", f"{KILL}?signal=HUP", b"", "query.signal: goes into the body"),
         ("image in the query", f"{PULL}?image=a", b"", "query.image: goes into the body"),
+        ("the Engine's ?t= of a stop", f"{CREATE}/web/stop?t=5", b"", "body takes timeout, signal"),
     ),
 )
 def test_message_says_what_to_write(path, body, message, pair):
@@ -5799,8 +5804,9 @@ def test_network_is_created_once_however_many_ask(agent, engine, free_network):
     assert sorted(reply.status for reply in replies) == [200] * 7 + [201]
     (found,) = network_rows(engine, free_network)
     expected = {"id": found["Id"], "name": free_network, "driver": "bridge", "internal": True}
-    expected.update(labels={"a": "b"}, subnets=[found["IPAM"]["Config"][0]["Subnet"]])
-    assert [reply.json() for reply in replies] == [expected] * 8
+    expected.update(subnets=[found["IPAM"]["Config"][0]["Subnet"]], labels={"a": "b"})
+    # As lists: the order is part of what is documented.
+    assert [list(reply.json().items()) for reply in replies] == [list(expected.items())] * 8
     rows = agent.get("/api/v1/networks").json()["networks"]
     assert expected in rows and {"bridge", "none"} & {row["name"] for row in rows}
     assert agent.delete(f"/api/v1/networks/{free_network}-longer").status == 200
@@ -6300,6 +6306,8 @@ def test_read_only_mount(tree_agent, tree, path, atomic):
         subprocess.run(["mount", "-o", "remount,ro", str(ro)], check=True)
         before = snapshot(ro)
         assert_envelope(write(tree_agent, path, atomic=atomic), 403)
+        status = 403 if path == "/ro/old" else 404
+        assert tree_agent[0].delete(file_url(path)).status == status
         assert snapshot(ro) == before
 
 
