@@ -1288,7 +1288,7 @@ class RateLimiter:
             if is_admitted:
                 times.append(now)
             left = self._limit - len(times)
-            wait = max(1, math.ceil(times[0] + RATE_WINDOW - now))
+            wait = max(1, math.ceil(times[0] - now + RATE_WINDOW))
             self._windows[client, key] = times
             # Invariant: the table is bounded, however many addresses clients come from. None of its
             # windows is empty, and the newest stays.

@@ -2173,6 +2173,12 @@ def test_no_minute_ever_admits_more_than_the_limit():
     assert len(admitted) > 1000
 
 
+def test_reset_is_never_longer_than_the_window():
+    # 250.1 + 60 rounds up, in binary.
+    headers = da.RateLimiter(2, lambda: 250.1).admit("192.0.2.1", "ci")
+    assert headers["X-RateLimit-Reset"] == "60"
+
+
 @pytest.mark.parametrize(
     "first, second, shared",
     cases(
