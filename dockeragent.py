@@ -325,7 +325,7 @@ def validate_string(schema: Schema, value: str, path: str, rule: str) -> None:
     if "\0" in value and not schema.get("raw"):
         refuse(path, "must not contain a NUL character")
     if re.search(r"[\ud800-\udfff]", value):
-        refuse(path, "must not contain a lone surrogate")
+        refuse(path, "must not contain a lone surrogate, or a byte that is not UTF-8")
     if len(value) > schema["maxLength"]:
         refuse(path, f"must be at most {schema['maxLength']} characters")
     if not re.fullmatch(schema["pattern"], value):
