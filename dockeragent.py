@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2458, and a reviewer may stop there:
+stands first, up to line 2456, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1627,9 +1627,7 @@ class Connection(socketserver.BaseRequestHandler):
             deadline = time.monotonic() + LINGER_TIMEOUT
             if isinstance(self.sock, ssl.SSLSocket):
                 with contextlib.suppress(OSError, ValueError):
-                    self.sock.settimeout(1.0)
-                    self.sock = self.sock.unwrap()
-                self.sock.setblocking(False)
+                    self.sock.unwrap()  # says goodbye, and does not wait for the client's
             self.sock.shutdown(socket.SHUT_WR)
             while self.has_answered and receive(self.sock, deadline):
                 pass

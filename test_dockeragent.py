@@ -3667,6 +3667,21 @@ def test_silent_tls_connection_does_not_hold_up_the_stop(pki, fake_engine):
         assert read_to_end(silent) == b""
 
 
+def test_tls_connection_ends_with_a_close_notify(pki, fake_engine):
+    """Without one, a client could take a response that an attacker has cut off for a whole one."""
+    context = ssl.create_default_context(cafile=pki.file("server.pem"))
+    strict = {"server_hostname": "localhost", "suppress_ragged_eofs": False}
+    with pki.agent(fake_engine) as agent:
+        with context.wrap_socket(agent.connect(), **strict) as last:
+            last.sendall(message("GET /x", LAST))
+            assert split_replies(read_to_end(last))[0].status == 404
+        with context.wrap_socket(agent.connect(), **strict) as idle:
+            idle.sendall(message("GET /x"))
+            assert idle.recv(65536).startswith(b"HTTP/1.1 404")
+            agent.process.terminate()
+            assert idle.recv(1) == b""
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "unix://{}/agent.sock"])
 def test_stop_waits_for_no_look_of_the_accepting_thread(address, tmp_path):
     code = """
