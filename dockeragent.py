@@ -3052,6 +3052,14 @@ def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> so
     return sock
 
 
+def start_thread(work: Callable[..., object], *arguments: Any) -> None:
+    """Call a function in a thread that holds up no exit. Raises OSError if none can be started."""
+    try:
+        threading.Thread(target=work, args=arguments, daemon=True).start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, "no more threads can be started") from error
+
+
 def resolve(address: Address, deadline: float) -> list[Any]:
     """Return what getaddrinfo() does, but by deadline (monotonic). Raises OSError, ValueError."""
     found: queue.Queue[Any] = queue.Queue()
@@ -3063,7 +3071,7 @@ def resolve(address: Address, deadline: float) -> list[Any]:
             found.put(error)
 
     # In a thread: it alone knows no timeout, and a dead name server costs it half a minute.
-    threading.Thread(target=look_up, daemon=True).start()
+    start_thread(look_up)
     try:
         result: Any = found.get(timeout=max(0, deadline - time.monotonic()))
     except queue.Empty:
@@ -4592,10 +4600,10 @@ def health_of(container: Json) -> str:
 def own_container() -> str:
     """Return the id of the container that this process runs in, "" for none."""
     # The Engine mounts these files from a folder named by the id, whatever network and hostname.
-    with contextlib.suppress(OSError), open("/proc/self/mountinfo") as file:
-        path = r"/([0-9a-f]{64})/\S* /etc/(?:hostname|hosts|resolv\.conf) "
+    with contextlib.suppress(OSError), open("/proc/self/mountinfo", "rb") as file:
+        path = rb"/([0-9a-f]{64})/\S* /etc/(?:hostname|hosts|resolv\.conf) "
         if match := re.search(path, file.read()):
-            return match[1]
+            return match[1].decode()
     return ""
 
 
@@ -5056,9 +5064,10 @@ class Deploys:
     def _start(self, deployment: Deployment, act: Callable[[], Any], key: Key = STRANGER) -> None:
         self._claim(deployment.name, key)
         try:
-            threading.Thread(target=self._run, args=(deployment, act), daemon=True).start()
-        except RuntimeError as error:  # no thread to be had
-            del self.busy[deployment.name]
+            start_thread(self._run, deployment, act)
+        except OSError as error:
+            with self._lock:
+                del self.busy[deployment.name]
             raise ApiError(503, "the agent has no more threads; try again later") from error
 
     def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
@@ -6060,10 +6069,13 @@ def run(config: Config) -> int:
     engine = Engine(config.docker_host, config.engine_tls, config.docker_api_version)
     agent = Agent(engine, config.host_root, {}, Metrics(), set(), Deploys(engine, log))
     with Server(config, log, listener, ROUTES, agent) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            start_thread(server.serve_forever)
+            # In a thread: an Engine that does not answer must not delay a stop.
+            start_thread(start_up, log, address, agent)
+        except OSError as error:
+            raise ConfigError(describe(error)) from error
         notify("READY=1")
-        # In a thread: an Engine that does not answer must not delay a stop.
-        threading.Thread(target=start_up, args=(log, address, agent), daemon=True).start()
         signal.sigwait(STOP_SIGNALS)
         notify("STOPPING=1")
         log("info", "stopping")

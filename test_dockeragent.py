@@ -614,6 +614,14 @@ def test_port_in_use_is_one_line_and_status_2():
     assert "in use" in done.stderr
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming somebody else takes root")
+def test_start_without_a_thread_to_be_had_is_one_line_and_status_2():
+    become = "resource.setrlimit(resource.RLIMIT_NPROC, (1, 1)); os.setuid(4001)\n"
+    become += "os.environ.update(API_KEY='k' * 32, LISTEN_ADDR='127.0.0.1:0', HOST_ROOT='/')\n"
+    printed = in_child(become + "sys.stderr = sys.stdout; print(da.main([]))")
+    assert printed == "no more threads can be started\n2\n"
+
+
 def test_help_names_every_variable_and_wrong_usage_is_refused():
     done = command("--help", API_KEY="")
     assert (done.returncode, done.stderr) == (0, "")
@@ -4030,6 +4038,12 @@ def test_full_backlog_of_the_engine_is_waited_for(tmp_path):
         for thread in threads:
             thread.join()
     assert statuses == [200] * 60
+
+
+def test_engine_on_tcp_is_unreachable_without_a_thread_for_the_look_up_of_its_name():
+    code = "threading.stack_size(2**46)  # of which no address space has room\n"
+    code += "print(da.Engine(da.Address(host='localhost', port=9), None).problem())"
+    assert "not reachable: no more threads" in in_child("import threading;" + code)
 
 
 def test_post_is_sent_once_whatever_becomes_of_it(fake_engine, fake_agent):
@@ -9949,8 +9963,11 @@ def test_agent_knows_its_own_container(tmp_path):
     identity = secrets.token_hex(32)
     (tmp_path / identity).mkdir()
     (tmp_path / identity / "hostname").write_text("any\n")
+    other = tmp_path / os.fsdecode(b"caf\xe9")  # a mount of the host's may have any name
+    other.mkdir()
     script = (
-        f"mount --bind {tmp_path}/{identity}/hostname /etc/hostname && exec {sys.executable} -c"
+        f"mount --bind {other} {other} &&"
+        f" mount --bind {tmp_path}/{identity}/hostname /etc/hostname && exec {sys.executable} -c"
     )
     code = "import dockeragent; print(dockeragent.own_container())"
     inside = ["unshare", "-m", "sh", "-c", f'{script} "$0"', code]
