@@ -3036,10 +3036,10 @@ def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> so
     with contextlib.ExitStack() as on_error:
         if address.path:
             sock = on_error.enter_context(socket.socket(socket.AF_UNIX))
-            # Not settimeout(), with which a full backlog is an error at once.
-            seconds, fraction = divmod(max(0.001, deadline - time.monotonic()), 1)
-            patience = struct.pack("@qq", int(seconds), int(fraction * 1e6))
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)
+            # Not settimeout(), with which a full backlog is an error at once. Whole seconds, or a
+            # 32-bit kernel, which takes half of these bytes, would read 0: without a bound.
+            seconds = max(1, math.ceil(deadline - time.monotonic()))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@qq", seconds, 0))
             sock.connect(address.path)
         else:
             sock = on_error.enter_context(connect_tcp(address, deadline))
@@ -5977,7 +5977,7 @@ def notify(state: str) -> None:
 def healthcheck(config: Config) -> int:
     """Return 0 if the server that this environment configures is healthy, else 1."""
     address, context = config.listen_addr, None
-    address = address._replace(host=address.host or "localhost")
+    address = address._replace(host=address.host or "127.0.0.1")
     if config.server_tls:
         # To ourselves: whether the certificate names this host does not matter.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -6074,7 +6074,8 @@ def run(config: Config) -> int:
             # In a thread: an Engine that does not answer must not delay a stop.
             start_thread(start_up, log, address, agent)
         except OSError as error:
-            raise ConfigError(describe(error)) from error
+            advice = "raise the limit on processes, or update Docker"
+            raise ConfigError(f"{describe(error)}: {advice}") from error
         notify("READY=1")
         signal.sigwait(STOP_SIGNALS)
         notify("STOPPING=1")
