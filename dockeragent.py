@@ -4478,10 +4478,14 @@ def event(name: str, data: Any) -> bytes:
 
 
 def last_lines(engine: Engine, container: str, tty: bool, count: int) -> list[str]:
-    """Return the last lines of a container's log. Raises EngineError."""
+    """Return the last lines of a container's log, no more of each than of one log entry.
+
+    Raises EngineError.
+    """
     source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, NEVER)
     batches = LogCursor(source, None).read(count)
-    return [text.decode(errors="replace") for lines in batches for _, _, _, text in lines]
+    texts = [text[:ENTRY_SIZE] for lines in batches for _, _, _, text in lines]
+    return [text.decode(errors="replace") for text in texts]
 
 
 def log_document(batches: Iterator[list[Line]], render: Render) -> Stream:

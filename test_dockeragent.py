@@ -9852,6 +9852,13 @@ def test_bad_container_whose_old_one_was_removed_by_hand_is_told_as_a_failure(
     assert (reply.status, reply.json()["rolled_back"], reply.json()["exit_code"]) == (422, False, 3)
 
 
+def test_failure_tells_no_more_of_a_line_than_of_a_log_entry(agent, engine, site):
+    """Fifty lines of control characters would be 300 MB in JSON."""
+    line = "head -c 20000 /dev/zero | tr '\\0' '\\1'; echo; echo last; exit 7"
+    told = put(agent, site, spec("sh", "-c", line)).json()
+    assert told["logs"] == ["\x01" * da.ENTRY_SIZE, "last"]
+
+
 def test_stopped_container_stays_stopped_after_a_rollback(agent, engine, site):
     old = put(agent, site, spec()).json()["id"]
     engine.call("POST", f"/containers/{old}/stop")
