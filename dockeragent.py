@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2456, and a reviewer may stop there:
+stands first, up to line 2457, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -2310,7 +2310,8 @@ def is_written(found: int, write: FileWrite) -> bool:
     now = os.fstat(found)
     if now.st_size != len(write.content) or attributes(now) != wanted_attributes(now, write):
         return False
-    with contextlib.suppress(PermissionError):  # it may be writable and not readable
+    # It may be writable and not readable, or under the lease of a container that mounts it.
+    with contextlib.suppress(PermissionError, BlockingIOError):
         return read_content(found, now.st_size) == write.content
     return False
 

@@ -6232,6 +6232,20 @@ def test_file_that_is_as_asked_for_is_left_alone(tree_agent, tree, asked, change
         assert [getattr(before, name) for name in times] == [getattr(after, name) for name in times]
 
 
+def test_lease_on_a_file_keeps_nobody_from_replacing_it(tree_agent, tree):
+    """A container can take one with a read-only mount of the folder."""
+    old = os.open(tree / "host/app/old", os.O_RDONLY)
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    try:
+        fcntl.fcntl(old, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+        reply = write(tree_agent, "/app/old", content="odd")  # as long as the old content
+        assert (reply.status, reply.json()["changed"]) == (201, True)
+    finally:
+        os.close(old)
+        signal.signal(signal.SIGIO, before)
+    assert (tree / "host/app/old").read_text() == "odd"
+
+
 def test_content_is_empty_by_default(tree_agent, tree):
     for path, changed in (("/app/new", True), ("/app/new", False), ("/app/old", True)):
         reply = tree_agent[0].post("/api/v1/files", {"path": path})
