@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2457, and a reviewer may stop there:
+stands first, up to line 2456, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -120,7 +120,6 @@ CALL_TIMEOUT = 30.0
 START_TIMEOUT = 120.0  # create and start, and to undo them
 PING_TIMEOUT = 3.0
 PULL_SILENCE = 120.0  # between two words about a pull
-MAX_CREATES = 64  # of containers at once; one more waits
 RUN_TIMEOUT = 3600  # of a one-off run that names none
 # Between two looks of a one-off run whether the agent is being stopped. A shorter wait would not
 # notice that the client has disconnected.
@@ -3104,10 +3103,11 @@ class Engine:
         self._version, self._asked = "", -math.inf  # the one in use, and since when
         self.is_podman = False
         self._idle: Pool = []
-        # A create holds one of these; a removal of images or networks holds them all: the Engine
-        # removes one with which a container is just being created (seen with 20.10 and 28.5).
-        self.creates = threading.BoundedSemaphore(MAX_CREATES)
-        self.removal = threading.Lock()  # so that two removals do not share them
+        # Images and networks with which containers are being created, and that are being removed:
+        # the Engine removes one that a create is just about to use (seen with 20.10 and 28.5).
+        self.used: list[str] = []
+        self.removed: list[str] = []
+        self.released = threading.Condition()  # also the lock of both
         # Held while a network is looked for and created: older Engines allow two of one name.
         self.networking = threading.Lock()
         # By name of a limited key, whose containers are counted: none holds up another's creates.
@@ -3182,16 +3182,25 @@ class Engine:
         return ""
 
     @contextlib.contextmanager
-    def no_creates(self) -> Iterator[None]:
-        """Wait for the creates under way, and hold up new ones. Raises ApiError (503)."""
-        deadline = time.monotonic() + CALL_TIMEOUT
-        locks: list[Any] = [self.removal, *[self.creates] * MAX_CREATES]
-        with contextlib.ExitStack() as held:
-            for lock in locks:
-                if not lock.acquire(timeout=max(0, deadline - time.monotonic())):
-                    raise ApiError(503, "containers are being created meanwhile; try again")
-                held.callback(lock.release)
+    def reserve(self, ids: Collection[str], *, removes: bool = False) -> Iterator[None]:
+        """Keep what a create uses from removals, or what a removal takes from creates.
+
+        Invariant: nobody waits for a create or a removal of other images and networks, however long
+        a limited key's take. Raises ApiError (409).
+        """
+        own, others = (self.removed, self.used) if removes else (self.used, self.removed)
+        with self.released:
+            if not self.released.wait_for(lambda: set(ids).isdisjoint(others), CALL_TIMEOUT):
+                doing = "a container is being created with it" if removes else "it is being removed"
+                raise ApiError(409, f"{doing}; try again later", {"Retry-After": "5"})
+            own += ids
+        try:
             yield
+        finally:
+            with self.released:
+                for each in ids:
+                    own.remove(each)
+                self.released.notify_all()
 
     def close(self) -> None:
         for _, sock in self._idle:
@@ -3487,16 +3496,18 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
     ApiError; then the container is removed.
     """
     body = {**container, "Labels": {**agent_labels(key), **container.get("Labels", {})}}
+    image = find_image(engine, body["Image"])
     with contextlib.ExitStack() as held:
         if not key.master:
-            restrict_brought(key, body, find_image(engine, body["Image"]))
+            restrict_brought(key, body, image)
             # One create of the key at a time, or the count is not true. Until it was looked at, no
             # other request may start it: see `found_to_change`.
             held.enter_context(engine.counting.setdefault(key.name, threading.Lock()))
             check_count(key, query["name"], ids_by_name(engine, "."))
             engine.unchecked.append(query["name"])
             held.callback(engine.unchecked.remove, query["name"])
-        held.enter_context(engine.creates)
+        used = [str(image.get("Id")), str(body["HostConfig"].get("NetworkMode"))]
+        held.enter_context(engine.reserve(used))
         created = engine.json("POST", "/containers/create", query, body, START_TIMEOUT)
         path = container_path(container_id(created), "json")
         if not key.master:
@@ -3745,7 +3756,7 @@ def read_images(engine: Engine) -> list[Json]:
 def remove_reference(engine: Engine, reference: str) -> dict[str, list[str]]:
     """Untag an image, and remove it with its last tag; return {"untagged", "deleted"}."""
     # Invariant: never forced, so that the Engine itself refuses (409) an image in use.
-    with engine.no_creates():
+    with engine.reserve([str(find_image(engine, reference).get("Id"))], removes=True):
         body = engine.call("DELETE", f"/images/{quote(reference)}", seconds=START_TIMEOUT)
     rows = decode_response(body, list)
     return {w.lower(): [row[w] for row in rows if w in row] for w in ("Untagged", "Deleted")}
@@ -3843,9 +3854,10 @@ def remove_network(engine: Engine, name: str) -> None:
     network = find_network(engine, name)
     if not network:
         raise ApiError(404, f"no such network: {name}")
-    with engine.no_creates():
+    names = network["id"], network["id"][:12], name
+    with engine.reserve(names, removes=True):
         users = count_users(engine)
-        is_used = any(users["network", each] for each in (network["id"], network["id"][:12], name))
+        is_used = any(users["network", each] for each in names)
         # The Engine minds only running containers; a stopped one could not start again. It never
         # removes a predefined network, and says why.
         if is_used and name not in ("bridge", "host", "none"):

@@ -5802,6 +5802,47 @@ def test_prune_beside_creates_takes_no_image_away_from_a_container(agent, engine
     assert len(images) - len(made) <= len(removed)
 
 
+@pytest.mark.parametrize(
+    "slow, other, status",
+    cases(
+        ("a removal beside a create", "create", "remove", 200),
+        ("a create beside a removal", "remove", "create", 404),
+    ),
+)
+def test_slow_create_or_removal_holds_up_no_other_image(fake_engine, slow, other, status):
+    """A limited key's image may take the Engine minutes."""
+    began, release = threading.Event(), threading.Event()
+
+    def take_long(sock: socket.socket) -> None:
+        began.set()
+        release.wait(3 * WAIT)
+        sock.sendall(http_answer({"message": "in use"}, 409))
+
+    for name in "ab":
+        fake_engine.script[f"GET /images/{name}/json"] = http_answer({"Id": name})
+    fake_engine.script["DELETE /images/a"] = take_long
+    fake_engine.script["DELETE /images/b"] = http_answer([{"Untagged": "b"}])
+    fake_engine.script["POST /containers/create"] = (
+        take_long if slow == "create" else http_answer({"message": "gone"}, 404)
+    )
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+
+        def ask(what: str, image: str) -> Reply:
+            if what == "remove":
+                return agent.delete(f"/api/v1/images?image={image}")
+            body = {"image": image, "pull": "never", "network_mode": "none"}
+            return agent.post("/api/v1/containers", body, timeout=WAIT)
+
+        first = threading.Thread(target=ask, args=(slow, "a"))
+        first.start()
+        assert began.wait(WAIT)
+        try:
+            assert ask(other, "b").status == status
+        finally:
+            release.set()
+            first.join()
+
+
 SHAPES = [b"[]", b"{}", b"[1]", b"[{}]", b"[[]]", b"null", b'{"Volumes":[1]}', b'[{"Id":1}]']
 
 
