@@ -4755,6 +4755,7 @@ class Deployment:
 
     def commit(self, new: Found, old: Found) -> None:
         self.let_restart(new)
+        self.stop(old)  # again: a restart that was under way before may have started it since
         self.rename(old, OLD)  # the commit: from here on nothing brings the old one back
         self.outcome = "committed"
         self.remove_old(old)

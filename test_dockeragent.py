@@ -9579,7 +9579,7 @@ GOOD, BAD = spec(env=["NEW=1"]), spec("sh", "-c", "echo broken; exit 3")
 # The calls of a deploy that change something, in their order.
 SWAPPING = ["create", "update", "stop", "rename", "rename", "start"]
 BACK = ["stop", "rename", "rename", "update", "stop", "start", "DELETE"]
-CALLS = {"good": [*SWAPPING, "update", "rename", "DELETE"], "bad": [*SWAPPING, *BACK]}
+CALLS = {"good": [*SWAPPING, "update", "stop", "rename", "DELETE"], "bad": [*SWAPPING, *BACK]}
 EACH_CALL = [(kind, number) for kind, calls in CALLS.items() for number in range(len(calls))]
 
 
@@ -9627,7 +9627,7 @@ def deploy_and_crash(proxy: FaultyProxy, site: str, kind: str, number: int, *, a
 @pytest.mark.parametrize(
     "kind, number, after",
     [(*call, False) for call in EACH_CALL]
-    + [("good", 0, True), ("good", 2, True), ("good", 5, True), ("good", 7, True)]
+    + [("good", 0, True), ("good", 2, True), ("good", 5, True), ("good", 8, True)]
     + [("bad", 6, True), ("bad", 8, True), ("bad", 10, True), ("bad", 12, True)],
 )
 def test_killed_agent_leaves_one_container_that_runs(engine, site, tmp_path, kind, number, after):
@@ -9879,6 +9879,22 @@ def test_exit_after_a_commit_began_in_a_recovery_is_rolled_back(engine, site, tm
         proxy.disarm()
     # An Engine that restarts starts what was stopped, too, if its policy is "always".
     assert policies.get(timeout=WAIT) == "no"
+
+
+def test_restart_that_was_under_way_leaves_no_second_container_that_runs(fragile, engine, site):
+    """The Engine starts the old one as soon as the deploy has stopped it."""
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+
+    def start_first(forward: Callable[[], bytes], sock: socket.socket) -> None:
+        engine.call("POST", f"/containers/{old}/start")
+        sock.sendall(forward())
+
+    proxy.arm(CALLS["good"].index("rename"), start_first)
+    reply = put(agent, site, GOOD)
+    proxy.disarm()
+    assert (reply.status, reply.json()["warnings"]) == (200, [])
+    assert_settled(engine, site, reply.json()["id"], "bad")
 
 
 def test_failure_tells_the_exit_code_and_the_last_lines(agent, engine, site):
@@ -10350,7 +10366,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 6_092
+LINES = 6_200
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
