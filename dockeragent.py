@@ -6001,14 +6001,13 @@ def healthcheck(config: Config) -> int:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.load_cert_chain(config.tls_cert_file, config.tls_key_file)
-    connection = http.client.HTTPConnection("localhost")
-    sock = None
+    deadline = time.monotonic() + CONNECT_TIMEOUT
+    sock: socket.socket | None = None
     try:
-        sock = connection.sock = connect(address, context, time.monotonic() + CONNECT_TIMEOUT)
-        with contextlib.closing(connection):
-            connection.request("GET", "/health")
-            return 0 if connection.getresponse().status == 200 else 1
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        with connect(address, context, deadline) as sock:
+            response = EngineSocket(sock).exchange(Call("GET", ""), "/health", deadline)
+            return 0 if response.status == 200 else 1
+    except FAILURES as error:
         print_error(f"{address}: {describe(error)}")
         # With the handshake done, a server that takes another CA's certificates refuses ours.
         is_refusal = sock and isinstance(error, (ssl.SSLError, ConnectionError))

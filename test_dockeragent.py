@@ -3781,6 +3781,17 @@ def test_healthcheck_needs_no_key_and_knows_a_stranger(pki, fake_engine, tmp_pat
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
+def test_healthcheck_of_a_server_that_drips_ends(fake_engine):
+    def drip(sock: socket.socket) -> None:
+        while True:
+            sock.sendall(b"H")
+            time.sleep(0.1)
+
+    fake_engine.script["GET /health"] = drip
+    done = command("healthcheck", LISTEN_ADDR=fake_engine.url)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
 def test_large_answer_of_an_engine_that_closes_the_connection_is_read_whole(pair):
     rows = [{"Id": f"{i:064x}"} for i in range(20_000)]
     pair.engine.script["GET /containers/json"] = http_answer(rows)  # with Connection: close
