@@ -3376,6 +3376,7 @@ AGENT_LABELS = ("key", "run", "name", "spec", "restart", "replaces", "was", "gat
 PULL_ERRORS = (
     (502, r"dial tcp|lookup |x509:|unexpected (http )?status.* (429|5\d\d)|error parsing http"),
     (502, "(^|: )(toomanyrequests|unknown): (?!failed to resolve)"),
+    (502, "unexpected media type|could not fetch content"),  # a page of HTML, a part that is gone
     (500, "failed to register layer|no space left|read-only file system|(open|mkdir|rename) /"),
     (401, "(pull access denied.*)?no basic auth"),
     (401, "unauthorized|authentication required|(incorrect|invalid) username"),

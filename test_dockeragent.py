@@ -5464,6 +5464,8 @@ def test_error_inside_a_pull(fakes, pieces, end, status, words):
         ("unknown: failed to resolve reference: HEAD http://r:5055/v2/: 401 Unauthorized", 401),
         ("unexpected status from HEAD request to http://r:5055/v2/: 401 Unauthorized", 401),
         ("unknown: failed to resolve reference: unexpected status from HEAD: 503 x", 502),
+        ("failed to unpack image: unexpected media type text/html for sha256:0: not found", 502),
+        ("failed to copy: could not fetch content descriptor sha256:0 from remote: not found", 502),
         ("manifest for x:1 not found: manifest unknown", 404),
         ("failed to register layer: write /usr/x: no space left on device", 500),
         ("whatever a registry may say", 502),
