@@ -1667,7 +1667,7 @@ class Connection(socketserver.BaseRequestHandler):
             with contextlib.suppress(ClientGone):
                 self.respond_error(request, ApiError(500, request.error))
         finally:
-            self.slot.is_answering = self.slot.is_streaming = False
+            self.slot.request, self.slot.is_streaming = None, False
         seconds = time.monotonic() - request.started
         fields = {**request.log_fields(), "latency_ms": round(seconds * 1000, 3)}
         fields["bytes"] = max(0, request.sent)
@@ -1760,7 +1760,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Check one request, in the order that reveals least to a stranger, and answer it."""
         self.read_head(request)
         self.check_head(request)
-        self.server.begin_answer(self.slot)
+        self.server.begin_answer(self.slot, request)
         path, _, query = ABSOLUTE_FORM.sub("", request.path).partition("?")
         segments = [unquote(segment, errors="replace") for segment in path.split("/")]
         is_public = segments[:3] != API.split("/") and segments != ["", "metrics"]
@@ -1880,7 +1880,7 @@ class Slot:
         self.sock = sock
         self.key = STRANGER  # the last valid key that was shown on it
         self.since = time.monotonic()  # it was opened, or its last complete request came
-        self.is_answering = False
+        self.request: Request | None = None  # the one that is being answered
         self.is_streaming = False
 
 
@@ -1940,7 +1940,7 @@ class Server(http.server.ThreadingHTTPServer):
         each connection has shown a valid key or is being answered.
         """
         with self._lock:
-            slots = [s for s in list(self.slots) if s.key is STRANGER and not s.is_answering]
+            slots = [s for s in list(self.slots) if s.key is STRANGER and not s.request]
             if not slots:
                 return False
             slot = min(slots, key=lambda slot: slot.since)
@@ -1951,10 +1951,10 @@ class Server(http.server.ThreadingHTTPServer):
                 socket.socket.shutdown(slot.sock, socket.SHUT_RDWR)
         return True
 
-    def begin_answer(self, slot: Slot) -> None:
+    def begin_answer(self, slot: Slot, request: Request) -> None:
         """Note that a complete request came. Raises ClientGone if its slot has been revoked."""
         with self._lock:
-            slot.since, slot.is_answering = time.monotonic(), True
+            slot.since, slot.request = time.monotonic(), request
             if slot not in self.slots:
                 raise ClientGone
 
@@ -6100,14 +6100,16 @@ def run(config: Config) -> int:
         log("info", "stopping")
         agent.deploys.stopping.set()
         server.stop()
-        deadline = time.monotonic() + GRACE
+        deadline, status = time.monotonic() + GRACE, 0
         while (server.slots or agent.deploys.busy) and time.monotonic() < deadline:
             if signal.sigtimedwait(STOP_SIGNALS, 0.05):
-                log("warning", "stopped at once")
-                os._exit(1)
+                deadline, status = 0, 1
+        for slot in list(server.slots):
+            if slot.request:  # the Engine may still do what it asks for
+                log("warning", "request", **slot.request.log_fields(), error="cut off by the stop")
     engine.close()
     log("info", "stopped")
-    return 0
+    return status
 
 
 def usage() -> str:

@@ -3409,6 +3409,7 @@ def test_stranger_who_went_longest_without_a_request_makes_room_first(fake_engin
         for sock in (second, third, first):
             sock.sendall(message("GET /health", key=""))
             assert sock.recv(65536).startswith(b"HTTP/1.1 200")
+        until(lambda: len(agent.lines("request")) == 3, "the end of each request")
         assert agent.get("/x").status == 404
         assert second.recv(1) == b""
         for sock in (first, third):
@@ -3717,15 +3718,15 @@ with da.listen(config.listen_addr) as listener, socket.socket() as client:
     server = da.Server(config, da.Log("error"), listener, (), None)
     slot = da.Slot(client)
     server.slots.add(slot)
-    server.begin_answer(slot)
+    server.begin_answer(slot, None)
     server.slots.discard(slot)
-    try: server.begin_answer(slot)
+    try: server.begin_answer(slot, None)
     except da.ClientGone: print("gone")
 """
     assert in_child(code, "/", f"unix://{tmp_path}/agent.sock") == "gone\n"
 
 
-def test_second_signal_ends_it_at_once(fake_engine):
+def test_second_signal_ends_it_at_once_and_logs_what_it_cuts_off(fake_engine):
     release = threading.Event()
     fake_engine.script["GET /containers/json"] = held(release)
     with Agent(DOCKER_HOST=fake_engine.url) as agent, agent.connect() as busy:
@@ -3736,6 +3737,9 @@ def test_second_signal_ends_it_at_once(fake_engine):
         agent.process.terminate()
         assert agent.process.wait(WAIT / 2) != 0  # the request would have had 10 s
         release.set()
+        (line,) = agent.lines("request")  # what was asked for is known all the same
+        assert (line["route"], line["key"]) == ("/api/v1/containers", "master")
+        assert "cut off" in line["error"] and agent.lines("stopped")
 
 
 def test_healthcheck_of_all_interfaces_needs_no_name_to_be_known(fake_engine):
