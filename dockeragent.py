@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2456, and a reviewer may stop there:
+stands first, up to line 2460, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -2089,7 +2089,7 @@ class Tree(NamedTuple):
     """The files that a request may use."""
 
     root: str  # where the host's filesystem is mounted
-    locks: dict[int, threading.RLock]  # by st_dev, so there are no more than filesystems
+    locks: dict[tuple[int, Optional[str]], threading.RLock]  # by st_dev and folder
     folder: Optional[str] = None  # of a limited key: the files beneath it, through no link
 
 
@@ -2124,11 +2124,15 @@ class Walk(contextlib.ExitStack):
 
     def lock(self, descriptor: int) -> None:
         """Lock a descriptor's filesystem until the walk ends. Raises ApiError (503)."""
-        lock = self._tree.locks.setdefault(os.fstat(descriptor).st_dev, threading.RLock())
-        if not lock.acquire(timeout=LOCK_TIMEOUT):
-            rule = f"other writes to its filesystem have taken over {LOCK_TIMEOUT:g} s"
-            raise ApiError(503, f"path: {rule}; check whether it hangs, or try again later")
-        self.callback(lock.release)
+        # Writes beneath a limited key's folder wait for each other first, so that no more than one
+        # of them stands before anybody else's.
+        for folder in dict.fromkeys((self._tree.folder, None)):
+            place = os.fstat(descriptor).st_dev, folder
+            lock = self._tree.locks.setdefault(place, threading.RLock())
+            if not lock.acquire(timeout=LOCK_TIMEOUT):
+                rule = f"other writes to its filesystem have taken over {LOCK_TIMEOUT:g} s"
+                raise ApiError(503, f"path: {rule}; check whether it hangs, or try again later")
+            self.callback(lock.release)
 
     def enter(self, path: str) -> tuple[int, bytes]:
         """Return the descriptor of the file's folder, and its name. Raises ApiError or OSError."""
@@ -5499,7 +5503,7 @@ class Agent(NamedTuple):
 
     engine: Engine
     host_root: str
-    file_locks: dict[int, threading.RLock]  # held by Walk
+    file_locks: dict[tuple[int, Optional[str]], threading.RLock]  # held by Walk
     metrics: Metrics
     runs: set[str]  # the tokens of one-off runs that go on
     deploys: Deploys

@@ -6304,6 +6304,29 @@ def test_lease_on_a_file_keeps_nobody_from_replacing_it(tree_agent, tree):
     assert (tree / "host/app/old").read_text() == "odd"
 
 
+def test_many_writes_of_a_limited_key_do_not_stand_before_anothers(tree):
+    place, done = da.Tree(str(tree / "host"), {}), []
+
+    def put(folder: str | None, name: str) -> None:
+        write = da.FileWrite(b"x")
+        da.write_beneath(place._replace(folder=folder), f"/app/{name}", write)
+        done.append(name)
+
+    threads = [
+        threading.Thread(target=put, args=("/app", f"limited{number}")) for number in range(30)
+    ]
+    threads.append(threading.Thread(target=put, args=(None, "master")))
+    with da.Walk(place) as walk:
+        parent, _ = walk.enter("/app/old")
+        walk.lock(parent)  # until all of them wait
+        for thread in threads:
+            thread.start()
+            time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert len(done) == 31 and done.index("master") < 15
+
+
 def test_content_is_empty_by_default(tree_agent, tree):
     for path, changed in (("/app/new", True), ("/app/new", False), ("/app/old", True)):
         reply = tree_agent[0].post("/api/v1/files", {"path": path})
