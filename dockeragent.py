@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2460, and a reviewer may stop there:
+stands first, up to line 2463, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1460,6 +1460,12 @@ class Request:
             fields.update(key=self.key.name, target=self.target or asked)
         return fields
 
+    def end_fields(self, seconds: float) -> Json:
+        """Return the fields of the log line that tells how the request ended, and when."""
+        fields = {**self.log_fields(), "latency_ms": round(seconds * 1000, 3)}
+        fields["bytes"] = max(0, self.sent)
+        return {**fields, "error": self.error} if self.error else fields
+
 
 @functools.lru_cache(maxsize=1)
 def http_date(second: int) -> str:
@@ -1669,11 +1675,8 @@ class Connection(socketserver.BaseRequestHandler):
         finally:
             self.slot.request, self.slot.is_streaming = None, False
         seconds = time.monotonic() - request.started
-        fields = {**request.log_fields(), "latency_ms": round(seconds * 1000, 3)}
-        fields["bytes"] = max(0, request.sent)
-        if request.error:
-            fields["error"] = request.error
-        self.server.log("error" if request.status >= 500 else "info", "request", **fields)
+        level = "error" if request.status >= 500 else "info"
+        self.server.log(level, "request", **request.end_fields(seconds))
         self.server.agent.metrics.observe(request, seconds)
 
     def receive_more(self) -> None:
@@ -1975,8 +1978,9 @@ class Server(http.server.ThreadingHTTPServer):
     def _refuse(self, request: socket.socket, client: str) -> None:
         """Send a 503 without waiting, and leave the connection open a moment so that it is read."""
         refused = Request(client, NEVER, self.slots)
-        message = "too many connections; try again later"
-        body = encode_json(envelope(ApiError(503, message))) + b"\n"
+        refused.status, refused.error = 503, "too many connections; try again later"
+        body = encode_json(envelope(ApiError(503, refused.error))) + b"\n"
+        refused.sent = len(body)
         head = (
             "HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\n"
             f"Content-Length: {len(body)}\r\nX-Request-ID: {refused.id}\r\n"
@@ -1988,9 +1992,8 @@ class Server(http.server.ThreadingHTTPServer):
                 request.send(head.encode() + body)
             request.shutdown(socket.SHUT_WR)
         self._refused.append((time.monotonic() + 1, request))
-        refused.status = 503
-        fields = {"latency_ms": 0, "bytes": len(body), "error": message}
-        self.log("warning", "request", **refused.log_fields(), **fields)
+        self.log("warning", "request", **refused.end_fields(0))
+        self.agent.metrics.observe(refused, 0)
 
     def service_actions(self) -> None:
         """Close refused connections; also called twice a second."""
@@ -6108,9 +6111,10 @@ def run(config: Config) -> int:
         while (server.slots or agent.deploys.busy) and time.monotonic() < deadline:
             if signal.sigtimedwait(STOP_SIGNALS, 0.05):
                 deadline, status = 0, 1
-        for slot in list(server.slots):
-            if slot.request:  # the Engine may still do what it asks for
-                log("warning", "request", **slot.request.log_fields(), error="cut off by the stop")
+        for request in [slot.request for slot in list(server.slots)]:
+            if request:  # the Engine may still do what it asks for
+                request.error = "cut off by the stop"
+                log("warning", "request", **request.end_fields(time.monotonic() - request.started))
     engine.close()
     log("info", "stopped")
     return status

@@ -3353,6 +3353,8 @@ def test_connection_past_the_cap_gets_503(fake_engine):
             assert b"200 OK" in read_some(first) and b"200 OK" in read_some(second)
             assert split_replies(agent.raw(b""))[0].status == 503
         until(lambda: agent.get("/x").status == 404, "a free slot")
+        name, other = "dockeragent_http_requests_total", {"method": "other", "route": "other"}
+        assert value_of(scrape(agent), name, code="503", **other) >= 2
 
 
 def read_some(sock: socket.socket) -> bytes:
@@ -3739,7 +3741,7 @@ def test_second_signal_ends_it_at_once_and_logs_what_it_cuts_off(fake_engine):
         release.set()
         (line,) = agent.lines("request")  # what was asked for is known all the same
         assert (line["route"], line["key"]) == ("/api/v1/containers", "master")
-        assert "cut off" in line["error"] and agent.lines("stopped")
+        assert "cut off" in line["error"] and line["latency_ms"] > 0 and agent.lines("stopped")
 
 
 def test_healthcheck_of_all_interfaces_needs_no_name_to_be_known(fake_engine):
