@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2463, and a reviewer may stop there:
+stands first, up to line 2475, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -229,6 +229,19 @@ def tolerate(*statuses: int) -> Iterator[None]:
     except EngineError as error:
         if error.status not in statuses:
             raise
+
+
+@contextlib.contextmanager
+def hold(lock: Any, seconds: float, message: str) -> Iterator[None]:
+    """Hold a lock. Raises ApiError (503), with this message, if that takes too long."""
+    # Invariant: a request waits for others only up to a bound. Without one, it would still be
+    # carried out when its client had left long ago.
+    if not lock.acquire(timeout=max(0, seconds)):
+        raise ApiError(503, message)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class ClientGone(Exception):
@@ -2127,15 +2140,14 @@ class Walk(contextlib.ExitStack):
 
     def lock(self, descriptor: int) -> None:
         """Lock a descriptor's filesystem until the walk ends. Raises ApiError (503)."""
+        rule = f"other writes to its filesystem have taken over {LOCK_TIMEOUT:g} s"
+        message = f"path: {rule}; check whether it hangs, or try again later"
         # Writes beneath a limited key's folder wait for each other first, so that no more than one
         # of them stands before anybody else's.
         for folder in dict.fromkeys((self._tree.folder, None)):
             place = os.fstat(descriptor).st_dev, folder
             lock = self._tree.locks.setdefault(place, threading.RLock())
-            if not lock.acquire(timeout=LOCK_TIMEOUT):
-                rule = f"other writes to its filesystem have taken over {LOCK_TIMEOUT:g} s"
-                raise ApiError(503, f"path: {rule}; check whether it hangs, or try again later")
-            self.callback(lock.release)
+            self.enter_context(hold(lock, LOCK_TIMEOUT, message))
 
     def enter(self, path: str) -> tuple[int, bytes]:
         """Return the descriptor of the file's folder, and its name. Raises ApiError or OSError."""
@@ -3510,7 +3522,9 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
             restrict_brought(key, body, image)
             # One create of the key at a time, or the count is not true. Until it was looked at, no
             # other request may start it: see `found_to_change`.
-            held.enter_context(engine.counting.setdefault(key.name, threading.Lock()))
+            counting = engine.counting.setdefault(key.name, threading.Lock())
+            message = "other containers are being created; try again later"
+            held.enter_context(hold(counting, START_TIMEOUT, message))
             check_count(key, query["name"], ids_by_name(engine, "."))
             engine.unchecked.append(query["name"])
             held.callback(engine.unchecked.remove, query["name"])
@@ -3841,19 +3855,16 @@ def create_network(engine: Engine, body: Json) -> tuple[Json, int]:
     options["Internal"] = body.get("internal", False)
     if subnet := body.get("subnet"):
         options.update(EnableIPv6=":" in subnet, IPAM={"Config": [{"Subnet": subnet}]})
-    if not engine.networking.acquire(timeout=CALL_TIMEOUT):
-        raise ApiError(503, "other networks are being created; try again later")
-    try:
+    with hold(engine.networking, CALL_TIMEOUT, "other networks are being created; try again later"):
         if found := find_network(engine, body["name"]):
             return found, 200
-        engine.call("POST", "/networks/create", body=options)
-    except EngineError as error:
-        # Another client of the Engine's may have created it meanwhile.
-        if error.status == 409 and (found := find_network(engine, body["name"])):
-            return found, 200
-        raise
-    finally:
-        engine.networking.release()
+        try:
+            engine.call("POST", "/networks/create", body=options)
+        except EngineError as error:
+            # Another client of the Engine's may have created it meanwhile.
+            if error.status == 409 and (found := find_network(engine, body["name"])):
+                return found, 200
+            raise
     return find_network(engine, body["name"]) or {}, 201
 
 

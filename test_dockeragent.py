@@ -4204,6 +4204,17 @@ def test_host_that_is_no_name_is_told_at_once():
     assert "idna" in in_child(code)
 
 
+def test_turn_that_does_not_come_is_503_and_each_turn_ends():
+    lock = threading.Lock()
+    with da.hold(lock, 0, "others"):
+        with pytest.raises(da.ApiError, match="others") as refused, da.hold(lock, -1, "others"):
+            pytest.fail("it was held twice")
+        assert refused.value.status == 503 and lock.locked()
+    with contextlib.suppress(KeyError), da.hold(lock, 0, "others"):
+        raise KeyError
+    assert not lock.locked()
+
+
 def test_waiting_for_the_engine_costs_one_stranger_at_a_time(fake_engine):
     with Agent(DOCKER_HOST=fake_engine.url) as agent:
         assert agent.get("/health", key="").status == 200
