@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2475, and a reviewer may stop there:
+stands first, up to line 2476, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1977,13 +1977,14 @@ class Server(http.server.ThreadingHTTPServer):
     def note_key(self, slot: Slot, key: Key) -> bool:
         """Note that a valid key was shown on a connection; return whether the key may have it.
 
-        Invariant: one limited key cannot keep the others out. It holds at most a quarter of all
-        connections.
+        Invariant: one limited key cannot keep the others out, nor all of them the master. It holds
+        at most a quarter of all connections; they hold three.
         """
         with self._lock:
             if slot.key is not key and not key.master:
-                held = sum(other.key is key for other in list(self.slots))
-                if held >= max(1, self.config.max_connections // 4):
+                limited = [s.key for s in list(self.slots) if s.key.name and not s.key.master]
+                most = max(1, self.config.max_connections // 4)
+                if limited.count(key) >= most or len(limited) >= 3 * most:
                     return False
             slot.key = key
         return True

@@ -860,6 +860,18 @@ def test_one_limited_key_holds_a_quarter_of_the_connections(fake_engine, tmp_pat
         until(lambda: agent.get("/api/v1/containers", key="ci").status == 200, "a free connection")
 
 
+def test_limited_keys_together_leave_the_master_a_quarter_of_the_connections(fake_engine, tmp_path):
+    fake_engine.script["GET /containers/json"] = http_answer([])
+    entries = [{"name": name, "key": name, "allow": ["read"]} for name in "abcd"]
+    env = {"KEYS_FILE": keys_file(tmp_path, *entries), "MAX_CONNECTIONS": "8"}
+    with Agent(DOCKER_HOST=fake_engine.url, **env) as agent, contextlib.ExitStack() as stack:
+        for name, status in zip("aabbccdd", [200] * 6 + [503] * 2):
+            sock = stack.enter_context(agent.connect())
+            sock.sendall(message("GET /api/v1/containers", key=name))
+            assert sock.recv(12) == f"HTTP/1.1 {status}".encode()
+        assert agent.get("/api/v1/containers").status == 200
+
+
 @pytest.mark.parametrize(
     "pattern, image, whole",
     cases(
