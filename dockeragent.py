@@ -3209,6 +3209,7 @@ class Engine:
         a limited key's take. Raises ApiError (409).
         """
         own, others = (self.removed, self.used) if removes else (self.used, self.removed)
+        ids = [each for each in ids if each]  # what is not there, or not named, holds up nothing
         with self.released:
             if not self.released.wait_for(lambda: set(ids).isdisjoint(others), CALL_TIMEOUT):
                 doing = "a container is being created with it" if removes else "it is being removed"
@@ -3529,7 +3530,7 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
             check_count(key, query["name"], ids_by_name(engine, "."))
             engine.unchecked.append(query["name"])
             held.callback(engine.unchecked.remove, query["name"])
-        used = [str(image.get("Id")), str(body["HostConfig"].get("NetworkMode"))]
+        used = [str(image.get("Id", "")), str(body["HostConfig"].get("NetworkMode", ""))]
         held.enter_context(engine.reserve(used))
         created = engine.json("POST", "/containers/create", query, body, START_TIMEOUT)
         path = container_path(container_id(created), "json")
@@ -3779,7 +3780,7 @@ def read_images(engine: Engine) -> list[Json]:
 def remove_reference(engine: Engine, reference: str) -> dict[str, list[str]]:
     """Untag an image, and remove it with its last tag; return {"untagged", "deleted"}."""
     # Invariant: never forced, so that the Engine itself refuses (409) an image in use.
-    with engine.reserve([str(find_image(engine, reference).get("Id"))], removes=True):
+    with engine.reserve([str(find_image(engine, reference).get("Id", ""))], removes=True):
         body = engine.call("DELETE", f"/images/{quote(reference)}", seconds=START_TIMEOUT)
     rows = decode_response(body, list)
     return {w.lower(): [row[w] for row in rows if w in row] for w in ("Untagged", "Deleted")}

@@ -5845,13 +5845,14 @@ def test_prune_beside_creates_takes_no_image_away_from_a_container(agent, engine
 
 
 @pytest.mark.parametrize(
-    "slow, other, status",
+    "slow, other, image, status",
     cases(
-        ("a removal beside a create", "create", "remove", 200),
-        ("a create beside a removal", "remove", "create", 404),
+        ("a removal beside a create", "create", "remove", "b", 200),
+        ("a removal of what is not there", "create", "remove", "c", 404),
+        ("a create beside a removal", "remove", "create", "b", 404),
     ),
 )
-def test_slow_create_or_removal_holds_up_no_other_image(fake_engine, slow, other, status):
+def test_slow_create_or_removal_holds_up_no_other_image(fake_engine, slow, other, image, status):
     """A limited key's image may take the Engine minutes."""
     began, release = threading.Event(), threading.Event()
 
@@ -5871,15 +5872,15 @@ def test_slow_create_or_removal_holds_up_no_other_image(fake_engine, slow, other
 
         def ask(what: str, image: str) -> Reply:
             if what == "remove":
-                return agent.delete(f"/api/v1/images?image={image}")
-            body = {"image": image, "pull": "never", "network_mode": "none"}
+                return agent.delete(f"/api/v1/images?image={image}", timeout=WAIT)
+            body = {"image": image, "pull": "never"}
             return agent.post("/api/v1/containers", body, timeout=WAIT)
 
         first = threading.Thread(target=ask, args=(slow, "a"))
         first.start()
         assert began.wait(WAIT)
         try:
-            assert ask(other, "b").status == status
+            assert ask(other, image).status == status
         finally:
             release.set()
             first.join()
