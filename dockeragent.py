@@ -4283,7 +4283,7 @@ class LogCursor:
     def read(self, wanted: int | None, *, numbered: bool = False) -> Iterator[list[Line]]:
         """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
         left, unfinished = sys.maxsize, self.ending[0] == "end"
-        if wanted is not None and not self.last:
+        if wanted is not None:
             doubt = NUMBERED if numbered or wanted >= LOOK else 0
             lines = self._tail(wanted, doubt, unfinished=unfinished)
             if lines is not None:
@@ -4304,13 +4304,13 @@ class LogCursor:
         """
         started = require(found, "State", dict).get("StartedAt") if found else None
         ending = log_ending(found, started)
-        if wanted is not None and not self.last:
+        if wanted is not None:
             yield []
         if ending:
             self.ending = ending
             yield from self.read(wanted, numbered=True)
             return
-        if wanted is not None and not self.last:
+        if wanted is not None:
             yield self._tail(wanted, NUMBERED, unfinished=False) or []
         elif not self.last:
             yield from self._find()
@@ -5727,7 +5727,7 @@ def logs(request: Request, agent: Agent) -> Response:
     interrupts = request.interrupts if asked["follow"] else request.interrupts._replace(stop=None)
     source = LogSource(agent.engine, container_id(found), tty, kinds, since, until, interrupts)
     cursor = LogCursor(source, last)
-    wanted = None if asked["tail"] == "all" else int(asked["tail"])
+    wanted = None if last or asked["tail"] == "all" else int(asked["tail"])
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
     render = functools.partial(render_events if asked["follow"] else render_items, **shape)
     if asked["follow"]:
