@@ -5164,7 +5164,12 @@ RunPart = Union[list[Line], Json]  # lines, or at last how the run ended
 
 
 def run_stream(
-    engine: Engine, live: set[str], request: Request, pull: Callable[[], object], *, events: bool
+    engine: Engine,
+    live: set[str],
+    request: Request,
+    pulling: contextlib.AbstractContextManager[Callable[[], object]],
+    *,
+    events: bool,
 ) -> Stream:
     """Yield the response of a run. live: gets the run's token for as long as it lasts.
 
@@ -5178,6 +5183,7 @@ def run_stream(
         log = {**RUN_LOG, **log}
     body = {**body, "labels": labels, "log": log}
     with contextlib.ExitStack() as removal:
+        pull = removal.enter_context(pulling)
         live.add(token)
         removal.callback(live.discard, token)
         # By its label, which it has even if the response with its id was lost.
@@ -5587,26 +5593,31 @@ def health(request: Request, agent: Agent) -> Response:
     return Response({"status": status, "docker": docker, "timestamp": now}, code)
 
 
-def prepare_create(request: Request, agent: Agent) -> Callable[[], object]:
-    """Return a function that pulls the body's image, once the name is free. Raises ApiError."""
+@contextlib.contextmanager
+def pull_to_create(request: Request, agent: Agent) -> Iterator[Callable[[], object]]:
+    """Give a function that pulls the body's image. No deploy of the name begins meanwhile.
+
+    Raises ApiError (400, 409).
+    """
     body = request.body
     request.target.update(name=body.get("name", ""), image=body["image"])
     auth = registry_auth(request)
-    if "name" in body:
-        with agent.deploys.changing(body["name"]):
-            pass  # what a killed agent has left of a deploy is out of the way
     interrupts = request.interrupts._replace(stop=None)
-    return functools.partial(pull_image, agent.engine, body, auth, interrupts)
+    with contextlib.ExitStack() as held:
+        if "name" in body:
+            held.enter_context(agent.deploys.changing(body["name"]))
+        yield functools.partial(pull_image, agent.engine, body, auth, interrupts)
 
 
 def create(request: Request, agent: Agent) -> Response:
     engine, body = agent.engine, request.body
-    created = create_container(engine, request.key, body, prepare_create(request, agent))
-    identity: str = created["Id"]
-    request.target.update(id=identity)
-    with removed_on_failure(engine, identity):
-        connect_networks(engine, identity, body)
-        start_container(engine, identity)
+    with pull_to_create(request, agent) as pull:
+        created = create_container(engine, request.key, body, pull)
+        identity: str = created["Id"]
+        request.target.update(id=identity)
+        with removed_on_failure(engine, identity):
+            connect_networks(engine, identity, body)
+            start_container(engine, identity)
     answer = {"id": identity, "warnings": created.get("Warnings") or []}
     return Response(answer, 201, {"Location": f"{API}/containers/{identity}"})
 
@@ -5844,8 +5855,8 @@ def file_tree(request: Request, agent: Agent, path: str) -> Tree:
 
 
 def post_run(request: Request, agent: Agent) -> Response:
-    events, pull = wants_events(request), prepare_create(request, agent)
-    stream = run_stream(agent.engine, agent.runs, request, pull, events=events)
+    events, pulling = wants_events(request), pull_to_create(request, agent)
+    stream = run_stream(agent.engine, agent.runs, request, pulling, events=events)
     return Response(stream=stream, headers=EVENT_HEADERS if events else {})
 
 

@@ -10293,14 +10293,23 @@ def test_second_deploy_of_a_name_waits_and_another_name_does_not(agent, engine, 
 
 
 @pytest.mark.parametrize(
-    "method, action", [("POST", "/restart"), ("POST", "/start"), ("DELETE", "")]
+    "method, path, status",
+    [
+        ("POST", "/containers/{}/restart", 200),
+        ("POST", "/containers/{}/start", 200),
+        ("DELETE", "/containers/{}?force=true", 200),
+        ("POST", "/containers", 201),
+        ("POST", "/run", 200),
+    ],
 )
 def test_no_deploy_begins_while_another_request_changes_the_container(
-    fragile, engine, site, method, action
+    fragile, engine, site, method, path, status
 ):
     """A restart would start the old container again, beside the new one."""
     proxy, agent = fragile
-    put(agent, site, spec())
+    body = None if "{}" in path else {"image": IMAGE, "name": site, "cmd": ["true"]}
+    if not body:
+        put(agent, site, spec())
     begun, asked = threading.Event(), threading.Event()
 
     def hold(forward: Callable[[], bytes], sock: socket.socket) -> None:
@@ -10309,16 +10318,17 @@ def test_no_deploy_begins_while_another_request_changes_the_container(
         sock.sendall(forward())
 
     proxy.arm(0, hold)
-    path, force = f"/api/v1/containers/{site}{action}", "" if action else "?force=true"
     with concurrent.futures.ThreadPoolExecutor(1) as threads:
-        change = threads.submit(agent.request, method, path + force)
+        change = threads.submit(agent.request, method, f"/api/v1{path.format(site)}", body)
         assert begun.wait(WAIT)
         reply = put(agent, site, GOOD)
         asked.set()
-        assert change.result(WAIT).status == 200
+        assert change.result(WAIT).status == status
     proxy.disarm()
     assert_envelope(reply, 409, "is being changed")
     assert reply.headers["retry-after"].isdigit()
+    if path == "/containers":
+        engine.remove(site)
     assert put(agent, site, GOOD).status in (200, 201)
     assert names_of(engine, site).keys() == {site}
 
