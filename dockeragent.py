@@ -2908,19 +2908,17 @@ class KeptFile(io.BufferedReader):
         """Do nothing: EngineSocket.close ends the connection."""
 
 
-class EngineSocket(io.RawIOBase):
-    """A connection to the Engine; to http.client, its socket and the file it reads from.
+class EngineInput(io.RawIOBase):
+    """What comes from the Engine on one connection.
 
     All reads together have one deadline. Each ends when the client disconnects or the agent stops.
     """
 
     def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self.raw = sock
+        self.sock = sock
         self.deadline: float | None = None  # monotonic; None: nothing is received
         self.interrupts = NEVER
         self.has_ended = False
-        self.file = KeptFile(self, RECV_SIZE)
 
     def readable(self) -> bool:
         return True
@@ -2928,30 +2926,40 @@ class EngineSocket(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         if self.deadline is None:
             return None
-        data = receive(self.raw, self.deadline, self.interrupts, len(buffer))
+        data = receive(self.sock, self.deadline, self.interrupts, len(buffer))
         buffer[: len(data)] = data
         self.has_ended = not data
         return len(data)
 
+
+class EngineSocket:
+    """A connection to the Engine; to http.client, its socket.
+
+    Nothing it refers to refers back, so that its buffer goes with the last response.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.input = EngineInput(sock)
+        self.file = KeptFile(self.input, RECV_SIZE)
+        self.close = sock.close
+
     def sendall(self, data: bytes) -> None:
         left = memoryview(data)
         while left:
-            left = left[send(self.raw, left, self.deadline or 0) :]
+            left = left[send(self.input.sock, left, self.input.deadline or 0) :]
 
     def makefile(self, mode: str) -> KeptFile:
         return self.file
 
-    def close(self) -> None:
-        self.raw.close()  # and not itself: http.client may flush its file afterwards
-
     def is_quiet(self) -> bool:
         """Return whether it is still open, and nothing came that nobody asked for."""
-        self.deadline = None  # so that only what was received before is looked at
-        return not (self.file.peek(1) or NEVER.wait_readable(self.raw, 0))
+        self.input.deadline = None  # so that only what was received before is looked at
+        return not (self.file.peek(1) or NEVER.wait_readable(self.input.sock, 0))
 
     def exchange(self, call: Call, target: str, deadline: float) -> http.client.HTTPResponse:
         """Return the response, its head read. Raises FAILURES, ClientGone and Stopping."""
-        self.deadline, self.interrupts = deadline, call.interrupts
+        self.input.deadline, self.input.interrupts = deadline, call.interrupts
         connection = http.client.HTTPConnection("docker")
         sock: Any = self
         connection.sock = sock
@@ -2969,7 +2977,7 @@ class EngineSocket(io.RawIOBase):
         while True:
             response = http.client.HTTPResponse(sock, method=call.method)
             response.begin()
-            if self.has_ended:  # http.client takes a truncated head for a complete one
+            if self.input.has_ended:  # http.client takes a truncated head for a complete one
                 raise ConnectionResetError("it disconnected")
             if response.status >= 200 or response.status == 101:
                 return response  # others are interim: RFC 9110 section 15.2
@@ -2999,12 +3007,12 @@ class EngineResponse:
         if self.until_end and (pause := self._last_read + BURST_PAUSE - time.monotonic()) > 0:
             time.sleep(pause)
         try:
-            self._sock.deadline = deadline
+            self._sock.input.deadline = deadline
             try:
                 self._sock.file.peek(1)  # waits, so that no time runs out in the middle of a chunk
             except socket.timeout:
                 return None
-            self._sock.deadline = time.monotonic() + CALL_TIMEOUT
+            self._sock.input.deadline = time.monotonic() + CALL_TIMEOUT
             piece = self._read_piece()
         except FAILURES as error:
             raise engine_failure(error) from error
@@ -3081,14 +3089,14 @@ def start_thread(work: Callable[..., object], *arguments: Any) -> None:
 
 
 def resolve(address: Address, deadline: float) -> list[Any]:
-    """Return what getaddrinfo() does, but by deadline (monotonic). Raises OSError, ValueError."""
+    """Return what getaddrinfo() does, but by deadline (monotonic). Raises OSError."""
     found: queue.Queue[Any] = queue.Queue()
 
     def look_up() -> None:
         try:
             found.put(socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM))
         except (OSError, ValueError) as error:
-            found.put(error)
+            found.put(describe(error))
 
     # In a thread: it alone knows no timeout, and a dead name server costs it half a minute.
     start_thread(look_up)
@@ -3096,21 +3104,19 @@ def resolve(address: Address, deadline: float) -> list[Any]:
         result: Any = found.get(timeout=max(0, deadline - time.monotonic()))
     except queue.Empty:
         raise socket.timeout("its name is not resolved in time") from None
-    if isinstance(result, Exception):
-        raise result
+    if isinstance(result, str):
+        raise OSError(result)
     return list(result)
 
 
 def connect_tcp(address: Address, deadline: float) -> socket.socket:
-    """Connect to the first address that accepts it; all share the time. Raises as resolve does."""
-    found = resolve(address, deadline)
-    for left, (*_, there) in zip(range(len(found), 0, -1), found):
+    """Connect to the first address that accepts it; all share the time. Raises OSError."""
+    *others, last = [there[:2] for *_, there in resolve(address, deadline)]
+    for left, there in zip(range(len(others) + 1, 1, -1), others):
         patience = max(0.001, (deadline - time.monotonic()) / left)
-        try:
-            return socket.create_connection(there[:2], patience)
-        except OSError as error:
-            problem = error
-    raise problem
+        with contextlib.suppress(OSError):
+            return socket.create_connection(there, patience)
+    return socket.create_connection(last, max(0.001, deadline - time.monotonic()))
 
 
 class Engine:

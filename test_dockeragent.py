@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import gc
 import hashlib
 import http.client
 import http.server
@@ -39,6 +40,7 @@ import tarfile
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -4225,6 +4227,36 @@ def test_turn_that_does_not_come_is_503_and_each_turn_ends():
     with contextlib.suppress(KeyError), da.hold(lock, 0, "others"):
         raise KeyError
     assert not lock.locked()
+
+
+@contextlib.contextmanager
+def outlived_by_nothing(thing: Any) -> Iterator[None]:
+    """Fail if something holds a thing afterwards, until Python looks for such cycles by itself."""
+    trace = weakref.ref(thing)
+    del thing
+    gc.disable()
+    try:
+        yield
+        until(lambda: trace() is None, "the end of all that held it")
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "host",
+    cases(
+        ("it is refused", ""),
+        ("there is no connection", "tcp://127.0.0.1:1"),
+        ("the host has no address", "tcp://a..b:1"),
+    ),
+)
+def test_call_leaves_nothing_behind_when(host, fakes):
+    engine = da.Engine(da.parse_engine(host or fakes[0].url), None)
+    ours, theirs = socket.socketpair()
+    with theirs, outlived_by_nothing(ours):
+        with ours, contextlib.suppress(da.EngineError):
+            engine.call("POST", "/x", interrupts=da.Interrupts(ours))
+        del ours
 
 
 def test_waiting_for_the_engine_costs_one_stranger_at_a_time(fake_engine):
