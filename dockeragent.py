@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2476, and a reviewer may stop there:
+stands first, up to line 2480, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1494,6 +1494,10 @@ class Response(NamedTuple):
     stream: Optional[Generator[bytes, None, None]] = None
 
 
+def refusal(error: ApiError) -> Response:
+    return Response(envelope(error), error.status, error.headers)
+
+
 class Route(NamedTuple):
     """All that is known of one operation."""
 
@@ -1819,7 +1823,7 @@ class Connection(socketserver.BaseRequestHandler):
         if request.status:  # the head was sent: only the missing end of the body can tell now
             self.is_kept = False
         else:
-            self.respond(request, Response(envelope(error), error.status, error.headers))
+            self.respond(request, refusal(error))
 
     def respond(self, request: Request, response: Response) -> None:
         """Send a response. Raises ClientGone, and ApiError from within a stream."""
@@ -4591,7 +4595,9 @@ GATE = {"timeout": 60, "stable": 10}  # seconds
 NO_EVIDENCE: Json = {"rolled_back": False, "exit_code": None, "health": None, "logs": []}
 UNREACHABLE = (502, 503, 504)  # statuses of an Engine that has to be waited for
 
-Told = queue.SimpleQueue[NamedEvent]  # the last is "done" or "error", with an ApiError
+# The last is "done", or "error" with a Response. Not with the error itself: with its traceback it
+# would keep all that led to it, the request's body included.
+Told = queue.SimpleQueue[NamedEvent]
 
 
 class Journal(NamedTuple):
@@ -5116,7 +5122,7 @@ class Deploys:
             raise ApiError(503, "the agent has no more threads; try again later") from error
 
     def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
-        end: Any = "error", ApiError(500, "an error of the agent's own; see its log")
+        end: Any = "error", refusal(ApiError(500, "an error of the agent's own; see its log"))
         try:
             end = act()
         finally:
@@ -5134,7 +5140,7 @@ class Deploys:
                 error.members = known = dict(NO_EVIDENCE)
                 with contextlib.suppress(EngineError):
                     known["rolled_back"] = "" in deployment.look()
-            end, fields["error"] = ("error", error), error.message
+            end, fields["error"] = ("error", refusal(error)), error.message
         self._log("warning" if "error" in fields else "info", "deploy", **fields)
         if deployment.is_unfinished:
             deployment.told.put(end)
@@ -5761,7 +5767,8 @@ def deploy(request: Request, agent: Agent) -> Response:
         return event_stream(event_texts(deploy_events(told)))
     kind, data = next(each for each in iter(told.get, None) if each[0] in ("done", "error"))
     if kind == "error":
-        raise data
+        request.error = data.body["message"]
+        return Response(*data)
     return Response(data, 201 if data["changed"] and not data["replaced"] else 200)
 
 
@@ -5771,7 +5778,7 @@ def deploy_events(told: Told) -> Iterator[NamedEvent]:
         kind, data = NO_NEWS
         with contextlib.suppress(queue.Empty):
             kind, data = told.get(timeout=PING_INTERVAL)
-        yield kind, envelope(data) if kind == "error" else data
+        yield kind, data.body if kind == "error" else data
 
 
 def event_texts(events: Iterator[NamedEvent]) -> Stream:

@@ -10373,6 +10373,17 @@ def test_client_that_hangs_up_does_not_stop_a_deploy(agent, engine, site):
     assert engine.inspect(site)["Id"] != old
 
 
+def test_failed_deploy_does_not_keep_its_request(fakes):
+    engine = da.Engine(da.parse_engine(fakes[0].url), None)
+    request = da.Request("", da.NEVER, ())
+    request.name, request.key, request.body = "web", da.Key("ops", master=True), {"image": IMAGE}
+    with outlived_by_nothing(request):
+        told = da.Deploys(engine, da.Log("error")).begin(request, "")
+        del request
+        while told.get(timeout=WAIT)[0] != "error":
+            pass
+
+
 def test_stopped_agent_leaves_a_deploy_to_its_next_start(engine, site):
     with Agent() as agent:
         old = put(agent, site, spec()).json()["id"]
