@@ -9762,9 +9762,10 @@ def test_agent_killed_again_while_it_recovers(engine, site, tmp_path, kind, firs
 def fragile(
     engine: RealEngine, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[FaultyProxy, Agent]]:
-    """A faulty proxy, and an agent behind it."""
+    """A faulty proxy, and an agent behind it, which no longer looks for what a killed one left."""
     path = tmp_path_factory.mktemp("proxy") / "p.sock"
     with FaultyProxy(path, engine) as proxy, Agent(DOCKER_HOST=proxy.url) as agent:
+        until(lambda: sum(da.RUN_LABEL in call for call in proxy.seen) == 2, "its second look")
         yield proxy, agent
 
 
