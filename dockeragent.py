@@ -2935,6 +2935,9 @@ class EngineInput(io.RawIOBase):
         self.has_ended = not data
         return len(data)
 
+    def close(self) -> None:
+        """Do nothing: http.client may flush its file afterwards."""
+
 
 class EngineSocket:
     """A connection to the Engine; to http.client, its socket.
