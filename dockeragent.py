@@ -1756,7 +1756,7 @@ class Connection(socketserver.BaseRequestHandler):
         """Take from the headers who asks, and how long the body is. Raises ApiError (400, 501)."""
         fields = request.fields
         own = ",".join(fields.get("x-request-id", []))
-        if re.fullmatch(REQUEST_ID, own):
+        if own and re.fullmatch(REQUEST_ID, own):
             request.id = own
         if forwarded := ",".join(fields.get("x-forwarded-for", [])):
             trusted = self.server.config.trusted_proxies
