@@ -1474,7 +1474,7 @@ class Request:
         return fields
 
     def end_fields(self, seconds: float) -> Json:
-        """Return the fields of the log line that tells how the request ended, and when."""
+        """Return the fields of the log line of a request that ended so long after it began."""
         fields = {**self.log_fields(), "latency_ms": round(seconds * 1000, 3)}
         fields["bytes"] = max(0, self.sent)
         return {**fields, "error": self.error} if self.error else fields
@@ -6109,6 +6109,24 @@ def raise_open_files(wanted: int) -> int:
     return max(1, min(wanted, (soft - DESCRIPTORS_KEPT) // 2))
 
 
+def finish_requests(server: Server, agent: Agent, log: Log) -> int:
+    """Stop accepting, and wait up to GRACE for the requests to end; return the exit status.
+
+    A second signal ends the wait. What is cut off is logged: the Engine may still do it.
+    """
+    agent.deploys.stopping.set()
+    server.stop()
+    deadline, status = time.monotonic() + GRACE, 0
+    while (server.slots or agent.deploys.busy) and time.monotonic() < deadline:
+        if signal.sigtimedwait(STOP_SIGNALS, 0.05):
+            deadline, status = 0, 1
+    for request in [slot.request for slot in list(server.slots)]:
+        if request:
+            request.error = "cut off by the stop"
+            log("warning", "request", **request.end_fields(time.monotonic() - request.started))
+    return status
+
+
 def run(config: Config) -> int:
     """Serve until a stop signal; return the exit status. Raises ConfigError."""
     # Blocked before the first thread starts, so that no handler ever runs inside other code.
@@ -6145,16 +6163,7 @@ def run(config: Config) -> int:
         signal.sigwait(STOP_SIGNALS)
         notify("STOPPING=1")
         log("info", "stopping")
-        agent.deploys.stopping.set()
-        server.stop()
-        deadline, status = time.monotonic() + GRACE, 0
-        while (server.slots or agent.deploys.busy) and time.monotonic() < deadline:
-            if signal.sigtimedwait(STOP_SIGNALS, 0.05):
-                deadline, status = 0, 1
-        for request in [slot.request for slot in list(server.slots)]:
-            if request:  # the Engine may still do what it asks for
-                request.error = "cut off by the stop"
-                log("warning", "request", **request.end_fields(time.monotonic() - request.started))
+        status = finish_requests(server, agent, log)
     engine.close()
     log("info", "stopped")
     return status
