@@ -3871,6 +3871,13 @@ def cut_short(sock: socket.socket) -> None:
         pytest.param(b"", 502, "", id="hangs up without a word"),
         pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", 502, "", id="is not HTTP at all"),
         pytest.param(b"HTTP/1.1 200", 502, "", id="head cut short"),
+        pytest.param(HEAD_OK, 502, "disconnected", id="headers cut short"),
+        pytest.param(HEAD_OK + b"Content-Length\r\n\r\n{}", 502, "", id="header without a colon"),
+        pytest.param(HEAD_OK + b"X: a\n\r\n{}", 502, "", id="header that ends in a bare LF"),
+        pytest.param(HEAD_OK + b"X: %d\r\n" % 7 * 9000, 502, "", id="head without an end"),
+        pytest.param(HEAD_OK + b"Content-Length: 2\r\n" * 2 + b"\r\n{}", 502, "", id="two lengths"),
+        pytest.param(HEAD_OK + b"Content-Length: -2\r\n\r\n{}", 502, "", id="negative length"),
+        pytest.param(HEAD_OK + b"Transfer-Encoding: gzip\r\n\r\n{}", 502, "", id="gzip"),
         pytest.param(http_answer(b"<html>"), 502, "not JSON", id="200 that is not JSON"),
         pytest.param(http_answer(b""), 502, "not JSON", id="200 with nothing in it"),
         pytest.param(cut_short, 502, "", id="half a body"),
@@ -10537,7 +10544,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 6_212
+LINES = 6_242
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
