@@ -4697,7 +4697,7 @@ class Deployment:
         """stopping: is set once no swap may begin."""
         self.engine, self.name, self.stopping = engine, name, stopping
         self.told: Told = queue.SimpleQueue()
-        self.is_unfinished = False  # recovery has something to do
+        self.is_unfinished = False  # something is left that recovery has to finish
         self.failed = False  # the new container is known to be bad
         self.outcome = ""  # "rolled back", "committed", ...
         self.problem = ""  # why the old container could not be started again
@@ -4763,12 +4763,13 @@ class Deployment:
         self.engine.call("POST", path, {"t": wait}, seconds=wait + CALL_TIMEOUT)
 
     def remove_old(self, old: Found) -> None:
-        """Remove what was replaced, without its volumes; a failure is a warning."""
+        """Remove what was replaced, without its volumes. Raises EngineError."""
         try:  # not by force: if it runs, somebody has started it
-            self.engine.call("DELETE", container_path(old.id), seconds=START_TIMEOUT)
-            self.is_unfinished = False
+            with tolerate(404):
+                self.engine.call("DELETE", container_path(old.id), seconds=START_TIMEOUT)
         except EngineError as error:
-            self.warnings.append(f"{self.name}{OLD} could not be removed: {error.message}")
+            message = f"{self.name}{OLD} could not be removed: {error.message}"
+            raise EngineError(error.status, message) from error
 
     def start(self, new: Found) -> None:
         """Start the new container and pass the gate. Raises GateError, EngineError, Stopping."""
@@ -4831,7 +4832,7 @@ class Deployment:
         self.start(new)
         self.let_restart(new)
         self.rename(new, "")
-        self.outcome, self.is_unfinished = "committed", False
+        self.outcome = "committed"
 
     # Recovery
 
@@ -4846,7 +4847,7 @@ class Deployment:
             self.rename(old, "")
         self.revive(old, new.journal.was["restart"], running=new.journal.was["running"])
         remove_container(self.engine, new.id)  # last: its labels tell how the old one was
-        self.outcome, self.is_unfinished = "rolled back", False
+        self.outcome = "rolled back"
 
     def revive(self, old: Found, policy: Json, *, running: bool) -> None:
         """Give the old container back its policy and its run. That it does not start is told."""
@@ -4866,7 +4867,8 @@ class Deployment:
             with contextlib.suppress(GateError):
                 self.pass_gate(new)
                 return self.commit(new, old)
-        return self.roll_back(self.find(new.id), old)  # as it is now: a commit may have begun
+        # As they are now: a commit may have begun, and somebody may have removed the old one.
+        return self.roll_back(self.find(new.id), self.find(old.id))
 
     def finish(self, new: Found, _: None) -> None:
         """Remove what a first deploy left; start a container that has lost its old one."""
@@ -4921,10 +4923,7 @@ class Deployment:
     def deploy(self, request: Request, auth: str) -> Json:
         """Return the answer to a request. Raises ApiError."""
         body = request.body
-        earlier = Deployment(self.engine, self.name, self.stopping)
-        earlier.recover()
-        if earlier.warnings:  # the commit needs the name
-            raise ApiError(409, f"{earlier.warnings[0]}; remove it first")
+        Deployment(self.engine, self.name, self.stopping).recover()
         image = self.get_image(body, auth, request.interrupts._replace(client=None))
         old = self.find_old(image, adopt=request.query.get("adopt", False))
         spec = {field: value for field, value in body.items() if field not in ("deploy", "pull")}
@@ -4942,7 +4941,10 @@ class Deployment:
             else:
                 self.start_alone(new)
         except ApiError as error:
-            self.undo(new, old, error)
+            if self.outcome != "committed":
+                self.undo(new, old, error)
+            self.is_unfinished = True  # the old container may be left
+            self.warnings.append(error.message)
         self.told.put(("step", {"step": "done"}))
         return self.answer(new, image, replaced, changed=True)
 
@@ -4993,7 +4995,7 @@ class Deployment:
         host["RestartPolicy"] = NO_RESTART
         query["name"] = self.name + NEXT
         self.told.put(("step", {"step": "create"}))
-        self.is_unfinished, made = True, {}
+        made: Json = {}
         try:
             made = send_create(self.engine, key, query, container)
             connect_networks(self.engine, container_id(made), body)
@@ -5004,6 +5006,7 @@ class Deployment:
                 raise Stopping(503, "the agent is being stopped; try again later")
         except ApiError as error:
             self.settle(error)
+            self.is_unfinished = True
             with contextlib.suppress(EngineError):
                 left = self.look().get(NEXT)  # it may be there even after a timeout
                 if left and (left == made.get("Id") or self.find(left).journal == journal):
@@ -5037,17 +5040,19 @@ class Deployment:
         try:
             ids = self.look()
             if self.passed and ids.get("") == new.id and PREV not in ids:
-                return self.warnings.append(message)
-            self.failed = not is_stop
+                return
             if not old:
                 remove_container(self.engine, new.id)
-                self.is_unfinished = False
             elif not is_stop:
+                self.failed = True
                 self.recover()
         except ApiError as second:
+            self.is_unfinished = True
             self.settle(second)
             message = f"{message}; and this could not be undone yet: {second.message}"
             raise ApiError(second.status, message, **known) from error
+        if self.outcome == "committed":  # by a recovery: somebody has removed the old container
+            return
         known["rolled_back"] = self.outcome == "rolled back" and not self.problem
         message = "; and ".join(filter(None, (message, self.problem)))
         raise ApiError(503 if is_stop else 422, message, **known) from error
@@ -5192,7 +5197,7 @@ class Deploys:
                     continue
                 message = error.message
             break
-        message = message or "; ".join(filter(None, (*deployment.warnings, deployment.problem)))
+        message = message or deployment.problem
         fields = {"container": deployment.name, "outcome": deployment.outcome, "error": message}
         if deployment.outcome or message:
             self._log("warning", "recovery", **fields)

@@ -9901,7 +9901,7 @@ def test_killed_first_deploy_leaves_no_helper(engine, site, tmp_path, number):
         assert len(proxy.disarm()) == number + 1
         with Agent(DOCKER_HOST=proxy.url) as agent:
             until(lambda: not names_of(engine, site), "its removal")
-            assert put(agent, site, spec()).status == 201
+            until(lambda: put(agent, site, spec()).status == 201, "the end of the recovery")
     assert engine.inspect(site)["HostConfig"]["RestartPolicy"]["Name"] == "always"
 
 
@@ -10038,6 +10038,26 @@ def test_exit_after_a_commit_began_in_a_recovery_is_rolled_back(engine, site, tm
     assert policies.get(timeout=WAIT) == "no"
 
 
+def test_recovery_takes_no_name_from_the_only_container_there_is(engine, site, tmp_path):
+    """Somebody removes the old one while a recovery looks at the new one."""
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        deploy_and_crash(proxy, site, "good", CALLS["good"].index("update", 3), after=False)
+        new = names_of(engine, site)[site]["Id"]
+
+        def exit_and_remove(forward: Callable[[], bytes], sock: socket.socket) -> None:
+            engine.call("POST", f"/containers/{site}/kill")
+            until(lambda: not engine.inspect(site)["State"]["Running"], "its exit")
+            engine.remove(f"{site}.prev")
+            sock.sendall(forward())
+
+        proxy.arm(0, exit_and_remove)
+        with Agent(DOCKER_HOST=proxy.url) as agent:
+            line = until(lambda: agent.lines("recovery"), "the recovery")[0]
+        assert (line["outcome"], "No such container" in line["error"]) == ("", True)
+        assert len(proxy.disarm()) == 1
+    assert {name: found["Id"] for name, found in names_of(engine, site).items()} == {site: new}
+
+
 def test_restart_that_was_under_way_leaves_no_second_container_that_runs(fragile, engine, site):
     """The Engine starts the old one as soon as the deploy has stopped it."""
     proxy, agent = fragile
@@ -10052,6 +10072,51 @@ def test_restart_that_was_under_way_leaves_no_second_container_that_runs(fragile
     proxy.disarm()
     assert (reply.status, reply.json()["warnings"]) == (200, [])
     assert_settled(engine, site, reply.json()["id"], "bad")
+
+
+def test_old_container_that_was_removed_by_hand_before_the_swap_is_a_warning(fragile, engine, site):
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+
+    def remove_first(forward: Callable[[], bytes], sock: socket.socket) -> None:
+        engine.remove(old)
+        sock.sendall(forward())
+
+    proxy.arm(CALLS["good"].index("stop"), remove_first)
+    reply = put(agent, site, GOOD)
+    proxy.disarm()
+    assert (reply.status, reply.json()["gate"]) == (200, "stable")
+    assert [old in warning for warning in reply.json()["warnings"]] == [True]
+    assert_settled(engine, site, reply.json()["id"], "bad")
+
+
+@pytest.mark.parametrize("action", ["start", "remove"])
+def test_old_container_that_cannot_be_removed_is_one_warning(fragile, engine, site, action):
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+
+    def act_first(forward: Callable[[], bytes], sock: socket.socket) -> None:
+        engine.call("POST", f"/containers/{old}/start")
+        if action == "remove":
+            engine.remove(old)
+        sock.sendall(forward())
+
+    proxy.arm(CALLS["good"].index("DELETE"), act_first)
+    reply = put(agent, site, GOOD)
+    proxy.disarm()
+    assert reply.status == 200
+    if action == "remove":
+        assert reply.json()["warnings"] == []
+        return
+    [warning] = reply.json()["warnings"]
+    assert warning.startswith(f"{site}.old could not be removed: You cannot remove a running")
+    lines = until(lambda: [x for x in agent.lines("recovery") if x["container"] == site], "a line")
+    assert [(line["outcome"], line["error"]) for line in lines] == [("committed", warning)]
+    until(lambda: put(agent, site, spec()).json().get("message") == warning, "the same refusal")
+    assert names_of(engine, site)[site]["Id"] == reply.json()["id"]
+    engine.call("POST", f"/containers/{old}/stop")
+    assert put(agent, site, spec()).status == 200
+    assert names_of(engine, site).keys() == {site}
 
 
 def test_failure_tells_the_exit_code_and_the_last_lines(agent, engine, site):
