@@ -4793,7 +4793,7 @@ class Deployment:
             elif health and waited >= gate["timeout"]:
                 raise GateError(422, f"the new container is not healthy after {gate['timeout']} s")
             elif self.stopping.wait(GATE_INTERVAL):
-                raise Stopping(503, "the agent is being stopped; its next start ends this deploy")
+                raise Stopping(503, "the agent is being stopped, before the gate is passed")
 
     def inspect_running(self, new: Found) -> Json:
         container = self.inspect(new.id)
