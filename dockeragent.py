@@ -4888,13 +4888,13 @@ class Deployment:
         self.rename(old, "")  # last: its helper name is all that tells that this is to be done
         self.outcome = "rolled back"
 
-    # Names that are there: which is the new container, which the old one, and what is done.
-    STATES: ClassVar[dict[tuple[str, ...], tuple[str, str, Callable[..., None]]]] = {
-        ("", NEXT): (NEXT, "", roll_back),  # crashed before the swap, or in a rollback
-        (NEXT, PREV): (NEXT, PREV, roll_back),  # between the renames
-        ("", PREV): ("", PREV, judge),  # after the swap
-        (NEXT,): (NEXT, "", finish),  # in a first deploy; or somebody removed the old one
-        (PREV,): ("", PREV, give_back),  # somebody removed the new one
+    # What is done about the names that are there. A name without a suffix is the other container's.
+    STEPS: ClassVar[dict[tuple[str, ...], Callable[..., None]]] = {
+        ("", NEXT): roll_back,  # crashed before the swap, or in a rollback
+        (NEXT, PREV): roll_back,  # between the renames
+        ("", PREV): judge,  # after the swap
+        (NEXT,): finish,  # in a first deploy; or somebody removed the old one
+        (PREV,): give_back,  # somebody removed the new one
     }
 
     def recover(self) -> None:
@@ -4910,9 +4910,9 @@ class Deployment:
             self.remove_old(found.pop(OLD))
         if found.keys() <= {""}:
             return
-        new_suffix, old_suffix, step = self.STATES.get(tuple(found), ("", "", None))
-        new, old = found.get(new_suffix), found.get(old_suffix)
-        owner = new.journal if new else old.journal if old else NO_JOURNAL
+        step = self.STEPS.get(tuple(found))
+        new, old = found.get(NEXT, here), found.get(PREV, here)
+        owner = (new or old or found[OLD]).journal
         if not step or owner.name != self.name or (new and old and owner.replaces != old.id):
             names = " and ".join(self.name + suffix for suffix in found if suffix)
             raise ApiError(409, f"no deploy of {self.name} has left {names}: remove or rename it")
@@ -5099,15 +5099,14 @@ class Deploys:
         self._changing: list[str] = []  # names that other requests write to
 
     @contextlib.contextmanager
-    def changing(self, name: str) -> Iterator[bool]:
+    def changing(self, name: str) -> Iterator[None]:
         """Recover a name; let no deploy of it begin while its container is changed.
 
-        Gives whether there was something to recover. Raises ApiError.
+        Raises ApiError.
         """
         deployment = Deployment(self._engine, HELPER_NAME.sub("", name), self.stopping)
         self._check_free(deployment.name, self.busy, "deployed")
-        is_unfinished = not deployment.look().keys() <= {""}
-        if is_unfinished:
+        if not deployment.look().keys() <= {""}:
             self._claim(deployment.name)
             self._run(deployment, functools.partial(self._recover, deployment, retries=False))
         with self._lock:
@@ -5115,7 +5114,7 @@ class Deploys:
             # A restart that goes on would start what a deploy has stopped.
             self._changing.append(deployment.name)
         try:
-            yield is_unfinished
+            yield
         finally:
             self._changing.remove(deployment.name)
 
@@ -5613,25 +5612,13 @@ def found_to_change(request: Request, agent: Agent) -> Iterator[Json]:
 
     Raises ApiError (409) while it is created or deployed.
     """
-    found = find_container(request, agent)
-    if request.target["name"] in agent.engine.unchecked:
-        message = f"{request.target['name']} is being created; try again later"
-        raise ApiError(409, message, {"Retry-After": "1"})
-    with agent.deploys.changing(request.target["name"]) as is_unfinished:
-        # After a recovery its name may be another container's.
-        yield find_container(request, agent) if is_unfinished else found
-
-
-@contextlib.contextmanager
-def found_to_operate(request: Request, agent: Agent) -> Iterator[Json]:
-    """Give the container in the path, as found_to_change does. Raises ApiError (403)."""
-    with found_to_change(request, agent) as found:
-        # The create that looks at a limited key's container is what starts it first. One that timed
-        # out may have been done all the same, and nobody has looked.
-        is_new = (found.get("State") or {}).get("StartedAt") == NEVER_STARTED
-        is_unseen = is_new and config_of(found, "Labels").get(KEY_LABEL)
-        request.key.permit(request.key.master or not is_unseen, "operate", "what has never run")
-        yield found
+    inspect_container(request, agent)
+    name = request.target["name"]
+    if name in agent.engine.unchecked:
+        raise ApiError(409, f"{name} is being created; try again later", {"Retry-After": "1"})
+    with agent.deploys.changing(name):
+        # Anew: after a deploy or a recovery the name is another container's.
+        yield find_container(request, agent)
 
 
 def health(request: Request, agent: Agent) -> Response:
@@ -5703,42 +5690,42 @@ def inspect(request: Request, agent: Agent) -> Response:
 def post_action(
     request: Request, agent: Agent, action: str, done: str, seconds: float = CALL_TIMEOUT
 ) -> Response:
-    """Do something to a container, by its full id, with the signal in the body."""
-    query = {name: signal_name(word) for name, word in request.body.items()}
-    with found_to_operate(request, agent) as found:
+    """Do something to a container, by its full id. Raises ApiError."""
+    body, key = request.body, request.key
+    with found_to_change(request, agent) as found:
+        # The create that looks at a limited key's container is what starts it first. One that timed
+        # out may have been done all the same, and nobody has looked.
+        is_new = (found.get("State") or {}).get("StartedAt") == NEVER_STARTED
+        is_unseen = is_new and config_of(found, "Labels").get(KEY_LABEL)
+        key.permit(key.master or not is_unseen, "operate", "what has never run")
+        config, query = require(found, "Config", dict), {}
+        if "timeout" in body:
+            query["t"] = body["timeout"]
+        if "signal" in body and takes_signal(agent.engine, body["signal"], config, action):
+            query["signal"] = signal_name(body["signal"])
+        if action in ("stop", "restart"):
+            seconds += body.get("timeout", own_stop_timeout(config))
         path = container_path(container_id(found), action)
         agent.engine.call("POST", path, query, seconds=seconds)
     return Response({"message": f"container {done}"})
 
 
-def stop_or_restart(request: Request, agent: Agent, action: str, done: str) -> Response:
-    """Stop or restart a container, which may take its own time. Raises ApiError."""
-    with found_to_operate(request, agent) as found:
-        config, query = require(found, "Config", dict), {}
-        if "signal" in request.body:
-            query = stop_signal(agent.engine, request.body["signal"], config, action)
-        wait = own_stop_timeout(config)
-        if "timeout" in request.body:
-            wait = query["t"] = request.body["timeout"]
-        path = container_path(container_id(found), action)
-        agent.engine.call("POST", path, query, seconds=wait + CALL_TIMEOUT)
-    return Response({"message": f"container {done}"})
+def takes_signal(engine: Engine, wanted: str, config: Json, action: str) -> bool:
+    """Return whether to name a signal in a request; it is the container's own if not.
 
-
-def stop_signal(engine: Engine, wanted: str, config: Json, action: str) -> Json:
-    """Return the query by which a stop sends a signal. Raises ApiError (400) if none can.
-
-    Before API 1.42 a stop takes none, and podman ignores it: only the container's own can be had.
+    Before API 1.42 a stop takes none, and podman ignores it. Raises ApiError (400) for another.
     """
+    if action == "kill":
+        return True
     # Asked anew: it may be another by now.
     version = engine.version(time.monotonic() + CALL_TIMEOUT, refresh=True)
     if int(version.partition(".")[2]) >= 42 and not engine.is_podman:
-        return {"signal": signal_name(wanted)}
+        return True
     own = str(config.get("StopSignal") or "SIGTERM")
     if signal_number(own) != signal_number(wanted):
         when = f"before Engine API 1.42 ({version} is in use), and with podman,"
         refuse("signal", f"{when} a {action} can only send the container's own, {own}; use kill")
-    return {}
+    return False
 
 
 def signal_number(word: str) -> int:
@@ -5749,8 +5736,8 @@ def signal_number(word: str) -> int:
 
 
 start = functools.partial(post_action, action="start", done="started", seconds=START_TIMEOUT)
-stop = functools.partial(stop_or_restart, action="stop", done="stopped")
-restart = functools.partial(stop_or_restart, action="restart", done="restarted")
+stop = functools.partial(post_action, action="stop", done="stopped")
+restart = functools.partial(post_action, action="restart", done="restarted")
 kill = functools.partial(post_action, action="kill", done="killed")
 pause = functools.partial(post_action, action="pause", done="paused")
 unpause = functools.partial(post_action, action="unpause", done="unpaused")
