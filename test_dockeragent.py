@@ -4868,6 +4868,17 @@ def test_action_goes_to_the_full_id_and_is_logged_with_the_name(fakes, method, p
     assert line[0]["target"] == {"id": full, "name": "web"}
 
 
+def test_action_goes_to_the_container_that_has_the_name_once_no_deploy_can_begin(fakes):
+    """A deploy has ended between the two looks."""
+    fake, agent = fakes
+    ids = iter(["a" * 64, "b" * 64])
+    fake.script["GET /containers/web/json"] = lambda sock: sock.sendall(
+        http_answer({"Id": next(ids), "Name": "/web", "Config": {}})
+    )
+    fake.script[f"POST /containers/{'b' * 64}/stop"] = http_answer(b"", 204)
+    assert agent.post("/api/v1/containers/web/stop").status == 200
+
+
 def start_failures() -> list[Any]:
     """Rows of fields that the Engine refuses; BUSY is a port in use, FRONT a network."""
     ports = [{"container_port": 80, "host_port": "BUSY", "host_ip": "127.0.0.1"}]
