@@ -5105,15 +5105,14 @@ class Deploys:
         Raises ApiError.
         """
         deployment = Deployment(self._engine, HELPER_NAME.sub("", name), self.stopping)
-        self._check_free(deployment.name, self.busy, "deployed")
-        if not deployment.look().keys() <= {""}:
-            self._claim(deployment.name)
-            self._run(deployment, functools.partial(self._recover, deployment, retries=False))
         with self._lock:
             self._check_free(deployment.name, self.busy, "deployed")
             # A restart that goes on would start what a deploy has stopped.
             self._changing.append(deployment.name)
         try:
+            if not deployment.look().keys() <= {""}:
+                self._claim(deployment.name)
+                self._run(deployment, functools.partial(self._recover, deployment, retries=False))
             yield
         finally:
             self._changing.remove(deployment.name)
@@ -5612,13 +5611,13 @@ def found_to_change(request: Request, agent: Agent) -> Iterator[Json]:
 
     Raises ApiError (409) while it is created or deployed.
     """
-    inspect_container(request, agent)
-    name = request.target["name"]
-    if name in agent.engine.unchecked:
-        raise ApiError(409, f"{name} is being created; try again later", {"Retry-After": "1"})
-    with agent.deploys.changing(name):
+    inspect_container(request, agent)  # for its name
+    with agent.deploys.changing(request.target["name"]):
         # Anew: after a deploy or a recovery the name is another container's.
-        yield find_container(request, agent)
+        found, name = find_container(request, agent), request.target["name"]
+        if name in agent.engine.unchecked:
+            raise ApiError(409, f"{name} is being created; try again later", {"Retry-After": "1"})
+        yield found
 
 
 def health(request: Request, agent: Agent) -> Response:
