@@ -1796,7 +1796,7 @@ class Connection(socketserver.BaseRequestHandler):
         request.key.permit_name("allow", request.route.permission)
         request.query = decode_query(query, request.route.query, request.route.body)
         read_body(self, request, request.route)
-        decide(request, request.route.permission, self.server.agent.ask)
+        decide(request, request.route.permission, self.server.agent.engine.ask)
         return request.route.endpoint(request, self.server.agent)
 
     def authorise(self, request: Request) -> None:
@@ -3189,6 +3189,12 @@ class Engine:
         decoded: Json = decode_response(self.call(method, path, *args, **options))
         return decoded
 
+    def ask(self, path: str) -> Json | None:
+        """Return the JSON object at a path, None if there is no such thing. Raises EngineError."""
+        with tolerate(404):
+            return self.json("GET", path)
+        return None
+
     def open(self, method: str, path: str, *args: Any, **options: Any) -> EngineResponse:
         """Return a response whose body is still to be read; arguments as Call has them.
 
@@ -3525,9 +3531,7 @@ def image_path(image: str) -> str:
 
 def find_image(engine: Engine, image: str) -> Json:
     """Return an inspected image, {} if there is none. Raises EngineError."""
-    with tolerate(404):
-        return engine.json("GET", image_path(image))
-    return {}
+    return engine.ask(image_path(image)) or {}
 
 
 def find_containers(engine: Engine, **filters: str) -> list[Any]:
@@ -4211,9 +4215,7 @@ class LogSource(NamedTuple):
 
     def inspect(self) -> Json | None:
         """Return the container's inspect JSON, None if it was removed. Raises EngineError."""
-        with tolerate(404):
-            return self.engine.json("GET", container_path(self.container, "json"))
-        return None
+        return self.engine.ask(container_path(self.container, "json"))
 
 
 class LogReading:
@@ -4888,7 +4890,7 @@ class Deployment:
         self.rename(old, "")  # last: its helper name is all that tells that this is to be done
         self.outcome = "rolled back"
 
-    # What is done about the names that are there. A name without a suffix is the other container's.
+    # What is done, by the names that are there. The container that has no helper name has the name.
     STEPS: ClassVar[dict[tuple[str, ...], Callable[..., None]]] = {
         ("", NEXT): roll_back,  # crashed before the swap, or in a rollback
         (NEXT, PREV): roll_back,  # between the renames
@@ -5088,6 +5090,11 @@ class Deployment:
         return {"id": found.id, "image": reference, "image_digest": by_digest}
 
 
+def check_free(name: str, held: Collection[str], what: str) -> None:
+    if name in held:
+        raise ApiError(409, f"{name} is being {what}; try again later", {"Retry-After": "5"})
+
+
 class Deploys:
     """The names that are being deployed or recovered, each in a thread of its own."""
 
@@ -5100,13 +5107,10 @@ class Deploys:
 
     @contextlib.contextmanager
     def changing(self, name: str) -> Iterator[None]:
-        """Recover a name; let no deploy of it begin while its container is changed.
-
-        Raises ApiError.
-        """
+        """Recover a name, and let no deploy of it begin meanwhile. Raises ApiError."""
         deployment = Deployment(self._engine, HELPER_NAME.sub("", name), self.stopping)
         with self._lock:
-            self._check_free(deployment.name, self.busy, "deployed")
+            check_free(deployment.name, self.busy, "deployed")
             # A restart that goes on would start what a deploy has stopped.
             self._changing.append(deployment.name)
         try:
@@ -5132,15 +5136,11 @@ class Deploys:
             with contextlib.suppress(ApiError):  # it is being deployed
                 self._start(deployment, functools.partial(self._recover, deployment))
 
-    def _check_free(self, name: str, held: Collection[str], what: str) -> None:
-        if name in held:
-            raise ApiError(409, f"{name} is being {what}; try again later", {"Retry-After": "5"})
-
     def _claim(self, name: str, key: Key = STRANGER) -> None:
         with self._lock:
-            self._check_free(name, self.busy, "deployed")
+            check_free(name, self.busy, "deployed")
             if key is not STRANGER:
-                self._check_free(name, self._changing, "changed")
+                check_free(name, self._changing, "changed")
             # Invariant: no limited key starts threads without bound, or takes those of another.
             held = sum(owner is key for owner in self.busy.values())
             if key.name and not key.master and held >= MAX_DEPLOYS:
@@ -5420,7 +5420,7 @@ def is_running(found: Json | None) -> bool:
     return bool(state.get("Running")) and not state.get("Restarting")
 
 
-def stats_events(engine: Engine, container: str, interrupts: Interrupts, ask: Ask) -> Stream:
+def stats_events(engine: Engine, container: str, interrupts: Interrupts) -> Stream:
     """Yield a container's statistics as server-sent events until it stops. Raises EngineError.
 
     The Engine sends empty samples of a container that has stopped, but also when it could not
@@ -5434,7 +5434,7 @@ def stats_events(engine: Engine, container: str, interrupts: Interrupts, ask: As
             if raw is None:
                 yield PING
             elif str(raw.get("read", "")) < NO_TIME:
-                if not is_running(ask(container_path(container, "json"))):
+                if not is_running(engine.ask(container_path(container, "json"))):
                     yield event("end", {"reason": "exited"})
                     return
             # The first sample is left out: its CPU time cannot be compared with one before it.
@@ -5578,12 +5578,6 @@ class Agent(NamedTuple):
     runs: set[str]  # the tokens of one-off runs that go on
     deploys: Deploys
 
-    def ask(self, path: str) -> Json | None:
-        """Return the Engine's JSON for a path, None if there is no such thing."""
-        with tolerate(404):
-            return self.engine.json("GET", path)
-        return None
-
 
 @functools.lru_cache(maxsize=16)
 def identity(body: bytes) -> tuple[tuple[str, str], ...]:
@@ -5614,9 +5608,8 @@ def found_to_change(request: Request, agent: Agent) -> Iterator[Json]:
     inspect_container(request, agent)  # for its name
     with agent.deploys.changing(request.target["name"]):
         # Anew: after a deploy or a recovery the name is another container's.
-        found, name = find_container(request, agent), request.target["name"]
-        if name in agent.engine.unchecked:
-            raise ApiError(409, f"{name} is being created; try again later", {"Retry-After": "1"})
+        found = find_container(request, agent)
+        check_free(request.target["name"], agent.engine.unchecked, "created")
         yield found
 
 
@@ -5845,7 +5838,7 @@ def stats(request: Request, agent: Agent) -> Response:
         raise stopped
     engine, container = agent.engine, container_id(found)
     if request.query.get("follow"):
-        return event_stream(stats_events(engine, container, request.interrupts, agent.ask))
+        return event_stream(stats_events(engine, container, request.interrupts))
     raw = engine.json("GET", container_path(container, "stats"), {"stream": "false"})
     if str(raw.get("read", "")) < NO_TIME:  # it has stopped meanwhile
         raise stopped
