@@ -5052,7 +5052,6 @@ class Deployment:
             self.is_unfinished = True
             self.settle(second)
             message = f"{message}; and this could not be undone yet: {second.message}"
-            raise ApiError(second.status, message, **known) from error
         if self.outcome == "committed":  # by a recovery: somebody has removed the old container
             return
         known["rolled_back"] = self.outcome == "rolled back" and not self.problem

@@ -10140,20 +10140,23 @@ def test_failure_tells_the_exit_code_and_the_last_lines(agent, engine, site):
     assert not names_of(engine, site)
 
 
+@pytest.mark.parametrize("call, code", [("start", 3), ("update", None)])
 def test_bad_container_whose_old_one_was_removed_by_hand_is_told_as_a_failure(
-    fragile, engine, site
+    fragile, engine, site, call, code
 ):
     proxy, agent = fragile
-    put(agent, site, spec())
+    old = put(agent, site, spec()).json()["id"]
 
     def remove_first(forward: Callable[[], bytes], sock: socket.socket) -> None:
-        engine.remove(f"{site}.prev")
+        engine.remove(old)
         sock.sendall(forward())
 
-    proxy.arm(SWAPPING.index("start"), remove_first)
+    proxy.arm(SWAPPING.index(call), remove_first)
     reply = put(agent, site, BAD)
     proxy.disarm()
-    assert (reply.status, reply.json()["rolled_back"], reply.json()["exit_code"]) == (422, False, 3)
+    told = reply.json()
+    assert (reply.status, told["rolled_back"], told["exit_code"]) == (422, False, code)
+    assert ("is all that is left" in told["message"]) == (call == "update")
 
 
 def test_failure_tells_no_more_of_a_line_than_of_a_log_entry(agent, engine, site):
