@@ -2883,7 +2883,7 @@ EVENTS_QUERY = object_schema(
 # Engine client: http.client over a Unix socket, TCP or TLS
 # --------------------------------------------------------------------------------------------------
 
-Pool = list[tuple[float, "EngineSocket"]]  # idle connections, and since when each is
+Pool = list[tuple[float, "EngineConnection"]]  # idle connections, and since when each is
 # Statuses that are passed through to the client; any other is 502.
 PASSED_THROUGH_STATUSES = (400, 401, 403, 404, 409, 500, 501)
 BROKEN = "the Engine sent an invalid response"
@@ -2904,50 +2904,6 @@ class Call(NamedTuple):
     interrupts: Interrupts = NEVER
     # HTTP/1.0 is not chunked: a log takes a third of the time, but a truncated body looks complete.
     http10: bool = False
-
-
-class EngineHead(http.client.HTTPResponse):
-    """A response of the Engine, its head read by the same grammar as a request's.
-
-    http.client's own `begin` reads the headers as those of a mail, an eighth of an inspect's time.
-    """
-
-    def begin(self) -> None:
-        """Read the head, and interim ones before it (RFC 9112 section 4). Raises FAILURES."""
-        self.status = 100
-        while self.status < 200 and self.status != 101:  # RFC 9110 section 15.2
-            head = b""
-            while not head.endswith(b"\r\n\r\n"):
-                # Invariant: no head is longer than a bound, and a truncated one is not complete.
-                line = self.fp.readline(MAX_FIELD_BLOCK)
-                if not line.endswith(b"\r\n") or len(head) > MAX_FIELD_BLOCK:
-                    raise http.client.RemoteDisconnected("it disconnected within a head")
-                head += line
-            first, _, block = head[:-2].partition(b"\r\n")
-            match = re.fullmatch(STATUS_LINE, first)
-            if not match:
-                raise http.client.BadStatusLine(repr(first))
-            self.version, self.status = 10 + int(match[1]), int(match[2])
-        try:
-            self.fields = parse_fields(block)
-            self.length = body_length(self.fields)
-        except ApiError as error:
-            raise http.client.HTTPException(error.message) from error
-        self.chunked, self.chunk_left = self.length is None, None
-        if self.status in (101, 204, 304):
-            self.chunked, self.length = False, 0
-        elif "content-length" not in self.fields:
-            self.length = None
-        is_last = "close" in ",".join(self.fields.get("connection", ())).lower()
-        has_no_end = self.length is None and not self.chunked
-        self.will_close = is_last or has_no_end or self.version == 10
-
-
-class KeptFile(io.BufferedReader):
-    """What http.client reads from; it stays open between the responses of one connection."""
-
-    def close(self) -> None:
-        """Do nothing: EngineSocket.close ends the connection."""
 
 
 class EngineInput(io.RawIOBase):
@@ -2975,8 +2931,8 @@ class EngineInput(io.RawIOBase):
         """Do nothing: http.client may flush its file afterwards."""
 
 
-class EngineSocket:
-    """A connection to the Engine; to http.client, its socket.
+class EngineConnection(io.BufferedReader):
+    """A connection to the Engine; to http.client, its socket and the file that it reads from.
 
     Nothing it refers to refers back, so that its buffer goes with the last response.
     """
@@ -2984,57 +2940,105 @@ class EngineSocket:
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.input = EngineInput(sock)
-        self.file = KeptFile(self.input, RECV_SIZE)
-        self.close = sock.close
+        super().__init__(self.input, RECV_SIZE)
+
+    def makefile(self, mode: str) -> EngineConnection:
+        return self
+
+    def close(self) -> None:
+        """Do nothing: http.client calls it at the end of each response. See `disconnect`."""
+
+    def disconnect(self) -> None:
+        self.input.sock.close()
 
     def sendall(self, data: bytes) -> None:
         left = memoryview(data)
         while left:
             left = left[send(self.input.sock, left, self.input.deadline or 0) :]
 
-    def makefile(self, mode: str) -> KeptFile:
-        return self.file
-
     def is_quiet(self) -> bool:
         """Return whether it is still open, and nothing came that nobody asked for."""
         self.input.deadline = None  # so that only what was received before is looked at
-        return not (self.file.peek(1) or NEVER.wait_readable(self.input.sock, 0))
+        return not (self.peek(1) or NEVER.wait_readable(self.input.sock, 0))
 
-    def exchange(self, call: Call, target: str, deadline: float) -> EngineHead:
+    def exchange(
+        self, call: Call, target: str, deadline: float, pool: Pool | None = None
+    ) -> EngineResponse:
         """Return the response, its head read. Raises FAILURES, ClientGone and Stopping."""
         self.input.deadline, self.input.interrupts = deadline, call.interrupts
         connection = http.client.HTTPConnection("docker")
         sock: Any = self
         connection.sock = sock
-        if call.http10:
-            connection.send(f"{call.method} {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
-        else:
-            data = b"" if call.body is None else encode_json(call.body)
-            headers = {"Content-Type": "application/json"} if data else {}
-            if call.method != "GET":
-                headers["Content-Length"] = str(len(data))
-            connection.putrequest(call.method, target, skip_accept_encoding=True)
-            for header in {**call.headers, **headers}.items():
-                connection.putheader(*header)
-            connection.endheaders(data or None)
-        response = EngineHead(sock)
-        response.begin()
-        return response
+        try:
+            if call.http10:
+                connection.send(f"{call.method} {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
+            else:
+                data = b"" if call.body is None else encode_json(call.body)
+                headers = {"Content-Type": "application/json"} if data else {}
+                if call.method != "GET":
+                    headers["Content-Length"] = str(len(data))
+                connection.putrequest(call.method, target, skip_accept_encoding=True)
+                for header in {**call.headers, **headers}.items():
+                    connection.putheader(*header)
+                connection.endheaders(data or None)
+            return EngineResponse(self, pool)
+        except (*FAILURES, ClientGone, Stopping):
+            self.disconnect()
+            raise
 
 
-class EngineResponse:
-    """A response of the Engine, its head read; the body comes in one piece or in several."""
+class EngineResponse(http.client.HTTPResponse):
+    """A response of the Engine; the body comes in one piece or in several."""
 
-    def __init__(self, sock: EngineSocket, response: EngineHead, pool: Pool | None) -> None:
-        """pool: where `close` leaves the connection if it can take another request."""
-        self.status = response.status
-        self.fields = response.fields
-        self._sock, self._response, self._pool = sock, response, pool
-        self._is_done = response.length == 0
+    def __init__(self, connection: EngineConnection, pool: Pool | None) -> None:
+        """Read the head. Raises FAILURES, ClientGone and Stopping.
+
+        pool: where `close` leaves the connection if that can take another request.
+        """
+        sock: Any = connection
+        super().__init__(sock)
+        self._connection, self._pool = connection, pool
+        self._is_done = False
         self._last_read = 0.0
-        self.until_end = not response.chunked and response.length is None
+        self.begin()
 
-    def read(self, deadline: float) -> bytes | None:
+    def begin(self) -> None:
+        """Read the head, and interim ones before it (RFC 9112 section 4). Raises FAILURES.
+
+        By the same grammar as a request's: http.client's own reads headers as those of a mail, an
+        eighth of an inspect's time.
+        """
+        self.status = 100
+        while self.status < 200 and self.status != 101:  # RFC 9110 section 15.2
+            head = b""
+            while not head.endswith(b"\r\n\r\n"):
+                # Invariant: no head is longer than a bound, and a truncated one is not complete.
+                line = self.fp.readline(MAX_FIELD_BLOCK)
+                if not line.endswith(b"\r\n") or len(head) > MAX_FIELD_BLOCK:
+                    raise http.client.RemoteDisconnected("it disconnected within a head")
+                head += line
+            first, _, block = head[:-2].partition(b"\r\n")
+            match = re.fullmatch(STATUS_LINE, first)
+            if not match:
+                raise http.client.BadStatusLine(repr(first))
+            self.version, self.status = 10 + int(match[1]), int(match[2])
+        try:
+            self.fields = parse_fields(block)
+            self.length = body_length(self.fields)
+        except ApiError as error:
+            raise http.client.HTTPException(error.message) from error
+        self.chunked, self.chunk_left = self.length is None, None
+        if self.status in (101, 204, 304):
+            self.chunked, self.length = False, 0
+        elif "content-length" not in self.fields:
+            self.length = None
+        self.until_end = self.length is None and not self.chunked
+        self._is_done = self.length == 0
+        is_last = "close" in ",".join(self.fields.get("connection", ())).lower()
+        if is_last or self.until_end or self.version == 10:
+            self._pool = None
+
+    def read_part(self, deadline: float) -> bytes | None:
         """Return bytes of the body, b"" at its end, None if none came until deadline (monotonic).
 
         Raises EngineError (502) if the body is cut short, ClientGone and Stopping.
@@ -3044,56 +3048,55 @@ class EngineResponse:
         if self.until_end and (pause := self._last_read + BURST_PAUSE - time.monotonic()) > 0:
             time.sleep(pause)
         try:
-            self._sock.input.deadline = deadline
+            self._connection.input.deadline = deadline
             try:
-                self._sock.file.peek(1)  # waits, so that no time runs out in the middle of a chunk
+                self._connection.peek(1)  # waits, so that no time runs out in the middle of a chunk
             except socket.timeout:
                 return None
-            self._sock.input.deadline = time.monotonic() + CALL_TIMEOUT
-            piece = self._read_piece()
+            self._connection.input.deadline = time.monotonic() + CALL_TIMEOUT
+            part = self._read_part()
         except FAILURES as error:
             raise engine_failure(error) from error
         self._last_read = time.monotonic()
-        return piece
+        return part
 
-    def _read_piece(self) -> bytes:
+    def _read_part(self) -> bytes:
         """Return the next bytes of the body. Raises FAILURES."""
-        response = self._response
-        piece = response.read1(RECV_SIZE)
-        if response.chunked and response.chunk_left == 0:
+        part = self.read1(RECV_SIZE)
+        if self.chunked and self.chunk_left == 0:
             # http.client would look for this line end only with the next chunk.
-            if self._sock.file.read(2) != b"\r\n":
+            if self._connection.read(2) != b"\r\n":
                 raise http.client.IncompleteRead(b"")
-            response.chunk_left = None
-        if response.length and not piece:
-            raise http.client.IncompleteRead(b"", response.length)
-        self._is_done = not piece or response.length == 0
-        return piece
+            self.chunk_left = None
+        if self.length and not part:
+            raise http.client.IncompleteRead(b"", self.length)
+        self._is_done = not part or self.length == 0
+        return part
 
     def read_all(self) -> bytes:
         """Return the complete body. Raises EngineError past MAX_RESPONSE or the call's deadline."""
         body = bytearray()
         try:
-            while piece := self._response.read(RECV_SIZE):
-                body += piece
+            while part := self.read(RECV_SIZE):
+                body += part
                 # Invariant: at most MAX_RESPONSE bytes of a response are buffered.
                 if len(body) > MAX_RESPONSE:
                     raise EngineError(502, "the Engine's response is too large")
-            if self._response.length:
-                raise http.client.IncompleteRead(b"", self._response.length)
+            if self.length:
+                raise http.client.IncompleteRead(b"", self.length)
         except FAILURES as error:
             raise engine_failure(error) from error
         self._is_done = True
         return bytes(body)
 
     def close(self) -> None:
-        """Leave the connection for another request if it can take one, else close it."""
+        """Leave the connection for another request if it can take one, else end it."""
+        super().close()
         pool = self._pool
-        is_reusable = self._is_done and not self._response.will_close
-        if is_reusable and pool is not None and len(pool) < MAX_IDLE_CONNECTIONS:
-            pool.append((time.monotonic(), self._sock))
+        if self._is_done and pool is not None and len(pool) < MAX_IDLE_CONNECTIONS:
+            pool.append((time.monotonic(), self._connection))
         else:
-            self._sock.close()
+            self._connection.disconnect()
 
 
 def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> socket.socket:
@@ -3181,7 +3184,7 @@ class Engine:
 
     def call(self, method: str, path: str, *args: Any, **options: Any) -> bytes:
         """Return the response's body, b"" if it has none; arguments as Call has them."""
-        with contextlib.closing(self.open(method, path, *args, **options)) as response:
+        with self.open(method, path, *args, **options) as response:
             return response.read_all()
 
     def json(self, method: str, path: str, *args: Any, **options: Any) -> Json:
@@ -3207,13 +3210,13 @@ class Engine:
         version = self.version(deadline)
         response = self._send(call, version, deadline)
         if response.status == 400:
-            with contextlib.closing(response):
+            with response:
                 error = engine_error(400, response.read_all())
             if (newer := self.version(deadline, refresh=True)) == version:
                 raise error
             response = self._send(call, newer, deadline)
         if response.status not in (200, 201, 204, 304):
-            with contextlib.closing(response):
+            with response:
                 raise engine_error(response.status, response.read_all())
         return response
 
@@ -3273,12 +3276,12 @@ class Engine:
                 self.released.notify_all()
 
     def close(self) -> None:
-        for _, sock in self._idle:
-            sock.close()
+        for _, connection in self._idle:
+            connection.disconnect()
 
     def _ping(self, deadline: float) -> None:
         """Find the API version that both sides know (Engine API, "Ping"). Raises EngineError."""
-        with contextlib.closing(self._send(Call("GET", "/_ping"), self._pinned, deadline)) as pong:
+        with self._send(Call("GET", "/_ping"), self._pinned, deadline) as pong:
             body = pong.read_all()
         if self._pinned and pong.status == 400:
             message = engine_error(400, body).message
@@ -3299,36 +3302,27 @@ class Engine:
         # idle connection, and again on a new one if the Engine had closed that.
         pool = self._idle if call.method == "GET" and not call.http10 else None
         try:
-            if pool and (sock := self._idle_connection()):
+            if pool and (idle := self._idle_connection()):
                 with contextlib.suppress(ConnectionError):
-                    return self._exchange(sock, call, target, deadline, pool)
-            return self._exchange(self._connect(deadline), call, target, deadline, pool)
+                    return idle.exchange(call, target, deadline, pool)
+            return self._connect(deadline).exchange(call, target, deadline, pool)
         except FAILURES as error:
             raise engine_failure(error) from error
 
-    def _exchange(
-        self, sock: EngineSocket, call: Call, target: str, deadline: float, pool: Pool | None
-    ) -> EngineResponse:
-        try:
-            return EngineResponse(sock, sock.exchange(call, target, deadline), pool)
-        except (*FAILURES, ClientGone, Stopping):
-            sock.close()
-            raise
-
-    def _idle_connection(self) -> EngineSocket | None:
+    def _idle_connection(self) -> EngineConnection | None:
         while self._idle:
             with contextlib.suppress(IndexError):  # another thread took the last one
-                since, sock = self._idle.pop()
-                if time.monotonic() - since < IDLE_CONNECTION and sock.is_quiet():
-                    return sock
-                sock.close()
+                since, connection = self._idle.pop()
+                if time.monotonic() - since < IDLE_CONNECTION and connection.is_quiet():
+                    return connection
+                connection.disconnect()
         return None
 
-    def _connect(self, deadline: float) -> EngineSocket:
+    def _connect(self, deadline: float) -> EngineConnection:
         """Return a new connection. Raises EngineError (503)."""
         try:
             deadline = min(deadline, time.monotonic() + CONNECT_TIMEOUT)
-            return EngineSocket(connect(self.address, self._tls, deadline))
+            return EngineConnection(connect(self.address, self._tls, deadline))
         except (OSError, ValueError) as error:
             self._asked = -math.inf  # it may come back as another version
             message = f"the Engine at {self.address} is not reachable: {describe(error)}"
@@ -3393,12 +3387,12 @@ def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[
 
     In place of a line over MAX_LINE it yields LINE_TOO_LONG: an image's labels can make an event so
     long, and must not end the stream. silence: seconds without a byte, after which it raises
-    EngineError (504). Raises EngineError (502) for another body, and what `EngineResponse.read`
-    raises.
+    EngineError (504). Raises EngineError (502) for another body, and what
+    `EngineResponse.read_part` raises.
     """
     rest, heard = b"", time.monotonic()
     due = heard + PING_INTERVAL
-    while (data := response.read(min(due, heard + silence))) != b"":
+    while (data := response.read_part(min(due, heard + silence))) != b"":
         heard = time.monotonic() if data else heard
         if time.monotonic() >= heard + silence:
             raise EngineError(504, f"the Engine said nothing for {silence:.0f} s")
@@ -3676,7 +3670,7 @@ def pull_events(
     except EngineError as error:
         raise pull_error(error.status, error.message) from error
     digest = ""
-    with contextlib.closing(response):
+    with response:
         for word in json_lines(response, PULL_SILENCE):
             if word is None:
                 yield NO_NEWS
@@ -4257,7 +4251,7 @@ class LogReading:
 
     def read(self, deadline: float) -> list[Line] | None:
         """Return the lines that came, None if none came until deadline. Raises EngineError."""
-        data = self._response.read(deadline)
+        data = self._response.read_part(deadline)
         if data is None:
             return None
         entries = self._demultiplexer.feed(data) if data else self._demultiplexer.end()
@@ -5427,8 +5421,7 @@ def stats_events(engine: Engine, container: str, interrupts: Interrupts) -> Stre
     """
     yield STREAM_START
     path, query = container_path(container, "stats"), {"stream": "true"}
-    opened = engine.open("GET", path, query, interrupts=interrupts)
-    with contextlib.closing(opened) as response:
+    with engine.open("GET", path, query, interrupts=interrupts) as response:
         for raw in itertools.chain(json_lines(response), [{}]):
             if raw is None:
                 yield PING
@@ -5446,8 +5439,7 @@ def engine_events(engine: Engine, query: Json, until: float, request: Request) -
     """Yield events as server-sent events until a time in nanoseconds. Raises EngineError."""
     yield STREAM_START
     last = number = 0
-    opened = engine.open("GET", "/events", query, interrupts=request.interrupts)
-    with contextlib.closing(opened) as response:
+    with engine.open("GET", "/events", query, interrupts=request.interrupts) as response:
         for message in json_lines(response):
             if message is None:
                 yield PING
@@ -6066,7 +6058,7 @@ def healthcheck(config: Config) -> int:
     sock: socket.socket | None = None
     try:
         with connect(address, context, deadline) as sock:
-            response = EngineSocket(sock).exchange(Call("GET", ""), "/health", deadline)
+            response = EngineConnection(sock).exchange(Call("GET", ""), "/health", deadline)
             return 0 if response.status == 200 else 1
     except FAILURES as error:
         print_error(f"{address}: {describe(error)}")
