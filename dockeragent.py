@@ -3015,7 +3015,7 @@ class EngineResponse(http.client.HTTPResponse):
                 # Invariant: no head is longer than a bound, and a truncated one is not complete.
                 line = self.fp.readline(MAX_FIELD_BLOCK)
                 if not line.endswith(b"\r\n") or len(head) > MAX_FIELD_BLOCK:
-                    raise http.client.RemoteDisconnected("it disconnected within a head")
+                    raise http.client.RemoteDisconnected("it disconnected, or its head is too long")
                 head += line
             first, _, block = head[:-2].partition(b"\r\n")
             match = re.fullmatch(STATUS_LINE, first)

@@ -3874,7 +3874,7 @@ def cut_short(sock: socket.socket) -> None:
         pytest.param(HEAD_OK, 502, "disconnected", id="headers cut short"),
         pytest.param(HEAD_OK + b"Content-Length\r\n\r\n{}", 502, "", id="header without a colon"),
         pytest.param(HEAD_OK + b"X: a\n\r\n{}", 502, "", id="header that ends in a bare LF"),
-        pytest.param(HEAD_OK + b"X: %d\r\n" % 7 * 9000, 502, "", id="head without an end"),
+        pytest.param(HEAD_OK + b"X: 7\r\n" * 9000, 502, "too long", id="head without an end"),
         pytest.param(HEAD_OK + b"Content-Length: 2\r\n" * 2 + b"\r\n{}", 502, "", id="two lengths"),
         pytest.param(HEAD_OK + b"Content-Length: -2\r\n\r\n{}", 502, "", id="negative length"),
         pytest.param(HEAD_OK + b"Transfer-Encoding: gzip\r\n\r\n{}", 502, "", id="gzip"),
