@@ -2884,8 +2884,6 @@ EVENTS_QUERY = object_schema(
 # --------------------------------------------------------------------------------------------------
 
 Pool = list[tuple[float, "EngineConnection"]]  # idle connections, and since when each is
-# Statuses that are passed through to the client; any other is 502.
-PASSED_THROUGH_STATUSES = (400, 401, 403, 404, 409, 500, 501)
 BROKEN = "the Engine sent an invalid response"
 LINE_TOO_LONG: Json = {"error": "the Engine's response has too long a line"}
 # ValueError: http.client takes the size of a chunk for an integer, which may be negative.
@@ -3353,8 +3351,9 @@ def engine_error(status: int, body: bytes) -> EngineError:
     try:
         message = require(decode_response(body), "message", str)
     except EngineError:
-        return EngineError(502, f"{BROKEN}: status {status} without a message")
-    return EngineError(status if status in PASSED_THROUGH_STATUSES else 502, message)
+        # As a proxy in between sends it, and the Engine itself of a version it no longer knows.
+        return EngineError(502, f"{BROKEN}: status {status} with {body[:MAX_MESSAGE]!r}")
+    return EngineError(status if status in (400, 401, 403, 404, 409, 500, 501) else 502, message)
 
 
 def decode_response(body: bytes, kind: type = dict) -> Any:
@@ -3676,7 +3675,7 @@ def pull_events(
                 yield NO_NEWS
                 continue
             if told := word.get("error") or word.get("errorDetail"):
-                raise pull_error(502, str(told.get("message") if isinstance(told, dict) else told))
+                raise pull_error(500, str(told.get("message") if isinstance(told, dict) else told))
             detail = word.get("progressDetail")
             shown = {**detail, **word} if isinstance(detail, dict) else word
             yield "progress", {n: shown.get(n) for n in ("id", "status", "current", "total")}
@@ -3691,7 +3690,7 @@ def pull_error(status: int, message: str) -> EngineError:
     The Engine reports most of a registry's refusals as 500, or inside a 200, with nothing but a
     sentence to tell them apart: the one place where an error's text is looked at.
     """
-    if status not in (500, 502):
+    if status != 500:
         return EngineError(status, message)
     # Invariant: no more of a registry's own text is searched than a client is told. The time that
     # takes grows with its square, and nothing else runs meanwhile.
