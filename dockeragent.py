@@ -3075,16 +3075,13 @@ class EngineResponse(http.client.HTTPResponse):
         """Return the complete body. Raises EngineError past MAX_RESPONSE or the call's deadline."""
         body = bytearray()
         try:
-            while part := self.read(RECV_SIZE):
-                body += part
+            while not self._is_done:
+                body += self._read_part()
                 # Invariant: at most MAX_RESPONSE bytes of a response are buffered.
                 if len(body) > MAX_RESPONSE:
                     raise EngineError(502, "the Engine's response is too large")
-            if self.length:
-                raise http.client.IncompleteRead(b"", self.length)
         except FAILURES as error:
             raise engine_failure(error) from error
-        self._is_done = True
         return bytes(body)
 
     def close(self) -> None:

@@ -3891,6 +3891,12 @@ def cut_short(sock: socket.socket) -> None:
         pytest.param(
             HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n-5\r\n", 502, "", id="negative chunk"
         ),
+        pytest.param(
+            HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}XX0\r\n\r\n",
+            502,
+            "",
+            id="chunk with no line end",
+        ),
         pytest.param(http_answer(b"<html>", 500), 502, "500", id="500 of a proxy in between"),
         pytest.param(http_answer(b"Forbidden", 403), 502, "Forbidden", id="403 of a proxy"),
         pytest.param(http_answer({"message": None}, 404), 502, "404", id="404 that says null"),
