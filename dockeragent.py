@@ -2886,8 +2886,8 @@ EVENTS_QUERY = object_schema(
 Pool = list[tuple[float, "EngineConnection"]]  # idle connections, and since when each is
 BROKEN = "the Engine sent an invalid response"
 LINE_TOO_LONG: Json = {"error": "the Engine's response has too long a line"}
-# ValueError: http.client takes the size of a chunk for an integer, which may be negative.
-FAILURES = (OSError, http.client.HTTPException, ValueError)
+# OverflowError: http.client takes the size of a chunk for an integer, which may be negative.
+FAILURES = (OSError, http.client.HTTPException, OverflowError)
 
 
 class Call(NamedTuple):

@@ -3888,8 +3888,14 @@ def cut_short(sock: socket.socket) -> None:
         pytest.param(
             HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 502, "", id="bad chunk"
         ),
-        pytest.param(
-            HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n-5\r\n", 502, "", id="negative chunk"
+        *(
+            pytest.param(
+                HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n" + size + b"\r\n{}",
+                502,
+                "",
+                id=f"chunk of {len(size)} characters below zero",
+            )
+            for size in (b"-5", b"-" + b"f" * 40)
         ),
         pytest.param(
             HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}XX0\r\n\r\n",
