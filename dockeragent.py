@@ -3412,7 +3412,7 @@ def expected_shape() -> Iterator[None]:
     """Turn an error from reading JSON of another shape into an EngineError (502)."""
     try:
         yield
-    except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise EngineError(502, "the Engine's response is not of the expected shape") from error
 
 
@@ -3831,7 +3831,6 @@ def is_removed(engine: Engine, reference: str) -> bool:
     return False
 
 
-@expected_shape()
 def creation_key(engine: Engine, image: Json) -> tuple[int, str, str, str]:
     """Return a sort key: when an image was created, to the nanosecond, then when it was tagged.
 
@@ -3843,6 +3842,7 @@ def creation_key(engine: Engine, image: Json) -> tuple[int, str, str, str]:
     return image["created"], fraction, tagged, image["id"]
 
 
+@expected_shape()
 def prune_images(engine: Engine, key: Key, repository: str, keep: int, *, dry_run: bool) -> Json:
     """Remove old images; return {"removed", "reclaimed"}. Raises EngineError.
 

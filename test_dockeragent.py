@@ -5843,6 +5843,13 @@ def test_prune_leaves_what_is_used_or_becomes_so(fake_agent, fake_engine):
     assert_envelope(fake_agent.post("/api/v1/images/prune", {"keep": 1}), 500, "disk is gone")
 
 
+def test_prune_of_images_without_a_time_takes_none(fake_agent, fake_engine):
+    shelf = Shelf(fake_engine, a=(["web:1"], [], None), b=(["web:2"], [], 2))
+    reply = fake_agent.post("/api/v1/images/prune", {"keep": 0})
+    assert_envelope(reply, 502, "expected shape")
+    assert shelf.taken() == []
+
+
 def test_limited_key_prunes_what_it_covers_and_nothing_untagged(fake_engine, tmp_path):
     tags = {
         "a": "web:1",
@@ -8907,6 +8914,7 @@ def test_stats_are_computed_as_docker_stats_does(fakes, changes, shown):
         ("blocks of nothing", {"blkio_stats": {"io_service_bytes_recursive": [{}]}}),
         ("no processes", {"pids_stats": None}),
         ("a time that is none", {"read": "yesterday"}),
+        ("a time of half a character", {"read": "2026-\ud800"}),
         ("numbers past a float", memory_of(10**999, 3)),
     ),
 )
