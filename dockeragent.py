@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2481, and a reviewer may stop there:
+stands first, up to line 2480, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -176,7 +176,6 @@ ABSOLUTE_FORM = re.compile(r"(?i)^https?://([^/?]*)")  # RFC 9112 section 3.2.2
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 section 2.2
 LONE_CONTROL = re.compile(rb"\n(?<!\r\n)|\r(?!\n|\Z)|\0")
 # The rest is compiled when first used, so that no start waits for it.
-STATUS_LINE = rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: [^\r\n]*)?"  # RFC 9112 section 4
 CHUNK_LINE = rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?"
 HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # what some proxies add
 REQUEST_ID = r"[A-Za-z0-9._-]{1,64}"
@@ -2883,7 +2882,7 @@ EVENTS_QUERY = object_schema(
 # Engine client: http.client over a Unix socket, TCP or TLS
 # --------------------------------------------------------------------------------------------------
 
-Pool = list[tuple[float, "EngineConnection"]]  # idle connections, and since when each is
+Pool = list[tuple[float, socket.socket]]  # idle connections, and since when each is
 BROKEN = "the Engine sent an invalid response"
 LINE_TOO_LONG: Json = {"error": "the Engine's response has too long a line"}
 # OverflowError: http.client takes the size of a chunk for an integer, which may be negative.
@@ -2904,137 +2903,55 @@ class Call(NamedTuple):
     http10: bool = False
 
 
-class EngineInput(io.RawIOBase):
-    """What comes from the Engine on one connection.
+class EngineStream(io.RawIOBase):
+    """One request to the Engine and its response; to http.client, the socket and its file.
 
     All reads together have one deadline. Each ends when the client disconnects or the agent stops.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.deadline: float | None = None  # monotonic; None: nothing is received
-        self.interrupts = NEVER
+    def __init__(self, sock: socket.socket, deadline: float, interrupts: Interrupts) -> None:
+        self.sock, self.deadline, self.interrupts = sock, deadline, interrupts
+        self.has_ended = False
 
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int | None:
-        if self.deadline is None:
-            return None
-        data = receive(self.sock, self.deadline, self.interrupts, len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def close(self) -> None:
-        """Do nothing: http.client may flush its file afterwards."""
-
-
-class EngineConnection(io.BufferedReader):
-    """A connection to the Engine; to http.client, its socket and the file that it reads from.
-
-    Nothing it refers to refers back, so that its buffer goes with the last response.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self.input = EngineInput(sock)
-        super().__init__(self.input, RECV_SIZE)
-
-    def makefile(self, mode: str) -> EngineConnection:
-        return self
-
-    def close(self) -> None:
-        """Do nothing: http.client calls it at the end of each response. See `disconnect`."""
-
-    def disconnect(self) -> None:
-        self.input.sock.close()
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self, RECV_SIZE)
 
     def sendall(self, data: bytes) -> None:
         left = memoryview(data)
         while left:
-            left = left[send(self.input.sock, left, self.input.deadline or 0) :]
+            left = left[send(self.sock, left, self.deadline) :]
 
-    def is_quiet(self) -> bool:
-        """Return whether it is still open, and nothing came that nobody asked for."""
-        self.input.deadline = None  # so that only what was received before is looked at
-        return not (self.peek(1) or NEVER.wait_readable(self.input.sock, 0))
+    def readable(self) -> bool:
+        return True
 
-    def exchange(
-        self, call: Call, target: str, deadline: float, pool: Pool | None = None
-    ) -> EngineResponse:
-        """Return the response, its head read. Raises FAILURES, ClientGone and Stopping."""
-        self.input.deadline, self.input.interrupts = deadline, call.interrupts
-        connection = http.client.HTTPConnection("docker")
-        sock: Any = self
-        connection.sock = sock
-        try:
-            if call.http10:
-                connection.send(f"{call.method} {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
-            else:
-                data = b"" if call.body is None else encode_json(call.body)
-                headers = {"Content-Type": "application/json"} if data else {}
-                if call.method != "GET":
-                    headers["Content-Length"] = str(len(data))
-                connection.putrequest(call.method, target, skip_accept_encoding=True)
-                for header in {**call.headers, **headers}.items():
-                    connection.putheader(*header)
-                connection.endheaders(data or None)
-            return EngineResponse(self, pool)
-        except (*FAILURES, ClientGone, Stopping):
-            self.disconnect()
-            raise
+    def readinto(self, buffer: Any) -> int:
+        data = receive(self.sock, self.deadline, self.interrupts, len(buffer))
+        buffer[: len(data)] = data
+        self.has_ended = not data
+        return len(data)
 
 
 class EngineResponse(http.client.HTTPResponse):
     """A response of the Engine; the body comes in one piece or in several."""
 
-    def __init__(self, connection: EngineConnection, pool: Pool | None) -> None:
+    def __init__(self, stream: EngineStream, pool: Pool | None) -> None:
         """Read the head. Raises FAILURES, ClientGone and Stopping.
 
         pool: where `close` leaves the connection if that can take another request.
         """
-        sock: Any = connection
+        sock: Any = stream
+        unread: Any = None
         super().__init__(sock)
-        self._connection, self._pool = connection, pool
-        self._is_done = False
-        self._last_read = 0.0
+        self._stream, self._pool = stream, pool
+        self._is_done, self._last_read = False, 0.0
         self.begin()
-
-    def begin(self) -> None:
-        """Read the head, and interim ones before it (RFC 9112 section 4). Raises FAILURES.
-
-        By the same grammar as a request's: http.client's own reads headers as those of a mail, an
-        eighth of an inspect's time.
-        """
-        self.status = 100
-        while self.status < 200 and self.status != 101:  # RFC 9110 section 15.2
-            head = b""
-            while not head.endswith(b"\r\n\r\n"):
-                # Invariant: no head is longer than a bound, and a truncated one is not complete.
-                line = self.fp.readline(MAX_FIELD_BLOCK)
-                if not line.endswith(b"\r\n") or len(head) > MAX_FIELD_BLOCK:
-                    raise http.client.RemoteDisconnected("it disconnected, or its head is too long")
-                head += line
-            first, _, block = head[:-2].partition(b"\r\n")
-            match = re.fullmatch(STATUS_LINE, first)
-            if not match:
-                raise http.client.BadStatusLine(repr(first))
-            self.version, self.status = 10 + int(match[1]), int(match[2])
-        try:
-            self.fields = parse_fields(block)
-            self.length = body_length(self.fields)
-        except ApiError as error:
-            raise http.client.HTTPException(error.message) from error
-        self.chunked, self.chunk_left = self.length is None, None
-        if self.status in (101, 204, 304):
-            self.chunked, self.length = False, 0
-        elif "content-length" not in self.fields:
-            self.length = None
-        self.until_end = self.length is None and not self.chunked
+        while self.status < 200 and self.status != 101:  # interim: RFC 9110 section 15.2
+            self.headers = unread  # or `begin` would not read the next head
+            self.begin()
+        if stream.has_ended:  # http.client takes a truncated head for a complete one
+            raise ConnectionResetError("it disconnected")
         self._is_done = self.length == 0
-        is_last = "close" in ",".join(self.fields.get("connection", ())).lower()
-        if is_last or self.until_end or self.version == 10:
-            self._pool = None
+        self.until_end = not self.chunked and self.length is None
 
     def read_part(self, deadline: float) -> bytes | None:
         """Return bytes of the body, b"" at its end, None if none came until deadline (monotonic).
@@ -3046,12 +2963,12 @@ class EngineResponse(http.client.HTTPResponse):
         if self.until_end and (pause := self._last_read + BURST_PAUSE - time.monotonic()) > 0:
             time.sleep(pause)
         try:
-            self._connection.input.deadline = deadline
+            self._stream.deadline = deadline
             try:
-                self._connection.peek(1)  # waits, so that no time runs out in the middle of a chunk
+                self.fp.peek(1)  # waits, so that no time runs out in the middle of a chunk
             except socket.timeout:
                 return None
-            self._connection.input.deadline = time.monotonic() + CALL_TIMEOUT
+            self._stream.deadline = time.monotonic() + CALL_TIMEOUT
             part = self._read_part()
         except FAILURES as error:
             raise engine_failure(error) from error
@@ -3063,7 +2980,7 @@ class EngineResponse(http.client.HTTPResponse):
         part = self.read1(RECV_SIZE)
         if self.chunked and self.chunk_left == 0:
             # http.client would look for this line end only with the next chunk.
-            if self._connection.read(2) != b"\r\n":
+            if self.fp.read(2) != b"\r\n":
                 raise http.client.IncompleteRead(b"")
             self.chunk_left = None
         if self.length and not part:
@@ -3087,15 +3004,43 @@ class EngineResponse(http.client.HTTPResponse):
     def close(self) -> None:
         """Leave the connection for another request if it can take one, else end it."""
         super().close()
-        pool = self._pool
-        if self._is_done and pool is not None and len(pool) < MAX_IDLE_CONNECTIONS:
-            pool.append((time.monotonic(), self._connection))
+        pool, sock = self._pool, self._stream.sock
+        is_reusable = self._is_done and not self.will_close
+        if is_reusable and pool is not None and len(pool) < MAX_IDLE_CONNECTIONS:
+            pool.append((time.monotonic(), sock))
         else:
-            self._connection.disconnect()
+            sock.close()
+
+
+def exchange(
+    sock: socket.socket, call: Call, target: str, deadline: float, pool: Pool | None = None
+) -> EngineResponse:
+    """Send a request; return its response. Raises FAILURES, ClientGone and Stopping."""
+    connection = http.client.HTTPConnection("docker")
+    connection.sock = stream = EngineStream(sock, deadline, call.interrupts)
+    try:
+        if call.http10:
+            connection.send(f"{call.method} {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
+        else:
+            data = b"" if call.body is None else encode_json(call.body)
+            headers = {"Content-Type": "application/json"} if data else {}
+            if call.method != "GET":
+                headers["Content-Length"] = str(len(data))
+            connection.putrequest(call.method, target, skip_accept_encoding=True)
+            for header in {**call.headers, **headers}.items():
+                connection.putheader(*header)
+            connection.endheaders(data or None)
+        return EngineResponse(stream, pool)
+    except (*FAILURES, ClientGone, Stopping):
+        sock.close()
+        raise
 
 
 def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> socket.socket:
-    """Return a socket connected by deadline (monotonic), TLS done. Raises OSError, ValueError."""
+    """Return a non-blocking socket, connected by deadline (monotonic), TLS done.
+
+    Raises OSError and ValueError.
+    """
     with contextlib.ExitStack() as on_error:
         if address.path:
             sock = on_error.enter_context(socket.socket(socket.AF_UNIX))
@@ -3111,6 +3056,7 @@ def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> so
         if tls:
             # Invariant: the Engine's certificate is verified, and is for the host asked for.
             sock = tls.wrap_socket(sock, server_hostname=address.host or None)
+        sock.setblocking(False)
         on_error.pop_all()
     return sock
 
@@ -3271,8 +3217,8 @@ class Engine:
                 self.released.notify_all()
 
     def close(self) -> None:
-        for _, connection in self._idle:
-            connection.disconnect()
+        for _, sock in self._idle:
+            sock.close()
 
     def _ping(self, deadline: float) -> None:
         """Find the API version that both sides know (Engine API, "Ping"). Raises EngineError."""
@@ -3281,10 +3227,10 @@ class Engine:
         if self._pinned and pong.status == 400:
             message = engine_error(400, body).message
             raise EngineError(502, f"DOCKER_API_VERSION={self._pinned} is refused: {message}")
-        offered = re.fullmatch(r"1\.([0-9]{1,3})", "".join(pong.fields.get("api-version", ())))
+        offered = re.fullmatch(r"1\.([0-9]{1,3})", pong.getheader("Api-Version") or "")
         if pong.status != 200 or not offered:
             raise EngineError(502, f"{self.address} does not respond as a Docker Engine does")
-        self.is_podman = "libpod-api-version" in pong.fields
+        self.is_podman = pong.getheader("Libpod-Api-Version") is not None
         self._version = f"1.{min(int(offered[1]), NEWEST_API)}"
         self._asked = time.monotonic()
 
@@ -3299,25 +3245,27 @@ class Engine:
         try:
             if pool and (idle := self._idle_connection()):
                 with contextlib.suppress(ConnectionError):
-                    return idle.exchange(call, target, deadline, pool)
-            return self._connect(deadline).exchange(call, target, deadline, pool)
+                    return exchange(idle, call, target, deadline, pool)
+            return exchange(self._connect(deadline), call, target, deadline, pool)
         except FAILURES as error:
             raise engine_failure(error) from error
 
-    def _idle_connection(self) -> EngineConnection | None:
+    def _idle_connection(self) -> socket.socket | None:
+        """Return a connection that is still open, and on which nothing came unasked."""
         while self._idle:
             with contextlib.suppress(IndexError):  # another thread took the last one
-                since, connection = self._idle.pop()
-                if time.monotonic() - since < IDLE_CONNECTION and connection.is_quiet():
-                    return connection
-                connection.disconnect()
+                since, sock = self._idle.pop()
+                is_old = time.monotonic() - since >= IDLE_CONNECTION
+                if not (is_old or NEVER.wait_readable(sock, 0)):
+                    return sock
+                sock.close()
         return None
 
-    def _connect(self, deadline: float) -> EngineConnection:
+    def _connect(self, deadline: float) -> socket.socket:
         """Return a new connection. Raises EngineError (503)."""
         try:
             deadline = min(deadline, time.monotonic() + CONNECT_TIMEOUT)
-            return EngineConnection(connect(self.address, self._tls, deadline))
+            return connect(self.address, self._tls, deadline)
         except (OSError, ValueError) as error:
             self._asked = -math.inf  # it may come back as another version
             message = f"the Engine at {self.address} is not reachable: {describe(error)}"
@@ -6054,7 +6002,7 @@ def healthcheck(config: Config) -> int:
     sock: socket.socket | None = None
     try:
         with connect(address, context, deadline) as sock:
-            response = EngineConnection(sock).exchange(Call("GET", ""), "/health", deadline)
+            response = exchange(sock, Call("GET", ""), "/health", deadline)
             return 0 if response.status == 200 else 1
     except FAILURES as error:
         print_error(f"{address}: {describe(error)}")
