@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2480, and a reviewer may stop there:
+stands first, up to line 2484, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -180,6 +180,7 @@ CHUNK_LINE = rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?"
 HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # what some proxies add
 REQUEST_ID = r"[A-Za-z0-9._-]{1,64}"
 CONTAINER = r"[a-zA-Z0-9][a-zA-Z0-9_.-]*"
+ENGINE_ID = r"(?<![:/\w])(?:[0-9a-f]{64}|[0-9a-f]{12})\b"  # in a message; not within a reference
 NAME_RULE = "letters, digits, '_', '.' or '-', beginning with a letter or digit"
 TIMESTAMP = (
     r"([0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?"
@@ -1820,6 +1821,9 @@ class Connection(socketserver.BaseRequestHandler):
     def respond_error(self, request: Request, error: ApiError) -> None:
         if not request.method and self.buffer.startswith(b"HEAD "):
             request.method = "HEAD"  # not even a response that refuses its head has a body
+        if isinstance(error, EngineError) and not request.key.master:
+            # Invariant: no limited key is told the id of another's container that is in the way.
+            error.message = re.sub(ENGINE_ID, "...", error.message)
         if request.status:  # the head was sent: only the missing end of the body can tell now
             self.is_kept = False
         else:

@@ -1727,6 +1727,24 @@ def test_lists_leave_out_what_is_anothers(policed):
         policed.engine.remove(name)
 
 
+def test_limited_key_is_not_told_which_container_of_another_is_in_the_way(policed):
+    scope, engine = policed.scope, policed.engine
+    name, image = f"un{scope}3", f"{scope}:used"
+    load_image(engine, image, WorkingDir="/used")
+    host = {"NetworkMode": "none", "Binds": [f"{scope}-plain:/v"]}
+    identity = run_by_hand(engine, name, Image=image, HostConfig=host)
+    try:
+        for path in (f"volumes/{scope}-plain", f"images?image={image}"):
+            told = policed.agent.delete(f"/api/v1/{path}")
+            assert_envelope(told, 409, identity[:12])  # the master key is
+            refused = policed.agent.delete(f"/api/v1/{path}", key="ci")
+            assert_envelope(refused, 409, scope)
+            assert not re.search("[0-9a-f]{12}", refused.json()["message"])
+    finally:
+        engine.remove(name)
+        forget(engine, image)
+
+
 @pytest.mark.parametrize(
     "method, path, body, status",
     cases(
