@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2484, and a reviewer may stop there:
+stands first, up to line 2482, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -963,7 +963,7 @@ LIMITS["containers"] = integer_schema(0, 2**31)
 KEY_ENTRY = object_schema(
     "name sha256",
     name=string_schema(KEY_NAME, KEY_NAME_RULE),
-    sha256=string_schema("[0-9a-f]{64}", "64 hexadecimal digits; see new-key"),
+    sha256=string_schema("[0-9a-f]{64}", "64 digits of 0-9 and a-f; see new-key"),
     master=BOOLEAN,
     expires={**string_schema(EXPIRY, "a time such as 2027-06-30T00:00:00Z"), "check": parse_expiry},
     allow=array_of(one_of(*DECISIONS)),
@@ -1912,8 +1912,6 @@ class Server(http.server.ThreadingHTTPServer):
     """Serves each connection in a thread, MAX_CONNECTIONS of them at once."""
 
     daemon_threads = True
-    block_on_close = False
-    allow_reuse_port = False  # another process could share the port and take the keys
 
     def __init__(
         self, config: Config, log: Log, listener: socket.socket, routes: Iterable[Route], agent: Any
@@ -3301,7 +3299,7 @@ def engine_error(status: int, body: bytes) -> EngineError:
         message = require(decode_response(body), "message", str)
     except EngineError:
         # As a proxy in between sends it, and the Engine itself of a version it no longer knows.
-        return EngineError(502, f"{BROKEN}: status {status} with {body[:MAX_MESSAGE]!r}")
+        return EngineError(502, f"{BROKEN}: status {status} with {body[:200]!r}")
     return EngineError(status if status in (400, 401, 403, 404, 409, 500, 501) else 502, message)
 
 
