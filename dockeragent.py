@@ -3338,23 +3338,20 @@ def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[
     """
     rest, heard = b"", time.monotonic()
     due = heard + PING_INTERVAL
-    while (data := response.read_part(min(due, heard + silence))) != b"":
-        heard = time.monotonic() if data else heard
+    data: bytes | None = None
+    while data != b"":
+        data = response.read_part(min(due, heard + silence))
+        heard = heard if data is None else time.monotonic()
         if time.monotonic() >= heard + silence:
             raise EngineError(504, f"the Engine said nothing for {silence:.0f} s")
-        *lines, rest = (rest + (data or b"")).split(b"\n")
+        # The end of the body is the end of a line, too.
+        *lines, rest = (rest + (b"\n" if data == b"" else data or b"")).split(b"\n")
         rest = rest[: MAX_LINE + 1]  # Invariant: no more of a line of the Engine's is held
-        yield from map(decode_line, filter(bytes.strip, lines))
+        for line in filter(bytes.strip, lines):
+            yield LINE_TOO_LONG if len(line) > MAX_LINE else decode_response(line)
         if time.monotonic() >= due:
             yield None
             due = time.monotonic() + PING_INTERVAL
-    if rest.strip():
-        yield decode_line(rest)
-
-
-def decode_line(line: bytes) -> Json:
-    decoded: Json = LINE_TOO_LONG if len(line) > MAX_LINE else decode_response(line)
-    return decoded
 
 
 @contextlib.contextmanager
@@ -3606,16 +3603,17 @@ def pull_events(
 
     Raises EngineError for a pull that fails; closing the generator ends the pull.
     """
-    name, tag = split_image(body["image"])
-    if re.fullmatch(IMAGE_ID, body["image"]):
-        raise EngineError(404, f"no such image: {body['image']}; an id cannot be pulled")
+    image = body["image"]
+    name, tag = split_image(image)
+    if re.fullmatch(IMAGE_ID, image):
+        raise EngineError(404, f"no such image: {image}; an id cannot be pulled")
     query = {"fromImage": name, "tag": tag, **{k: body[k] for k in ("platform",) if k in body}}
     how = (query, None, PULL_SILENCE, {"X-Registry-Auth": auth} if auth else {}, interrupts)
     try:
         response = engine.open("POST", "/images/create", *how)
     except EngineError as error:
         raise pull_error(error.status, error.message) from error
-    digest = ""
+    digest: str | None = None
     with response:
         for word in json_lines(response, PULL_SILENCE):
             if word is None:
@@ -3628,7 +3626,10 @@ def pull_events(
             yield "progress", {n: shown.get(n) for n in ("id", "status", "current", "total")}
             if match := re.fullmatch("Digest: (sha256:[0-9a-f]{64})", str(word.get("status"))):
                 digest = match[1]
-    yield "done", pull_result(engine, body["image"], digest)
+    full = image if image.endswith((f":{tag}", f"@{tag}")) else f"{name}:{tag}"
+    if not digest:
+        digest = tag if ":" in tag else find_digest(engine.json("GET", image_path(full)), name)
+    yield "done", {"image": full, "digest": digest}
 
 
 def pull_error(status: int, message: str) -> EngineError:
@@ -3653,15 +3654,6 @@ def pull_image(engine: Engine, body: Json, auth: str, interrupts: Interrupts) ->
     for _, told in pull_events(engine, body, auth, interrupts):
         status = told.get("status") or status
     return {**told, "status": status}
-
-
-def pull_result(engine: Engine, image: str, digest: str) -> Json:
-    """Return {"image", "digest"} of a pulled image; digest: as the pull told it, if it did."""
-    name, tag = split_image(image)
-    full = image if image.endswith((f":{tag}", f"@{tag}")) else f"{name}:{tag}"
-    if digest or ":" in tag:
-        return {"image": full, "digest": digest or tag}
-    return {"image": full, "digest": find_digest(engine.json("GET", image_path(full)), name)}
 
 
 def find_digest(image: Json, repository: str) -> str | None:
@@ -3773,14 +3765,6 @@ def remove_reference(engine: Engine, reference: str) -> dict[str, list[str]]:
     return {w.lower(): [row[w] for row in rows if w in row] for w in ("Untagged", "Deleted")}
 
 
-def is_removed(engine: Engine, reference: str) -> bool:
-    """Remove a reference; return False if it is gone already, or its image in use by now."""
-    with tolerate(404, 409):
-        remove_reference(engine, reference)
-        return True
-    return False
-
-
 def creation_key(engine: Engine, image: Json) -> tuple[int, str, str, str]:
     """Return a sort key: when an image was created, to the nanosecond, then when it was tagged.
 
@@ -3815,7 +3799,12 @@ def prune_images(engine: Engine, key: Key, repository: str, keep: int, *, dry_ru
         going = [reference for reference in own if full_repository(reference) in names]
         if not (own or repository):
             going = [image["id"]]
-        gone = [reference for reference in going if dry_run or is_removed(engine, reference)]
+        gone = []
+        for reference in going:
+            with tolerate(404, 409):  # it is gone already, or its image in use by now
+                if not dry_run:
+                    remove_reference(engine, reference)
+                gone.append(reference)
         removed += [{"image": name, "id": image["id"], "size": image["size"]} for name in gone]
         every = {full_repository(reference) for reference in image["tags"] + image["digests"]}
         if gone and gone == going and names == every:
