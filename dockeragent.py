@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2482, and a reviewer may stop there:
+stands first, up to line 2483, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -127,6 +127,7 @@ STOP_POLL = HALF_CLOSED + 0.5
 DEFAULT_STOP = 10  # seconds, the Engine's own default
 MAX_STOP = 86_400  # seconds; no wait here is unbounded
 MAX_RESPONSE = 64 * 1024 * 1024  # bytes of one answer that is not a stream
+MAX_KEPT_BODY = 512 * 1024  # bytes of one answer of which the result is kept for the next like it
 MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
 IDLE_CONNECTION = 2.0  # seconds; an older one may be dead without a sign
 VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded between two requests
@@ -3672,7 +3673,9 @@ def shape_list(body: bytes, key: Key, query: Json) -> bytes:
 
     Filtered here, not by the Engine: by what the key may see, and with no regular expression.
     """
-    rows = shape_rows(body, key.master)
+    # Invariant: nothing is kept of a large answer.
+    shape = shape_rows if len(body) <= MAX_KEPT_BODY else shape_rows.__wrapped__
+    rows = shape(body, key.master)
     is_whole = key.master and not {"label", "name"} & query.keys()
     return b",".join([text for row, text in rows if is_whole or is_listed(row, key, query)])
 
@@ -5463,7 +5466,7 @@ class Metrics:
 def container_samples(found: bytes, key: Key) -> dict[str, float]:
     """Return the values by series of the containers that a key covers, from the Engine's list."""
     samples: dict[str, float] = {}
-    for row, _ in shape_rows(found, key.master):
+    for row, _ in shape_rows.__wrapped__(found, key.master):
         name = own_name(row)
         if name and key.covers("containers", name):
             labels = {"name": name, "image": row["image"]}
@@ -5516,7 +5519,8 @@ def identity(body: bytes) -> tuple[tuple[str, str], ...]:
 def inspect_container(request: Request, agent: Agent) -> bytes:
     """Return the inspect JSON of the container in the path, as it came."""
     body = agent.engine.call("GET", container_path(request.name, "json"))
-    request.target.update(identity(body))
+    identify = identity if len(body) <= MAX_KEPT_BODY else identity.__wrapped__
+    request.target.update(identify(body))
     return body
 
 

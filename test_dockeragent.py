@@ -4870,6 +4870,17 @@ def test_list_is_filtered_by_label_name_and_key(fake_engine, tmp_path, query, ke
     assert ("dockeragent.key" in labels) == (key == KEY and "1" in names)
 
 
+@pytest.mark.parametrize("size, is_kept", [(100, True), (600_000, False)])
+def test_rows_of_a_large_list_are_not_kept(size, is_kept):
+    kept = da.shape_rows.cache_info
+    da.shape_rows.cache_clear()
+    body = json.dumps([{"Id": "a", "Labels": {"a": "b" * size}}]).encode()
+    for _ in range(2):
+        shown = da.shape_list(body, da.Key("master", master=True), {})
+        assert json.loads(shown)["labels"] == {"a": "b" * size}
+    assert (kept().currsize, kept().hits) == (int(is_kept), int(is_kept))
+
+
 @pytest.mark.parametrize(
     "method, path, sent",
     [
