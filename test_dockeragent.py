@@ -1044,7 +1044,8 @@ def load_image(engine: RealEngine, tag: str, **config: Any) -> None:
     digests = {"type": "layers", "diff_ids": ["sha256:" + hashlib.sha256(layer).hexdigest()]}
     config = {"Env": ["PATH=/bin"], "Cmd": LOOP, **config}
     document = {"architecture": "amd64", "os": "linux", "config": config, "rootfs": digests}
-    manifest = [{"Config": "config.json", "RepoTags": [tag], "Layers": ["layer.tar"]}]
+    tags = [f"docker.io/library/{tag}"]  # podman takes a name without a host for a local one
+    manifest = [{"Config": "config.json", "RepoTags": tags, "Layers": ["layer.tar"]}]
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for name, data in (
@@ -5665,7 +5666,7 @@ def make_image(engine: RealEngine, reference: str, *instructions: str, **labels:
     container = engine.run("true", Labels={LABEL: secrets.token_hex(4), **labels})
     repository, _, tag = reference.partition(":")
     query = f"container={container}&repo={repository}&tag={tag}"
-    status, answer = engine.call("POST", f"/commit?{query}")
+    status, answer = engine.call("POST", f"/commit?{query}", {})
     assert status == 201, answer
     engine.remove(container)
     return answer["Id"]
@@ -9752,7 +9753,7 @@ class FaultyProxyHandler(socketserver.StreamRequestHandler):
 
 def names_of(engine: RealEngine, name: str) -> dict[str, Any]:
     """The containers with a name and its helper names, as inspected, by name."""
-    filters = quote(json.dumps({"name": [f"^/{name}"]}))
+    filters = quote(json.dumps({"name": [f"^/?{name}"]}))
     found = engine.call("GET", f"/containers/json?all=1&filters={filters}")[1]
     return {row["Names"][0][1:]: engine.inspect(row["Id"]) for row in found}
 
