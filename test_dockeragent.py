@@ -5669,7 +5669,7 @@ def make_image(engine: RealEngine, reference: str, *instructions: str, **labels:
     status, answer = engine.call("POST", f"/commit?{query}", {})
     assert status == 201, answer
     engine.remove(container)
-    return answer["Id"]
+    return "sha256:" + answer["Id"].removeprefix("sha256:")  # podman's commit leaves it out
 
 
 def image_row(agent: Agent, image: str) -> dict[str, Any]:
