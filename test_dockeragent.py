@@ -8191,6 +8191,31 @@ def test_followed_lines_have_the_ids_of_a_later_reading(fake_agent, fake_engine,
     assert followed == parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
 
 
+def test_follower_that_lacks_the_last_line_does_not_silence_a_busy_log(fake_agent, fake_engine):
+    """26.1 leaves out entries of a log that rotates many times a second."""
+    frames = [frame(1, b"%d\n" % n, b"2026-02-21T10:00:00.%09dZ" % n) for n in range(9)]
+    followers = 0
+
+    def log(sock: socket.socket) -> None:
+        nonlocal followers
+        if "follow=1" not in fake_engine.requests()[-1].target:
+            sock.sendall(plain_answer(*frames))
+            return
+        followers += 1
+        if followers > 1:
+            frames.append(frame(1, b"9\n"))
+            sock.sendall(plain_answer(*frames))
+            return
+        sock.sendall(plain_answer(*frames[:-1]))
+        with contextlib.suppress(OSError):  # the agent closes it
+            while True:
+                sock.sendall(FIRST * 100)
+
+    log_of(fake_engine, log, RUNNING, RUNNING, EXITED)
+    *events, _ = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+    assert [event.data for event in events] == [str(n) for n in range(10)]
+
+
 def test_line_left_unfinished_before_the_follower_began_is_not_lost(fake_agent, fake_engine):
     stamps = [b"2026-02-21T10:00:00.%09dZ" % n for n in range(12_002)]
     texts = [(1, b"%d\n" % n) for n in range(12_000)]
