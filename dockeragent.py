@@ -4001,8 +4001,7 @@ class LineAssembler:
         self.unfinished: dict[int, tuple[int, bytes, bytearray, bool]] = {}
         if doubt is not None:
             self.unfinished = {kind: (0, b"", bytearray(), True) for kind in STREAMS}
-        self._seen: dict[bytes, int] = {}  # stamp: the entry that had it last
-        self._numbers: dict[bytes, int] = {}  # stamp: the number it had then, if not 1
+        self._seen: dict[bytes, tuple[int, int]] = {}  # stamp: the last entry with it, its number
         self._count = 0  # entries so far
         self._doubt, self._is_podman = doubt or 0, is_podman
         self._second = b""  # of the stamp before: its first 20 bytes
@@ -4011,8 +4010,7 @@ class LineAssembler:
         """Return the complete lines. Raises EngineError for an entry without a stamp."""
         if len(self._seen) > NUMBERED + NUMBERED // 2:
             oldest = self._count - NUMBERED
-            self._seen = {stamp: at for stamp, at in self._seen.items() if at >= oldest}
-            self._numbers = {stamp: n for stamp, n in self._numbers.items() if stamp in self._seen}
+            self._seen = {stamp: seen for stamp, seen in self._seen.items() if seen[0] >= oldest}
         lines: list[Line] = []
         unfinished, second = self.unfinished, self._second
         for at, (kind, payload) in enumerate(entries, self._count + 1):
@@ -4038,14 +4036,12 @@ class LineAssembler:
 
     def _number(self, at: int, stamp: bytes, begun: int = 1) -> int:
         """Count a line of this stamp, which entry `at` ends, and return its number."""
-        number = self._numbers.pop(stamp, 1) if self._numbers else 1
-        if at - self._seen.get(stamp, -NUMBERED) > NUMBERED:
+        seen, number = self._seen.get(stamp, (-NUMBERED, 0))
+        if at - seen > NUMBERED:
             number = 1 if at > self._doubt else 0
         elif number:
             number += 1
-        self._seen[stamp] = at
-        if number != 1:
-            self._numbers[stamp] = number
+        self._seen[stamp] = at, number
         return number if begun else 0
 
     def _join(self, at: int, kind: int, stamp: bytes, text: bytes) -> list[Line]:
@@ -4168,7 +4164,7 @@ class LogReading:
         # Of the lines after the last one in doubt: the first, the last; how many of them were asked
         # for, and the last of those.
         self.oldest: Optional[Line] = None
-        self.newest: Optional[Line] = None
+        self.newest: Point = None
         self.total = 0
         self.kept: collections.deque[Line] = collections.deque()
         self.close = response.close
@@ -4223,25 +4219,24 @@ class LogReading:
 
     def keep_last(self, *, unfinished: bool = False) -> LogReading:
         """Read to the end, keeping lines; unfinished: also what that left without a newline."""
-        size = 0
-        for lines in itertools.chain(self, self._unfinished() if unfinished else ()):
-            if doubts := [index for index, line in enumerate(lines) if not line[1]]:
-                self.kept.clear()
-                size, self.total, self.oldest, self.newest = 0, 0, None, None
-                lines = lines[doubts[-1] + 1 :]
-            if lines:
-                self.oldest, self.newest = self.oldest or lines[0], lines[-1]
-            asked = [line for line in lines if line[2] in self._source.kinds]
-            self.total += len(asked)
-            self.kept.extend(asked)
-            size += sum(LINE_COST + len(line[3]) for line in asked)
-            # Invariant: no more is kept than MAX_KEPT, or one line, however many are asked for.
-            while size > MAX_KEPT and len(self.kept) > 1:
-                size -= LINE_COST + len(self.kept.popleft()[3])
+        size, kinds = 0, self._source.kinds
+        for lines in self:
+            if unfinished and self.is_done:
+                lines += self.rest
+            for line in lines:
+                if not line[1]:
+                    self.kept.clear()
+                    size, self.total, self.oldest = 0, 0, None
+                    continue
+                self.oldest, self.newest = self.oldest or line, line[:2]
+                if line[2] in kinds:
+                    self.kept.append(line)
+                    self.total += 1
+                    size += LINE_COST + len(line[3])
+                # Invariant: no more is kept than MAX_KEPT, or one line, however many are asked for.
+                while size > MAX_KEPT and len(self.kept) > 1:
+                    size -= LINE_COST + len(self.kept.popleft()[3])
         return self
-
-    def _unfinished(self) -> Iterator[list[Line]]:
-        yield self.rest
 
 
 class LogCursor:
@@ -4259,15 +4254,14 @@ class LogCursor:
 
     def read(self, wanted: int | None, *, numbered: bool = False) -> Iterator[list[Line]]:
         """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
-        left, unfinished = sys.maxsize, self.ending[0] == "end"
+        left = ALL if wanted is None else wanted
         if wanted is not None:
             doubt = NUMBERED if numbered or wanted >= LOOK else 0
-            lines = self._tail(wanted, doubt, unfinished=unfinished)
+            lines = self._tail(wanted, doubt, unfinished=self.ending[0] == "end")
             if lines is not None:
                 yield lines
                 return
-            left = wanted
-        for lines in self._stored(unfinished=unfinished):
+        for lines in self._stored():
             yield lines[:left]
             left -= len(lines)
             if left <= 0:
@@ -4301,17 +4295,14 @@ class LogCursor:
                     raise EngineError(502, message)
         self.ending = ending or ("end", {"reason": "until", "exit_code": None})
         with tolerate(404, 409):
-            yield from self._stored(unfinished=self.ending[0] == "end")
+            yield from self._stored()
 
-    def _stored(self, *, unfinished: bool) -> Iterator[list[Line]]:
-        """Yield the lines after `last` that the log has by now, [] at times. Raises EngineError.
-
-        unfinished: also what its end left without a newline.
-        """
+    def _stored(self) -> Iterator[list[Line]]:
+        """Yield the lines after `last` that the log has by now, [] at times. Raises EngineError."""
         reading = yield from self._find()
         if reading.final != self._reading(1, None, http10=False).keep_last().final:
             reading = yield from self._find(http10=False)  # it was cut, or more was written
-        if unfinished:
+        if self.ending[0] == "end":
             yield self._hand_out(reading.rest)
 
     def _find(self, *, http10: bool = True) -> Generator[list[Line], None, LogReading]:
@@ -4420,8 +4411,7 @@ class LogCursor:
         found = theirs = self._reading(least, None, http10=False).keep_last(unfinished=unfinished)
         tail = wanted + wanted // 8 + 64 + doubt
         with contextlib.suppress(LogDamaged):
-            is_cut = self._source.until or len(theirs.kept) < theirs.total
-            while is_cut or theirs.entries in (0, least):
+            while self._source.until or theirs.entries in (0, least):
                 larger = self._reading(tail, doubt, http10=False)
                 larger.mark = theirs.first
                 larger.keep_last(unfinished=unfinished)
@@ -4433,7 +4423,7 @@ class LogCursor:
                     break
                 tail = 16 * tail if is_full else ALL
         if len(found.kept) >= min(wanted, found.total):
-            self.last, self._reach = found.newest and found.newest[:2], found.reach
+            self.last, self._reach = found.newest, found.reach
             return list(found.kept)[max(0, len(found.kept) - wanted) :]
         if not doubt:  # no number by which to find them again
             return self._tail(wanted, NUMBERED, unfinished=unfinished)
@@ -4479,10 +4469,7 @@ def render_items(lines: list[Line], stamps: bool, as_json: bool) -> bytes:
     texts = line_texts(lines, stamps, as_json)
     if as_json:
         return b",".join(texts)
-    items = b"\n".join(texts).decode("utf-8", "replace").split("\n")
-    if len(items) != len(texts):  # some drivers keep a newline inside an entry
-        items = [text.decode("utf-8", "replace") for text in texts]
-    return encode_json(items)[1:-1]
+    return encode_json([text.decode("utf-8", "replace") for text in texts])[1:-1]
 
 
 def event(name: str, data: Any) -> bytes:
