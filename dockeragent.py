@@ -4435,15 +4435,18 @@ class LogCursor:
         return None
 
 
+def line_object(line: Line, *, timed: bool) -> bytes:
+    """Return a line as JSON, in which no CR or LF is left to forge a field of an event."""
+    stamp, _, kind, text = line
+    shown = {"time": stamp.decode()} if timed else {}
+    shown.update(stream=STREAMS[kind], line=text.decode("utf-8", "replace"))
+    return encode_json(shown)
+
+
 def line_texts(lines: list[Line], stamps: bool, as_json: bool) -> list[bytes]:
     """Return what each line is shown as; JSON objects are UTF-8 already."""
     if as_json:
-        texts = []
-        for stamp, _, kind, text in lines:
-            shown = {"time": stamp.decode("ascii"), "stream": STREAMS[kind]}
-            shown["line"] = text.decode("utf-8", "replace")
-            texts.append(encode_json(shown))
-        return texts
+        return [line_object(line, timed=True) for line in lines]
     if stamps:
         return [b"%b %b" % (stamp, text) for stamp, _, _, text in lines]
     return [text for _, _, _, text in lines]
@@ -4484,8 +4487,7 @@ def last_lines(engine: Engine, container: str, tty: bool, count: int) -> list[st
     """
     source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, NEVER)
     batches = LogCursor(source, None).read(count)
-    texts = [text[:ENTRY_SIZE] for lines in batches for _, _, _, text in lines]
-    return [text.decode(errors="replace") for text in texts]
+    return [text[:ENTRY_SIZE].decode(errors="replace") for lines in batches for *_, text in lines]
 
 
 def log_document(batches: Iterator[list[Line]], render: Render) -> Stream:
@@ -5210,14 +5212,6 @@ def run_parts(
     yield ending
 
 
-def run_items(lines: list[Line]) -> list[bytes]:
-    """Return each line as JSON, in which no CR or LF is left to forge a field of an event."""
-    return [
-        encode_json({"stream": STREAMS[kind], "line": text.decode("utf-8", "replace")})
-        for _, _, kind, text in lines
-    ]
-
-
 def run_document(parts: Iterator[RunPart]) -> Stream:
     """Yield {"lines": [...], "exit_code": 0}; white space in it keeps the connection awake."""
     yield b'{"lines":['
@@ -5226,7 +5220,7 @@ def run_document(parts: Iterator[RunPart]) -> Stream:
         if isinstance(part, dict):
             yield b"],%b\n" % encode_json(part)[1:]
         elif part:
-            yield separator + b",".join(run_items(part))
+            yield separator + b",".join(line_object(line, timed=False) for line in part)
             separator = b","
         else:
             yield b"\n"
@@ -5239,7 +5233,8 @@ def run_events(parts: Iterator[RunPart]) -> Stream:
         if isinstance(part, dict):
             yield event("end", part)
         else:
-            yield b"".join(b"data: %b\n\n" % item for item in run_items(part)) or PING
+            items = (line_object(line, timed=False) for line in part)
+            yield b"".join(b"data: %b\n\n" % item for item in items) or PING
 
 
 def remove_run(engine: Engine, token: str) -> None:
