@@ -5604,13 +5604,12 @@ def post_action(
         is_new = (found.get("State") or {}).get("StartedAt") == NEVER_STARTED
         is_unseen = is_new and config_of(found, "Labels").get(KEY_LABEL)
         key.permit(key.master or not is_unseen, "operate", "what has never run")
-        config, query = require(found, "Config", dict), {}
-        if "timeout" in body:
-            query["t"] = body["timeout"]
+        query, config = {"t": body["timeout"]} if "timeout" in body else {}, {}
+        if action in ("stop", "restart"):
+            config = require(found, "Config", dict)
+            seconds += body.get("timeout", own_stop_timeout(config))
         if "signal" in body and takes_signal(agent.engine, body["signal"], config, action):
             query["signal"] = signal_name(body["signal"])
-        if action in ("stop", "restart"):
-            seconds += body.get("timeout", own_stop_timeout(config))
         path = container_path(container_id(found), action)
         agent.engine.call("POST", path, query, seconds=seconds)
     return Response({"message": f"container {done}"})

@@ -4134,7 +4134,7 @@ def test_post_is_sent_once_whatever_becomes_of_it(fake_engine, fake_agent):
     fake_engine.script["POST /containers/c1/kill"] = b""
     assert fake_agent.get(ONE).status == 200
     assert_envelope(fake_agent.post(f"{ONE}/kill"), 502)
-    assert [seen.method for seen in fake_engine.requests()] == ["GET", "GET", "POST"]
+    assert [seen.method for seen in fake_engine.requests()].count("POST") == 1
     assert fake_agent.get(ONE).status == 200 and idle.wait(WAIT)
 
 
@@ -4202,10 +4202,10 @@ def test_upgraded_engine_is_asked_again_with_its_new_version(fake_engine, versio
             assert set(versions) == {pinned}
             return
         assert reply.status == 200
-        assert versions == ["1.41", "1.41", "1.41", "1.47"]
+        assert versions == [*["1.41"] * 4, "1.47"]  # of a list, of two looks, and of the start
         fake_engine.script[INSPECT] = http_answer({"message": "a real one"}, 400)
         assert_envelope(agent.get(ONE), 400, "a real one")
-        assert versions[4:] == ["1.47"]  # the same version again would be the same refusal
+        assert versions[5:] == ["1.47"]  # the same version again would be the same refusal
 
 
 def test_pinned_version_that_the_engine_refuses_is_nobodys_fault_but_the_variables(engine):
