@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2483, and a reviewer may stop there:
+stands first, up to line 2479, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -181,7 +181,6 @@ CHUNK_LINE = rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?"
 HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # what some proxies add
 REQUEST_ID = r"[A-Za-z0-9._-]{1,64}"
 CONTAINER = r"[a-zA-Z0-9][a-zA-Z0-9_.-]*"
-ENGINE_ID = r"(?<![:/\w])(?:[0-9a-f]{64}|[0-9a-f]{12})\b"  # in a message; not within a reference
 NAME_RULE = "letters, digits, '_', '.' or '-', beginning with a letter or digit"
 TIMESTAMP = (
     r"([0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?"
@@ -1822,9 +1821,6 @@ class Connection(socketserver.BaseRequestHandler):
     def respond_error(self, request: Request, error: ApiError) -> None:
         if not request.method and self.buffer.startswith(b"HEAD "):
             request.method = "HEAD"  # not even a response that refuses its head has a body
-        if isinstance(error, EngineError) and not request.key.master:
-            # Invariant: no limited key is told the id of another's container that is in the way.
-            error.message = re.sub(ENGINE_ID, "...", error.message)
         if request.status:  # the head was sent: only the missing end of the body can tell now
             self.is_kept = False
         else:
@@ -2943,13 +2939,13 @@ class EngineResponse(http.client.HTTPResponse):
         pool: where `close` leaves the connection if that can take another request.
         """
         sock: Any = stream
-        unread: Any = None
+        no_headers: Any = None
         super().__init__(sock)
         self._stream, self._pool = stream, pool
         self._is_done, self._last_read = False, 0.0
         self.begin()
         while self.status < 200 and self.status != 101:  # interim: RFC 9110 section 15.2
-            self.headers = unread  # or `begin` would not read the next head
+            self.headers = no_headers  # so that `begin` reads the next head
             self.begin()
         if stream.has_ended:  # http.client takes a truncated head for a complete one
             raise ConnectionResetError("it disconnected")
@@ -3006,9 +3002,11 @@ class EngineResponse(http.client.HTTPResponse):
 
     def close(self) -> None:
         """Leave the connection for another request if it can take one, else end it."""
+        if self.closed:  # Invariant: no connection is left to two requests
+            return
         super().close()
         pool, sock = self._pool, self._stream.sock
-        is_reusable = self._is_done and not self.will_close
+        is_reusable = self._is_done and not self.will_close and self.status >= 200
         if is_reusable and pool is not None and len(pool) < MAX_IDLE_CONNECTIONS:
             pool.append((time.monotonic(), sock))
         else:
@@ -3254,12 +3252,12 @@ class Engine:
             raise engine_failure(error) from error
 
     def _idle_connection(self) -> socket.socket | None:
-        """Return a connection that is still open, and on which nothing came unasked."""
+        """Return a connection that is still open, and on which nothing waits to be read."""
         while self._idle:
             with contextlib.suppress(IndexError):  # another thread took the last one
                 since, sock = self._idle.pop()
-                is_old = time.monotonic() - since >= IDLE_CONNECTION
-                if not (is_old or NEVER.wait_readable(sock, 0)):
+                is_quiet = not NEVER.wait_readable(sock, 0)
+                if is_quiet and time.monotonic() - since < IDLE_CONNECTION:
                     return sock
                 sock.close()
         return None
@@ -3345,8 +3343,8 @@ def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[
         heard = heard if data is None else time.monotonic()
         if time.monotonic() >= heard + silence:
             raise EngineError(504, f"the Engine said nothing for {silence:.0f} s")
-        # The end of the body is the end of a line, too.
-        *lines, rest = (rest + (b"\n" if data == b"" else data or b"")).split(b"\n")
+        came = b"\n" if data == b"" else data or b""  # the end of the body ends a line, too
+        *lines, rest = (rest + came).split(b"\n")
         rest = rest[: MAX_LINE + 1]  # Invariant: no more of a line of the Engine's is held
         for line in filter(bytes.strip, lines):
             yield LINE_TOO_LONG if len(line) > MAX_LINE else decode_response(line)
@@ -3627,6 +3625,7 @@ def pull_events(
             yield "progress", {n: shown.get(n) for n in ("id", "status", "current", "total")}
             if match := re.fullmatch("Digest: (sha256:[0-9a-f]{64})", str(word.get("status"))):
                 digest = match[1]
+    # With the tag that was pulled, also if the body names none.
     full = image if image.endswith((f":{tag}", f"@{tag}")) else f"{name}:{tag}"
     if not digest:
         digest = tag if ":" in tag else find_digest(engine.json("GET", image_path(full)), name)
@@ -3673,7 +3672,7 @@ def shape_list(body: bytes, key: Key, query: Json) -> bytes:
 
     Filtered here, not by the Engine: by what the key may see, and with no regular expression.
     """
-    # Invariant: nothing is kept of a large answer.
+    # Invariant: nothing is kept of a large answer. __wrapped__ is the function without its cache.
     shape = shape_rows if len(body) <= MAX_KEPT_BODY else shape_rows.__wrapped__
     rows = shape(body, key.master)
     is_whole = key.master and not {"label", "name"} & query.keys()
@@ -4161,10 +4160,10 @@ class LogReading:
         self.final: Optional[Entry] = None
         self.rest: list[Line] = []  # what the end left without a newline
         self.reach = ALL  # the tail in which to look for what comes after the last line
-        # Of the lines after the last one in doubt: the first, the last; how many of them were asked
-        # for, and the last of those.
+        self.newest: Point = None  # the last line that is not in doubt
+        # Of the lines after the last one in doubt: the first; how many of them were asked for, and
+        # the last of those.
         self.oldest: Optional[Line] = None
-        self.newest: Point = None
         self.total = 0
         self.kept: collections.deque[Line] = collections.deque()
         self.close = response.close
@@ -4361,13 +4360,14 @@ class LogCursor:
             follower.point = self.last
             while not (follower.is_done or follower.is_doubtful or self._seconds_left() <= 0):
                 lines = follower.read(min(self.due, time.monotonic() + self._seconds_left()))
-                # What the reading had is among as many of the follower's entries, and those since;
-                # but some Engines leave out entries of a log that rotates.
+                # The follower begins with as many entries as the reading had, so the line is among
+                # those; but some Engines leave out entries of a log that rotates.
                 if follower.point and (lines is None or follower.entries > reading.entries + LOOK):
                     break
                 yield self._hand_out(follower.certain(lines or []))
-            # What was left unfinished may have begun before the follower's first entry.
-            self._reach = ALL if reading.rest else follower.reach
+            if not follower.point:
+                # What was left unfinished may have begun before the follower's first entry.
+                self._reach = ALL if reading.rest else follower.reach
             return follower.is_done
 
     def _hand_out(self, lines: list[Line]) -> list[Line]:
@@ -4411,7 +4411,8 @@ class LogCursor:
         found = theirs = self._reading(least, None, http10=False).keep_last(unfinished=unfinished)
         tail = wanted + wanted // 8 + 64 + doubt
         with contextlib.suppress(LogDamaged):
-            while self._source.until or theirs.entries in (0, least):
+            is_cut = self._source.until or len(theirs.kept) < theirs.total
+            while is_cut or theirs.entries in (0, least):
                 larger = self._reading(tail, doubt, http10=False)
                 larger.mark = theirs.first
                 larger.keep_last(unfinished=unfinished)
@@ -4688,13 +4689,14 @@ class Deployment:
         self.engine.call("POST", path, {"t": wait}, seconds=wait + CALL_TIMEOUT)
 
     def remove_old(self, old: Found) -> None:
-        """Remove what was replaced, without its volumes. Raises EngineError."""
+        """Remove what was replaced, without its volumes. Raises ApiError (409, 503)."""
         try:  # not by force: if it runs, somebody has started it
             with tolerate(404):
                 self.engine.call("DELETE", container_path(old.id), seconds=START_TIMEOUT)
         except EngineError as error:
             message = f"{self.name}{OLD} could not be removed: {error.message}"
-            raise EngineError(error.status, message) from error
+            # Recovery waits for an Engine that is away; anything else somebody has to look at.
+            raise ApiError(503 if error.status == 503 else 409, message) from error
 
     def start(self, new: Found) -> None:
         """Start the new container and pass the gate. Raises GateError, EngineError, Stopping."""
@@ -4813,7 +4815,7 @@ class Deployment:
         self.rename(old, "")  # last: its helper name is all that tells that this is to be done
         self.outcome = "rolled back"
 
-    # What is done, by the names that are there. The container that has no helper name has the name.
+    # What is done, by the names that are there.
     STEPS: ClassVar[dict[tuple[str, ...], Callable[..., None]]] = {
         ("", NEXT): roll_back,  # crashed before the swap, or in a rollback
         (NEXT, PREV): roll_back,  # between the renames
@@ -4836,6 +4838,7 @@ class Deployment:
         if found.keys() <= {""}:
             return
         step = self.STEPS.get(tuple(found))
+        # Where only one of the two has a helper name, the other has the name itself.
         new, old = found.get(NEXT, here), found.get(PREV, here)
         owner = (new or old or found[OLD]).journal
         if not step or owner.name != self.name or (new and old and owner.replaces != old.id):
@@ -4868,7 +4871,7 @@ class Deployment:
         except ApiError as error:
             if self.outcome != "committed":
                 self.undo(new, old, error)
-            self.is_unfinished = True  # the old container may be left
+            self.is_unfinished = True  # it was committed, but the old container may be left
             self.warnings.append(error.message)
         self.told.put(("step", {"step": "done"}))
         return self.answer(new, image, replaced, changed=True)
@@ -5097,7 +5100,7 @@ class Deploys:
             if isinstance(error, EngineError) and not error.members:  # nothing was touched
                 error.members = known = dict(NO_EVIDENCE)
                 with contextlib.suppress(EngineError):
-                    known["rolled_back"] = "" in deployment.look()
+                    known["rolled_back"] = deployment.look().keys() == {""}
             end, fields["error"] = ("error", refusal(error)), error.message
         self._log("warning" if "error" in fields else "info", "deploy", **fields)
         if deployment.is_unfinished:
@@ -5604,7 +5607,8 @@ def post_action(
         is_new = (found.get("State") or {}).get("StartedAt") == NEVER_STARTED
         is_unseen = is_new and config_of(found, "Labels").get(KEY_LABEL)
         key.permit(key.master or not is_unseen, "operate", "what has never run")
-        query, config = {"t": body["timeout"]} if "timeout" in body else {}, {}
+        config: Json = {}
+        query = {"t": body["timeout"]} if "timeout" in body else {}
         if action in ("stop", "restart"):
             config = require(found, "Config", dict)
             seconds += body.get("timeout", own_stop_timeout(config))
@@ -5823,10 +5827,23 @@ def list_images(request: Request, agent: Agent) -> Response:
     return Response({"images": shown})
 
 
+@contextlib.contextmanager
+def in_use_by(key: Key) -> Iterator[None]:
+    """Tell the master alone in the Engine's own words why something cannot be removed."""
+    try:
+        yield
+    except EngineError as error:
+        # Invariant: no limited key is told which container of another's uses its image or volume.
+        if error.status == 409 and not key.master:
+            raise ApiError(409, "a container uses it") from error
+        raise
+
+
 def remove_image(request: Request, agent: Agent) -> Response:
     image = request.query["image"]
     request.target.update(image=image)
-    return Response(remove_reference(agent.engine, image))
+    with in_use_by(request.key):
+        return Response(remove_reference(agent.engine, image))
 
 
 def prune(request: Request, agent: Agent) -> Response:
@@ -5851,7 +5868,8 @@ def delete_network(request: Request, agent: Agent) -> Response:
 
 def delete_volume(request: Request, agent: Agent) -> Response:
     request.target.update(volume=request.name)
-    agent.engine.call("DELETE", f"/volumes/{quote(request.name, safe='')}")
+    with in_use_by(request.key):
+        agent.engine.call("DELETE", f"/volumes/{quote(request.name, safe='')}")
     return Response({"message": "volume removed"})
 
 
@@ -5982,7 +6000,7 @@ def healthcheck(config: Config) -> int:
         with connect(address, context, deadline) as sock:
             response = exchange(sock, Call("GET", ""), "/health", deadline)
             return 0 if response.status == 200 else 1
-    except FAILURES as error:
+    except (*FAILURES, ValueError) as error:
         print_error(f"{address}: {describe(error)}")
         # With the handshake done, a server that takes another CA's certificates refuses ours.
         is_refusal = sock and isinstance(error, (ssl.SSLError, ConnectionError))
