@@ -4035,11 +4035,11 @@ class LineAssembler:
 
     def _number(self, at: int, stamp: bytes, begun: int = 1) -> int:
         """Count a line of this stamp, which entry `at` ends, and return its number."""
-        seen, number = self._seen.get(stamp, (-NUMBERED, 0))
-        if at - seen > NUMBERED:
+        seen = self._seen.get(stamp)
+        if not seen or at - seen[0] > NUMBERED:
             number = 1 if at > self._doubt else 0
-        elif number:
-            number += 1
+        else:
+            number = seen[1] and seen[1] + 1
         self._seen[stamp] = at, number
         return number if begun else 0
 

@@ -4095,6 +4095,31 @@ def test_interim_answers_are_skipped(fakes):
     assert_envelope(agent.get(ONE), 502)
 
 
+@pytest.mark.parametrize(
+    "answer, kept",
+    [
+        pytest.param(HEAD_OK + b"Content-Length: 2\r\n\r\n{}", 1, id="whole"),
+        pytest.param(HEAD_OK + b"Content-Length: 3\r\n\r\n{}", 0, id="not read to its end"),
+        pytest.param(
+            HEAD_OK + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}", 0, id="the last one"
+        ),
+        pytest.param(b"HTTP/1.1 101 Switching Protocols\r\n\r\n", 0, id="no longer HTTP"),
+    ],
+)
+def test_connection_is_kept_once_for_another_request(answer, kept):
+    """Kept twice, it would be two requests' at once."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.sendall(answer)
+        pool: list[Any] = []
+        response = da.exchange(ours, da.Call("GET", "/"), "/", time.monotonic() + WAIT, pool)
+        response.read_part(time.monotonic() + WAIT)
+        response.close()
+        response.close()
+    assert [sock for _, sock in pool] == [ours] * kept
+
+
 def test_full_backlog_of_the_engine_is_waited_for(tmp_path):
     """Linux refuses a connect that must not block at once, where others would wait for room."""
     with FakeEngine(tmp_path / "engine.sock") as fake, Agent(DOCKER_HOST=fake.url) as agent:
@@ -10174,6 +10199,28 @@ def test_restart_that_was_under_way_leaves_no_second_container_that_runs(fragile
     proxy.disarm()
     assert (reply.status, reply.json()["warnings"]) == (200, [])
     assert_settled(engine, site, reply.json()["id"], "bad")
+
+
+def test_what_a_recovery_could_not_finish_is_not_called_rolled_back(engine, site, tmp_path):
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        deploy_and_crash(proxy, site, "good", CALLS["good"].index("update", 3), after=False)
+
+        def refuse_all(forward: Callable[[], bytes], sock: socket.socket) -> None:
+            proxy.arm(0, refuse_all)
+            refuse_call(forward, sock)
+
+        proxy.arm(0, refuse_all)
+        with Agent(DOCKER_HOST=proxy.url) as agent:
+            until(lambda: agent.lines("recovery"), "the recovery")
+            replies: list[Reply] = []
+
+            def is_answered() -> bool:  # the first recovery is over
+                replies.append(put(agent, site, GOOD))
+                return replies[-1].status != 409
+
+            until(is_answered, "the answer")
+    assert names_of(engine, site).keys() == {site, f"{site}.prev"}
+    assert (replies[-1].status, replies[-1].json()["rolled_back"]) == (500, False)
 
 
 def test_old_container_that_was_removed_by_hand_before_the_swap_is_a_warning(fragile, engine, site):
