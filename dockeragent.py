@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2479, and a reviewer may stop there:
+stands first, up to line 2486, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -162,6 +162,7 @@ LINE_COST = 200  # bytes that Python needs for a line, its text aside
 MAX_PATH_RETRIES = 20  # while other requests take the folders of a path away
 MAX_LINKS = 40  # symbolic links in one path, as Linux has it
 MAX_PATH = 4096  # bytes, PATH_MAX
+MAX_SOCKET_PATH = 107  # bytes; unix(7), sun_path less its NUL
 LOCK_TIMEOUT = 30.0  # seconds to wait for other writes to the same filesystem
 
 # RFC 9110 section 5.6.2 and 5.5, RFC 9112 section 3: no control but HTAB in a value, so a bare CR,
@@ -869,6 +870,12 @@ def parse_text(pattern: str, rule: str, text: str) -> str:
     return text
 
 
+def parse_socket(path: str) -> str:
+    if len(os.fsencode(path)) > MAX_SOCKET_PATH:
+        raise ValueError(f"a socket's path has at most {MAX_SOCKET_PATH} bytes")
+    return path
+
+
 def parse_listen(text: str) -> Address:
     """Return the address of ":3000", "127.0.0.1:3000", "[::1]:3000" or "unix:///run/a.sock"."""
     match = re.fullmatch(r"unix://(/.*[^/])|(localhost|[0-9.]*|\[[0-9a-fA-F:.]+\]):([^:]*)", text)
@@ -878,7 +885,7 @@ def parse_listen(text: str) -> Address:
     host = host.strip("[]")
     if host not in ("", "localhost"):
         host = str(ipaddress.ip_address(host))
-    return Address(path, host, 0 if path else parse_int(0, 65535, port))
+    return Address(parse_socket(path), host, 0 if path else parse_int(0, 65535, port))
 
 
 def parse_engine(text: str) -> Address:
@@ -888,7 +895,7 @@ def parse_engine(text: str) -> Address:
         raise ValueError(f"{text!r} is not unix:///path, tcp://host:port, http:// or https://")
     path, scheme, host, port = match.groups("")
     number = parse_int(1, 65535, port) if port else 0
-    return Address(path, host.strip("[]"), number, scheme or "tcp")
+    return Address(parse_socket(path), host.strip("[]"), number, scheme or "tcp")
 
 
 def parse_networks(text: str) -> Networks:

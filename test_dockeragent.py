@@ -543,6 +543,8 @@ def pair(shared_pair: Pair) -> Pair:
             "other than a socket",
         ),
         ("foreign address", "LISTEN_ADDR", {"LISTEN_ADDR": "192.0.2.1:0"}, ""),
+        ("path of a socket too long", "LISTEN_ADDR", {"LISTEN_ADDR": f"unix:///{'é' * 54}"}, "107"),
+        ("Engine's path too long", "DOCKER_HOST", {"DOCKER_HOST": f"unix:///{'x' * 107}"}, "107"),
         ("ssh", "DOCKER_HOST", {"DOCKER_HOST": "ssh://host"}, "ssh://"),
         ("npipe", "DOCKER_HOST", {"DOCKER_HOST": "npipe:////./pipe/x"}, "npipe://"),
         ("bare path", "DOCKER_HOST", {"DOCKER_HOST": "/run/docker.sock"}, ""),
