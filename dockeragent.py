@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2486, and a reviewer may stop there:
+stands first, up to line 2487, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -93,14 +93,14 @@ MAX_LIMITED_CONFIG = 128 * 1024  # bytes of JSON that describe a limited key's c
 MAX_CHUNK_LINE = 1024  # bytes; a size and its extensions
 MAX_TRAILER = 8 * 1024  # bytes; trailer fields are checked and dropped
 MAX_DEPTH = 32  # nested arrays and objects; the decoder recurses on the C stack
-MAX_VALUES = 200_000  # in one JSON text, roughly; 3 bytes may become an object of 100
+MAX_VALUES = 200_000  # in one JSON text, roughly; 3 bytes of it may take 100 in memory
 MAX_DIGITS = 20  # of one JSON number; int() of thousands of digits is quadratic
 HEAD_TIMEOUT = 10.0  # and for the TLS handshake
 BODY_TIMEOUT = 60.0
 IDLE_TIMEOUT = 75.0  # between two requests of one connection
 STRANGER_IDLE_TIMEOUT = 10.0  # the same, for a connection that has not shown a valid key
 WRITE_TIMEOUT = 30.0  # without a byte taken by the client
-HALF_CLOSED = 2.0  # of silence before a client that has half-closed counts as disconnected
+HALF_CLOSED = 2.0  # of waiting before a client that has half-closed counts as disconnected
 LINGER_TIMEOUT = 3.0  # for the client to read a response sent before its body was read
 GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
 RECV_SIZE = 64 * 1024  # bytes of one recv()
@@ -113,38 +113,38 @@ DESCRIPTORS_KEPT = 64  # for the listener, the log, idle connections to the Engi
 RATE_WINDOW = 60.0  # seconds
 MAX_CLIENTS = 10_000  # windows kept; past it the least recently used is forgotten
 
-# What the Engine may take.
+# How long the Engine may take, and how much it may send.
 NEWEST_API = 51  # 1.51 is the newest Engine API this file was written against
 CONNECT_TIMEOUT = 5.0
 CALL_TIMEOUT = 30.0
 START_TIMEOUT = 120.0  # create and start, and to undo them
 PING_TIMEOUT = 3.0
-PULL_SILENCE = 120.0  # between two words about a pull
+PULL_SILENCE = 120.0  # between two progress messages
 RUN_TIMEOUT = 3600  # of a one-off run that names none
-# Between two looks of a one-off run whether the agent is being stopped. A shorter wait would not
-# notice that the client has disconnected.
+# How often a one-off run checks whether the agent is stopping. A shorter wait would always end
+# before a client that has half-closed counts as disconnected.
 STOP_POLL = HALF_CLOSED + 0.5
 DEFAULT_STOP = 10  # seconds, the Engine's own default
 MAX_STOP = 86_400  # seconds; no wait here is unbounded
-MAX_RESPONSE = 64 * 1024 * 1024  # bytes of one answer that is not a stream
-MAX_KEPT_BODY = 512 * 1024  # bytes of one answer of which the result is kept for the next like it
+MAX_RESPONSE = 64 * 1024 * 1024  # bytes of one response that is not a stream
+MAX_KEPT_BODY = 512 * 1024  # bytes; what a longer response decodes to is not cached
 MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
-IDLE_CONNECTION = 2.0  # seconds; an older one may be dead without a sign
+IDLE_CONNECTION = 2.0  # seconds; the Engine may have closed one that was idle for longer
 VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded between two requests
 HEALTH_CACHE = 1.0  # seconds during which the Engine is not asked again
 GATE_INTERVAL = 0.2  # seconds between two looks at a new container
 MAX_GATE = 3600  # seconds
 MAX_DEPLOYS = 25  # of one limited key at once
-LATE_CREATE = 5.0  # seconds after a start, when most creates of a killed agent are done
-RECOVERY_INTERVAL = 2.0  # seconds for an Engine that has not answered, before names are read anew
-MAX_PROGRESS = 1000  # events of a pull that are kept for a client that does not read them
+LATE_CREATE = 5.0  # seconds after a start; by then most creates of a killed agent are done
+RECOVERY_INTERVAL = 2.0  # seconds before an Engine that did not respond is asked again
+MAX_PROGRESS = 1000  # events of a pull, queued for a client that does not read them
 FAILED_LINES = 50  # of a failed deploy's log, in the response
-HEALTH_KEPT = 4.0  # seconds during which a result is good enough while the Engine is asked
-METRICS_TIMEOUT = 5.0  # for the list of containers; less than a scrape may take
+HEALTH_KEPT = 4.0  # seconds; /health answers with so old a result while the Engine is asked anew
+METRICS_TIMEOUT = 5.0  # for the list of containers; shorter than a scrape's own timeout
 
-MAX_LINE = 1024 * 1024  # bytes of one log line; the rest goes on as the next
+MAX_LINE = 1024 * 1024  # bytes of one log line; the rest becomes the next line
 MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own hold up to 16 KiB and a timestamp
-NUMBERED = 4096  # log entries; a stamp that none of so many had counts anew, for the ids
+NUMBERED = 4096  # log entries; after so many others, a timestamp is numbered from 1 again
 ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into entries of this size
 # Sent at the start of an event stream, with the milliseconds before its client reconnects. No empty
 # line follows it or a ping: some clients would dispatch that as an empty message.
@@ -155,11 +155,11 @@ PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event strea
 # finds some 200 together, which takes a third off the time of the whole log.
 BURST_PAUSE = 0.0004  # seconds
 HEAD_WAIT = 1.0  # seconds for the Engine to refuse a log, before an event stream begins
-LOOK = NUMBERED + 1024  # entries at a log's end, among which a line is looked for first
-MAX_KEPT = 256 * 1024  # bytes of lines that one request keeps, to find the last so many
+LOOK = NUMBERED + 1024  # entries at a log's end that are searched first for a line
+MAX_KEPT = 256 * 1024  # bytes of lines that one request keeps in memory, to find the last ones
 LINE_COST = 200  # bytes that Python needs for a line, its text aside
 
-MAX_PATH_RETRIES = 20  # while other requests take the folders of a path away
+MAX_PATH_RETRIES = 20  # while others remove the folders that a path leads through
 MAX_LINKS = 40  # symbolic links in one path, as Linux has it
 MAX_PATH = 4096  # bytes, PATH_MAX
 MAX_SOCKET_PATH = 107  # bytes; unix(7), sun_path less its NUL
@@ -179,7 +179,7 @@ EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 section 
 LONE_CONTROL = re.compile(rb"\n(?<!\r\n)|\r(?!\n|\Z)|\0")
 # The rest is compiled when first used, so that no start waits for it.
 CHUNK_LINE = rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?"
-HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # what some proxies add
+HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # an address with the client's port
 REQUEST_ID = r"[A-Za-z0-9._-]{1,64}"
 CONTAINER = r"[a-zA-Z0-9][a-zA-Z0-9_.-]*"
 NAME_RULE = "letters, digits, '_', '.' or '-', beginning with a letter or digit"
@@ -213,7 +213,7 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, headers: Mapping[str, str] = {}, **members: Any
     ) -> None:
-        """members: what the response's JSON has beside error, message and status."""
+        """members: added to the response's JSON."""
         super().__init__(message)
         self.status, self.headers, self.members = status, headers, members
         self.message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
@@ -813,11 +813,11 @@ DOCKER_FOLDER = "~/.docker"  # where Docker's own certificates are by default
 
 
 class ConfigError(Exception):
-    """What is wrong with the environment, a line for each problem."""
+    """The environment is wrong; one argument, a line, for each problem."""
 
 
 class Address(NamedTuple):
-    """Where to listen or to find the Engine: a Unix socket's path, or a host and port."""
+    """Where to listen, or where the Engine is: a Unix socket's path, or a host and port."""
 
     path: str = ""
     host: str = ""
@@ -830,7 +830,7 @@ class Address(NamedTuple):
 
 
 class Config(NamedTuple):
-    """The checked environment: variables under their names in lower case, and what they name."""
+    """The checked environment: variables in lower case, and what the files they name hold."""
 
     listen_addr: Address
     docker_host: Address
@@ -1066,7 +1066,7 @@ def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
         for field, path in [(f, path) for f in ("binds", "files") for path in entry.get(f, ())]:
             if place := forbidden_place(path, values):
                 refuse(f"{here}.{field}", f"{path} would give away {place}")
-        if entry["sha256"] == hashlib.sha256().hexdigest():  # of a variable that was not set
+        if entry["sha256"] == hashlib.sha256().hexdigest():  # of an unset shell variable
             refuse(f"{here}.sha256", "is that of an empty key, which anybody has")
         entry = {name: tuple(v) if isinstance(v, list) else v for name, v in entry.items()}
         keys.append(Key(digest=bytes.fromhex(entry.pop("sha256")), **entry))
@@ -1074,9 +1074,9 @@ def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
 
 
 def forbidden_place(path: str, values: Json) -> str:
-    """Return the place that path lies in or holds, "" if a limited key may have it."""
+    """Return what path lies in or contains and no limited key may have, "" if there is none."""
     root = os.path.realpath(values["host_root"]).rstrip("/")
-    # Also the secrets and sockets that are configured.
+    # The agent's own secrets and sockets are forbidden, too.
     names = "api_key_file", "keys_file", "tls_cert_file", "tls_key_file", "tls_client_ca_file"
     paths = [values[name] for name in (*names, "docker_cert_path")]
     paths += [values["docker_host"].path, values["listen_addr"].path]
@@ -1437,7 +1437,7 @@ def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
 
 
 class Request:
-    """One request, and what becomes of it; set step by step, in the order of Connection.answer."""
+    """One request and its outcome; Connection.answer sets the attributes in this order."""
 
     def __init__(self, client: str, interrupts: Interrupts, slots: Collection[Slot]) -> None:
         self.started = time.monotonic()
@@ -1450,7 +1450,7 @@ class Request:
         self.path = ""  # as it was sent, with the query
         self.fields: Fields = {}
         self.length: int | None = 0  # of the body in bytes; None if it is chunked
-        self.is_unread = True  # until the end of the body is known and reached
+        self.is_unread = True  # whether bytes of the body may still come
         self.key = STRANGER  # until a valid key was shown
         self.limit_headers: Mapping[str, str] = {}
         self.route: Route | None = None
@@ -1482,7 +1482,7 @@ class Request:
         return fields
 
     def end_fields(self, seconds: float) -> Json:
-        """Return the fields of the log line of a request that ended so long after it began."""
+        """Return the fields of the log line at the request's end. seconds: how long it took."""
         fields = {**self.log_fields(), "latency_ms": round(seconds * 1000, 3)}
         fields["bytes"] = max(0, self.sent)
         return {**fields, "error": self.error} if self.error else fields
@@ -1560,6 +1560,7 @@ def read_body(connection: Connection, request: Request, route: Route) -> None:
         return
     if expected and request.length != 0 and not connection.buffer:
         connection.write(request, b"HTTP/1.1 100 Continue\r\n\r\n")
+    # A stop lets a request in flight finish, so it does not interrupt this.
     connection.deadline, connection.interrupts = time.monotonic() + BODY_TIMEOUT, NEVER
     length = request.length
     data = read_chunks(connection) if length is None else connection.take(length)
@@ -1620,7 +1621,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.deadline = time.monotonic() + HEAD_TIMEOUT  # monotonic; for what is received next
         self.interrupts = self.until_stop  # of the waits for it
         self.is_kept = True  # for another request
-        self.has_answered = False  # so that the last response is given time to be read
+        self.has_answered = False  # so `finish` gives the client time to read the response
         self.sock.setblocking(False)
         if self.sock.family != socket.AF_UNIX:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1657,7 +1658,7 @@ class Connection(socketserver.BaseRequestHandler):
             deadline = time.monotonic() + LINGER_TIMEOUT
             if isinstance(self.sock, ssl.SSLSocket):
                 with contextlib.suppress(OSError, ValueError):
-                    self.sock.unwrap()  # says goodbye, and does not wait for the client's
+                    self.sock.unwrap()  # sends close_notify, and does not wait for the client's
             self.sock.shutdown(socket.SHUT_WR)
             while self.has_answered and receive(self.sock, deadline):
                 pass
@@ -1666,12 +1667,12 @@ class Connection(socketserver.BaseRequestHandler):
         """Return whether a request begins in time; False too if the agent stops."""
         with contextlib.suppress(OSError, Stopping):
             while True:
-                begun = EMPTY_LINES.sub(b"", self.buffer)
+                start = EMPTY_LINES.sub(b"", self.buffer)
                 # Invariant: even empty lines are taken only up to a bound.
-                if len(self.buffer) - len(begun) > MAX_REQUEST_LINE:
+                if len(self.buffer) - len(start) > MAX_REQUEST_LINE:
                     break
-                if begun not in (b"", b"\r"):
-                    self.buffer = bytearray(begun)
+                if start not in (b"", b"\r"):
+                    self.buffer = bytearray(start)
                     return True
                 if not (data := receive(self.sock, self.deadline, self.until_stop)):
                     break
@@ -1761,11 +1762,11 @@ class Connection(socketserver.BaseRequestHandler):
         request.fields = self.take_fields(MAX_FIELD_BLOCK, 431, "headers are")
 
     def check_head(self, request: Request) -> None:
-        """Take from the headers who asks, and how long the body is. Raises ApiError (400, 501)."""
+        """Take the client and the body's length from the headers. Raises ApiError (400, 501)."""
         fields = request.fields
-        own = ",".join(fields.get("x-request-id", []))
-        if own and re.fullmatch(REQUEST_ID, own):
-            request.id = own
+        request_id = ",".join(fields.get("x-request-id", []))
+        if re.fullmatch(REQUEST_ID, request_id):
+            request.id = request_id
         if forwarded := ",".join(fields.get("x-forwarded-for", [])):
             trusted = self.server.config.trusted_proxies
             request.client = client_address(request.client, forwarded, trusted)
@@ -1785,7 +1786,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.is_kept = request.minor == 1 and "close" not in map(str.strip, options)
 
     def answer(self, request: Request) -> Response:
-        """Check one request, in the order that reveals least to a stranger, and answer it."""
+        """Check one request, in the order that reveals least to a stranger; return its response."""
         self.read_head(request)
         self.check_head(request)
         self.server.begin_answer(self.slot, request)
@@ -1796,7 +1797,7 @@ class Connection(socketserver.BaseRequestHandler):
             self.authorise(request)
         request.route, request.name = find_route(self.server.routes, request.method, segments)
         if is_public:
-            # Invariant: nothing a stranger sent is repeated to him, so no name in his query is.
+            # Invariant: nothing that a stranger sent is repeated, so no name in a query is.
             if query or request.length != 0:
                 raise ApiError(400, "neither a query nor a body is taken here")
             return request.route.endpoint(request, self.server.agent)
@@ -1880,8 +1881,8 @@ class Connection(socketserver.BaseRequestHandler):
     def write(self, request: Request, data: bytes) -> None:
         """Send data. Raises ClientGone when the client disconnects or reads nothing for too long.
 
-        Responses to strangers are small and always fit the socket's buffer, so one that does not
-        read is dropped at once: he must not hold his connection's slot.
+        Responses to strangers are small and fit the socket's buffer, so a stranger that does not
+        read is dropped at once: it must not hold its connection's slot.
         """
         left = memoryview(data)
         self.has_answered = True
@@ -1907,8 +1908,8 @@ class Slot:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.key = STRANGER  # the last valid key that was shown on it
-        self.since = time.monotonic()  # it was opened, or its last complete request came
-        self.request: Request | None = None  # the one that is being answered
+        self.since = time.monotonic()  # when it was opened, or its last complete request came
+        self.request: Request | None = None  # the one in flight
         self.is_streaming = False
 
 
@@ -1920,7 +1921,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(
         self, config: Config, log: Log, listener: socket.socket, routes: Iterable[Route], agent: Any
     ) -> None:
-        """agent: what the endpoints act upon; its metrics are told each request and its seconds."""
+        """agent: handed to the endpoints; its metrics observe each request and its seconds."""
         super().__init__(("", 0), Connection, bind_and_activate=False)
         self.socket.close()
         self.socket = listener
@@ -1987,8 +1988,8 @@ class Server(http.server.ThreadingHTTPServer):
     def note_key(self, slot: Slot, key: Key) -> bool:
         """Note that a valid key was shown on a connection; return whether the key may have it.
 
-        Invariant: one limited key cannot keep the others out, nor all of them the master. It holds
-        at most a quarter of all connections; they hold three.
+        Invariant: one limited key cannot keep the others out, and all of them together cannot keep
+        the master out. One holds at most a quarter of all connections, all hold three quarters.
         """
         with self._lock:
             if slot.key is not key and not key.master:
@@ -5956,7 +5957,7 @@ STOP_SIGNALS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
 def print_error(*lines: str) -> None:
-    """Print lines on standard error, whatever characters are in the values that they repeat."""
+    """Print lines on standard error; no value in them ends its line or controls a terminal."""
     for line in lines:
         print("".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
 
@@ -5968,7 +5969,7 @@ def listen(address: Address) -> socket.socket:
         family = socket.AF_INET6 if dual or ":" in address.host else socket.AF_INET
         there = (address.host, address.port)
         return socket.create_server(there, family=family, dualstack_ipv6=dual)
-    # A socket on which nobody listens any more is removed, and nothing else.
+    # Only a socket on which nobody listens any more is removed.
     with contextlib.suppress(FileNotFoundError), socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         if not stat.S_ISSOCK(os.lstat(address.path).st_mode):
@@ -5997,7 +5998,7 @@ def healthcheck(config: Config) -> int:
     address, context = config.listen_addr, None
     address = address._replace(host=address.host or "127.0.0.1")
     if config.server_tls:
-        # To ourselves: whether the certificate names this host does not matter.
+        # This is our own server: its certificate needs no check.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         context.load_cert_chain(config.tls_cert_file, config.tls_key_file)
@@ -6009,7 +6010,7 @@ def healthcheck(config: Config) -> int:
             return 0 if response.status == 200 else 1
     except (*FAILURES, ValueError) as error:
         print_error(f"{address}: {describe(error)}")
-        # With the handshake done, a server that takes another CA's certificates refuses ours.
+        # A server that accepts only another CA's certificates refuses ours after the handshake.
         is_refusal = sock and isinstance(error, (ssl.SSLError, ConnectionError))
         return 0 if is_refusal and config.tls_client_ca_file else 1
 
@@ -6081,7 +6082,7 @@ def finish_requests(server: Server, agent: Agent, log: Log) -> int:
 
 def run(config: Config) -> int:
     """Serve until a stop signal; return the exit status. Raises ConfigError."""
-    # Blocked before the first thread starts, so that no handler ever runs inside other code.
+    # Blocked before the first thread starts, and taken by sigwait: no handler interrupts any code.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     os.umask(0)  # every mode here is explicit
     # The same everywhere: musl's default is too little, and json's decoder needs over 1 MiB.
@@ -6149,7 +6150,7 @@ def main(argv: list[str] | None = None) -> int:
         print_error(f"unknown arguments {' '.join(arguments)}; try --help")
         return 2
     is_healthcheck = arguments == ["healthcheck"]
-    # It needs no key, and should not have to be able to read one.
+    # healthcheck needs no key, so it may run as a user that cannot read one.
     unneeded = {"API_KEY": "-", "API_KEY_FILE": "", "KEYS_FILE": ""} if is_healthcheck else {}
     try:
         config = load_config({**os.environ, **unneeded})
