@@ -107,8 +107,8 @@ RECV_SIZE = 64 * 1024  # bytes of one recv()
 STREAM_BUFFER = 128 * 1024  # bytes of SO_SNDBUF, so a slow reader does not stall a stream at once
 SHORT_KEY = 32  # characters; a warning for a shorter one, which might be guessed
 MAX_MESSAGE = 2000  # characters of an error's message; it may repeat what a client sent
-MAX_LINGERING_REFUSALS = 256  # connections left open for a moment so that their 503 is read
-DESCRIPTORS_KEPT = 64  # for the listener, the log, idle connections to the Engine and files
+MAX_LINGERING_REFUSALS = 32  # connections left open for a moment so that their 503 is read
+DESCRIPTORS_KEPT = 64  # for them, the listener, the log, idle connections to the Engine and files
 
 RATE_WINDOW = 60.0  # seconds
 MAX_CLIENTS = 10_000  # windows kept; past it the least recently used is forgotten

@@ -25,6 +25,7 @@ import os
 import queue
 import random
 import re
+import resource
 import secrets
 import select
 import shutil
@@ -3390,6 +3391,24 @@ def test_connection_past_the_cap_gets_503(fake_engine):
         until(lambda: agent.get("/x").status == 404, "a free slot")
         name, other = "dockeragent_http_requests_total", {"method": "other", "route": "other"}
         assert value_of(scrape(agent), name, code="503", **other) >= 2
+
+
+def test_refused_connections_take_no_descriptor_that_a_key_holder_needs(fake_engine, tmp_path):
+    env = {"DOCKER_HOST": fake_engine.url, "HOST_ROOT": str(tmp_path), "MAX_CONNECTIONS": "18"}
+    ask = message("GET /api/v1/files?path=/x")
+    with Agent(**env) as agent, contextlib.ExitStack() as stack:
+        holders = [stack.enter_context(agent.connect()) for _ in range(18)]
+        for sock in holders:
+            sock.sendall(ask)
+            assert b"404 Not Found" in read_some(sock)
+        for _ in range(100):
+            stack.enter_context(agent.connect())
+        until(lambda: len(agent.lines("request")) == 118, "the log line of each")
+        # That is enough for 18 connections. Those that were refused are left open for a moment.
+        resource.prlimit(agent.process.pid, resource.RLIMIT_NOFILE, (100, 100))
+        for sock in holders:
+            sock.sendall(ask)
+            assert b"404 Not Found" in read_some(sock)
 
 
 def read_some(sock: socket.socket) -> bytes:
