@@ -1951,8 +1951,9 @@ class Server(http.server.ThreadingHTTPServer):
             try:
                 super().process_request(request, client_address)
                 return
-            except RuntimeError:  # no thread can be started
+            except RuntimeError:  # no thread can be started until another ends
                 self.slots.discard(request)
+                self._make_room()
         self._refuse(request.sock, client_address)
 
     def shutdown_request(self, request: Any) -> None:

@@ -3782,6 +3782,28 @@ with da.listen(config.listen_addr) as listener, socket.socket() as client:
     assert in_child(code, "/", f"unix://{tmp_path}/agent.sock") == "gone\n"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming somebody else takes root")
+def test_strangers_who_hold_all_threads_make_room_too():
+    code = """
+import encodings.idna, socket, threading
+resource.setrlimit(resource.RLIMIT_NPROC, (8, 8))
+os.setuid(4002)
+config = da.load_config({"API_KEY": "k" * 40, "LISTEN_ADDR": "127.0.0.1:0"})
+agent = da.Agent(None, "/", {}, da.Metrics(), set(), None)
+with da.listen(config.listen_addr) as listener:
+    server = da.Server(config, da.Log("error"), listener, (), agent)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    strangers = [socket.create_connection(listener.getsockname()) for _ in range(8)]
+    for _ in range(200):  # each one that is refused has made room for the next
+        with socket.create_connection(listener.getsockname()) as late:
+            late.sendall(b"GET /x HTTP/1.0\\r\\n\\r\\n")
+            status = late.recv(12).decode()
+        if "404" in status: break
+    print(status, flush=True)
+"""
+    assert in_child(code, "/") == "HTTP/1.1 404\n"
+
+
 def test_second_signal_ends_it_at_once_and_logs_what_it_cuts_off(fake_engine):
     release = threading.Event()
     fake_engine.script["GET /containers/json"] = held(release)
