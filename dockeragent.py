@@ -104,7 +104,7 @@ HALF_CLOSED = 2.0  # of waiting before a client that has half-closed counts as d
 LINGER_TIMEOUT = 3.0  # for the client to read a response sent before its body was read
 GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
 RECV_SIZE = 64 * 1024  # bytes of one recv()
-STREAM_BUFFER = 128 * 1024  # bytes of SO_SNDBUF, so a slow reader does not stall a stream at once
+STREAM_BUFFER = 128 * 1024  # bytes of SO_SNDBUF: what the kernel holds for a stream's slow reader
 SHORT_KEY = 32  # characters; a warning for a shorter one, which might be guessed
 MAX_MESSAGE = 2000  # characters of an error's message; it may repeat what a client sent
 MAX_LINGERING_REFUSALS = 32  # connections left open for a moment so that their 503 is read
@@ -1573,7 +1573,6 @@ def read_body(connection: Connection, request: Request, route: Route) -> None:
 # HTTP handler: read the head, limit, authorise, route, read the body, respond
 # --------------------------------------------------------------------------------------------------
 
-
 PARAMETER = 4  # where in a path its parameter is: /api/v1/containers/{id}/logs
 # By the segments of a path, with None for its parameter; then by method.
 RouteTable = dict[tuple[Optional[str], ...], dict[str, Route]]
@@ -1654,7 +1653,7 @@ class Connection(socketserver.BaseRequestHandler):
 
     def finish(self) -> None:
         """Half-close, then drain: a reset would discard the response (RFC 9112 section 9.6)."""
-        with contextlib.suppress(OSError, ValueError), contextlib.closing(self.sock):
+        with contextlib.suppress(OSError, ValueError):
             deadline = time.monotonic() + LINGER_TIMEOUT
             if isinstance(self.sock, ssl.SSLSocket):
                 with contextlib.suppress(OSError, ValueError):
@@ -1958,8 +1957,8 @@ class Server(http.server.ThreadingHTTPServer):
 
     def shutdown_request(self, request: Any) -> None:
         """End a connection's thread, whatever became of the connection."""
-        self.slots.discard(request)
         request.sock.close()
+        self.slots.discard(request)
 
     def _make_room(self) -> bool:
         """Revoke the slot of the stranger who has gone longest without a complete request.
