@@ -3782,6 +3782,48 @@ with da.listen(config.listen_addr) as listener, socket.socket() as client:
     assert in_child(code, "/", f"unix://{tmp_path}/agent.sock") == "gone\n"
 
 
+@pytest.mark.parametrize("name", ["{}/notify", "@dockeragent{}"])
+def test_systemd_is_told_of_the_start_and_the_stop(name, fake_engine, tmp_path):
+    name = name.format(tmp_path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.settimeout(WAIT)
+        systemd.bind(name.replace("@", "\0"))
+        with Agent(DOCKER_HOST=fake_engine.url, NOTIFY_SOCKET=name):
+            assert systemd.recv(100) == b"READY=1"
+        assert systemd.recv(100) == b"STOPPING=1"
+
+
+def test_open_files_bound_the_connections():
+    code = "resource.setrlimit(resource.RLIMIT_NOFILE, (50, {most})); print("
+    code += "da.raise_open_files(500), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    for most, printed in ((2000, "500 2000\n"), (1000, "468 1000\n"), (60, "1 60\n")):
+        assert in_child(code.format(most=most)) == printed
+
+
+def test_bug_of_a_handler_is_a_500_that_shows_none_of_it_and_the_server_goes_on():
+    code = """
+import socket, threading
+def endpoint(request, agent): raise KeyError("a secret")
+config = da.load_config({"API_KEY": "k" * 40, "LISTEN_ADDR": "127.0.0.1:0"})
+agent = da.Agent(None, "/", {}, da.Metrics(), set(), None)
+with da.listen(config.listen_addr) as listener:
+    routes = [da.Route("GET", "/health", endpoint, da.PUBLIC)]
+    server = da.Server(config, da.Log("error"), listener, routes, agent)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with socket.create_connection(listener.getsockname()) as client:
+        client.sendall(b"GET /health HTTP/1.1\\r\\nHost: h\\r\\n\\r\\nGET /x HTTP/1.0\\r\\n\\r\\n")
+        while data := client.recv(65536): sys.stderr.buffer.write(data)
+"""
+    done = subprocess.run([sys.executable, "-c", CHILD + code, "/"], cwd=HERE, capture_output=True)
+    bug, other = split_replies(done.stderr)
+    assert_envelope(bug, 500, bug.headers["x-request-id"])
+    assert other.status == 404 and b"secret" not in done.stdout + done.stderr
+    logged, request = map(json.loads, done.stdout.splitlines())
+    assert (logged["msg"], logged["request_id"]) == ("bug", bug.headers["x-request-id"])
+    assert "in endpoint" in logged["traceback"] and "KeyError" in logged["traceback"]
+    assert (request["status"], request["error"]) == (500, bug.json()["message"])
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming somebody else takes root")
 def test_strangers_who_hold_all_threads_make_room_too():
     code = """
