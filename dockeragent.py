@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2487, and a reviewer may stop there:
+stands first, up to line 2484, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1419,14 +1419,11 @@ def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
     Raises socket.timeout if the peer takes nothing until deadline (monotonic), and OSError.
     """
     while True:
-        try:
+        # Only TLS renegotiation, which is not supported, would have to read before it can send.
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
             return sock.send(data)
-        except (BlockingIOError, ssl.SSLWantWriteError):
-            events = select.POLLOUT
-        except ssl.SSLWantReadError:  # a TLS peer changes its keys
-            events = select.POLLIN
         poll = select.poll()
-        poll.register(sock, events)
+        poll.register(sock, select.POLLOUT)
         if not poll.poll(max(0, math.ceil((deadline - time.monotonic()) * 1000))):
             raise socket.timeout("timed out")
 
