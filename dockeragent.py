@@ -6031,14 +6031,14 @@ def check(config: Config) -> int:
 
 
 def start_up(log: Log, address: Address, agent: Agent) -> None:
-    """Log where the agent listens; then undo or finish what a killed agent has left."""
+    """Log where the agent listens; then clean up after a killed agent: its deploys, its runs."""
     problem = agent.engine.problem()
     where = {"address": str(address), "engine": str(agent.engine.address)}
     log("info", "listening", version=VERSION, **where, engine_answers=not problem)
     if problem:
         log("warning", f"the Engine does not answer: {problem}")
-    # Twice: the Engine may still be working on a create that the killed agent has sent.
-    pauses = [LATE_CREATE, 0]
+    # At once and once more: the Engine may still be working on a create of the killed agent's.
+    pauses = [LATE_CREATE, 0]  # the next one last
     while pauses and not agent.deploys.stopping.wait(pauses.pop()):
         try:
             agent.deploys.recover_all()
@@ -6062,7 +6062,7 @@ def raise_open_files(wanted: int) -> int:
 def finish_requests(server: Server, agent: Agent, log: Log) -> int:
     """Stop accepting, and wait up to GRACE for the requests to end; return the exit status.
 
-    A second signal ends the wait. What is cut off is logged: the Engine may still do it.
+    A second signal ends the wait. A request cut off is logged: the Engine may still carry it out.
     """
     agent.deploys.stopping.set()
     server.stop()
@@ -6070,10 +6070,9 @@ def finish_requests(server: Server, agent: Agent, log: Log) -> int:
     while (server.slots or agent.deploys.busy) and time.monotonic() < deadline:
         if signal.sigtimedwait(STOP_SIGNALS, 0.05):
             deadline, status = 0, 1
-    for request in [slot.request for slot in list(server.slots)]:
-        if request:
-            request.error = "cut off by the stop"
-            log("warning", "request", **request.end_fields(time.monotonic() - request.started))
+    for request in filter(None, [slot.request for slot in list(server.slots)]):
+        request.error = "cut off by the stop"
+        log("warning", "request", **request.end_fields(time.monotonic() - request.started))
     return status
 
 
