@@ -1376,7 +1376,7 @@ class Interrupts(NamedTuple):
             return True
         poll = select.poll()  # select() cannot take descriptors past 1023
         poll.register(sock, select.POLLIN)
-        if self.client:  # reported even while there is something to be read from it
+        if self.client:  # POLLRDHUP is reported even while there are bytes to read
             poll.register(self.client, select.POLLRDHUP)
         if self.stop:
             poll.register(self.stop, select.POLLIN)
@@ -1614,9 +1614,9 @@ class Connection(socketserver.BaseRequestHandler):
         self.sock = self.slot.sock
         self.until_stop = Interrupts(stop=self.server.stopping)
         self.buffer = bytearray()  # received, and not yet taken
-        self.deadline = time.monotonic() + HEAD_TIMEOUT  # monotonic; for what is received next
-        self.interrupts = self.until_stop  # of the waits for it
-        self.is_kept = True  # for another request
+        self.deadline = time.monotonic() + HEAD_TIMEOUT  # monotonic; for the next bytes received
+        self.interrupts = self.until_stop  # what ends a wait for them early
+        self.is_kept = True  # whether another request is read
         self.has_answered = False  # so `finish` gives the client time to read the response
         self.sock.setblocking(False)
         if self.sock.family != socket.AF_UNIX:
@@ -1724,8 +1724,8 @@ class Connection(socketserver.BaseRequestHandler):
         """Return the bytes before end; remove neither. Raises ApiError as early as possible."""
         scanned = 0  # so that a head in tiny pieces costs no more
         while True:
-            # Invariant: the head is bounded before any of it is looked at. What may be the
-            # beginning of end does not count; more CRs and LFs are refused below.
+            # Invariant: the head is bounded before any of it is parsed. CRs and LFs at the end of
+            # the part do not count: they may be the beginning of `end`, or are refused below.
             part, found, _ = self.buffer[: limit + len(end)].partition(end)
             if len(part.rstrip(b"\r\n")) > limit:
                 raise ApiError(status, f"the {what} longer than {limit} bytes")
