@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2484, and a reviewer may stop there:
+stands first, up to line 2481, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -908,7 +908,7 @@ def parse_networks(text: str) -> Networks:
 
 def parse_range(text: str, path: str) -> tuple[int, int]:
     """Return the first and the last port of a range, or of a single port."""
-    low, high = (int(part) for part in (text.split("-") * 2)[:2])
+    low, high = int(text.split("-")[0]), int(text.split("-")[-1])
     if not 1 <= low <= high <= 65535:
         refuse(path, "must be ports from 1 to 65535, the lower one first")
     return low, high
@@ -1219,10 +1219,7 @@ class Log:
 
 
 def describe_bug(error: BaseException | None) -> str:
-    """Return where an error was raised, and its class.
-
-    Its message is left out because it may contain client data.
-    """
+    """Return where an error was raised, and its class; its message may contain client data."""
     import traceback  # loaded here because no start should wait for it
 
     places = traceback.format_tb(error.__traceback__ if error else None, limit=-8)
