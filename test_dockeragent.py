@@ -3836,7 +3836,7 @@ with da.listen(config.listen_addr) as listener:
     server = da.Server(config, da.Log("error"), listener, (), agent)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     strangers = [socket.create_connection(listener.getsockname()) for _ in range(8)]
-    for _ in range(200):  # each one that is refused has made room for the next
+    for _ in range(1000):  # each one that is refused has made room for the next
         with socket.create_connection(listener.getsockname()) as late:
             late.sendall(b"GET /x HTTP/1.0\\r\\n\\r\\n")
             status = late.recv(12).decode()
