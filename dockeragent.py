@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2481, and a reviewer may stop there:
+stands first, up to line 2483, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -288,6 +288,8 @@ OTHER_NAMES.update(privateport="container_port", published="host_port", publicpo
 OTHER_NAMES.update(logconfig="log", destination="target", dst="target", mode="permission")
 OTHER_NAMES.update(networkingconfig="networks", devicerequests="gpus", args="cmd")
 OTHER_NAMES.update(repo="image", tag="image", ip="host_ip", type="driver", stream="follow")
+OTHER_NAMES.update(host="host_port", hostpath="source", mountpath="target", ro="read_only")
+OTHER_NAMES.update(lines="tail", imagepullpolicy="pull", event="action")
 OTHER_NAMES.update(hostconfig="volumes, ports, resources and so on, beside image")
 
 
@@ -443,7 +445,7 @@ def decode_json(body: bytes) -> Any:
     except json.JSONDecodeError as error:
         octal = re.compile(r"\b0[0-9]+").match(error.doc, max(0, error.pos - 1))
         hint = f'write "{octal[0]}" in quotes' if octal else error.msg
-        refuse("", f"is not JSON: line {error.lineno}, column {error.colno}: {hint}")
+        return NotJson(f"is not JSON: line {error.lineno}, column {error.colno}: {hint}")
     except UnicodeDecodeError as error:
         refuse("", f"is not UTF-8: {error}")
 
@@ -1550,7 +1552,7 @@ def read_body(connection: Connection, request: Request, route: Route) -> None:
         raise ApiError(413, f"the body is longer than {MAX_BODY} bytes")
     if route.body is None:
         if request.length != 0:
-            raise ApiError(400, "body: none is taken here")
+            raise ApiError(400, "body: none is taken here; parameters go into the URL: ?name=value")
         return
     if expected and request.length != 0 and not connection.buffer:
         connection.write(request, b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -1588,7 +1590,7 @@ def find_route(table: RouteTable, method: str, segments: list[str]) -> tuple[Rou
         name = segments[PARAMETER]
         methods = table.get((*segments[:PARAMETER], None, *segments[PARAMETER + 1 :]))
     if not methods:
-        raise ApiError(404, "there is nothing at this path; the README lists the endpoints")
+        raise ApiError(404, "there is no such path: most begin with /api/v1, none ends in a slash")
     if method not in methods:
         options = ", ".join(methods)
         raise ApiError(405, f"use {options} here", {"Allow": options})
@@ -1812,7 +1814,7 @@ class Connection(socketserver.BaseRequestHandler):
         request.limit_headers = self.server.limiter.admit(request.client, request.key.name)
         if request.key is STRANGER:
             problems = ("a key is needed", "the key is wrong", "the key is given more than once")
-            message = f"{problems[min(len(shown), 2)]}; send X-API-Key: KEY, or Bearer KEY"
+            message = f"{problems[min(len(shown), 2)]}; send X-API-Key: KEY"
             raise ApiError(401, message, {"WWW-Authenticate": 'Bearer realm="dockeragent"'})
         if not self.server.note_key(self.slot, request.key):
             self.is_kept = False
@@ -2493,13 +2495,14 @@ REPOSITORY = f"(?:{REGISTRY}/)?{PART}(?:/{PART})*"
 IMAGE = REPOSITORY + "(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?"
 IMAGE += "(?:@sha256:[0-9a-f]{64}|@sha512:[0-9a-f]{128})?"
 IMAGE_ID = "(?:sha256:)?[0-9a-f]{64}"
-IMAGE_RULE = "an image such as nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
+IMAGE_RULE = "an image in lower case: nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
 NO_LIMIT = "no limit"
+VOLUME_RULE = f"a name of at least two {NAME_RULE}; a bind's source begins with a /"
 ULIMIT_RULE = "an integer, or [soft, hard] with soft at most hard"
 SOURCES = {
     # Any other path the Engine would clean into one that nobody has checked.
     "bind": (r"/|(/(?!\.\.?(/|\Z))[^/]+)+/?", "an absolute path with no '.', '..' or empty part"),
-    "volume": ("([a-zA-Z0-9][a-zA-Z0-9_.-]+)?", f"a volume's name: at least two {NAME_RULE}"),
+    "volume": ("([a-zA-Z0-9][a-zA-Z0-9_.-]+)?", VOLUME_RULE),
     "tmpfs": ("", "absent for a tmpfs"),
 }
 
@@ -2550,8 +2553,8 @@ def check_health(health: Json, path: str) -> Json:
     given = {"cmd", "shell", "disable"} & health.keys()
     if len(given) > 1 or ("disable" in given and len(health) > 1):
         refuse(path, "must have at most one of cmd, shell and disable, which takes no times")
-    if health.get("cmd") == []:
-        refuse(f"{path}.cmd", "must not be empty")
+    if health.get("cmd", [""])[:1] in ([], ["CMD"], ["CMD-SHELL"], ["NONE"]):
+        refuse(f"{path}.cmd", "must begin with the program, as compose's test does after CMD")
     return health
 
 
@@ -2654,8 +2657,8 @@ def signal_name(word: str) -> str:
     return "SIG" + word.upper().removeprefix("SIG")
 
 
-def absent(rule: str) -> Schema:
-    return {**BOOLEAN, "check": lambda value, path: refuse(path, rule)}
+def absent(why: str) -> Schema:
+    return {"type": "nothing", "description": f"left out: {why}"}
 
 
 def at(place: str, schema: Schema, convert: Any = lambda value: value, since: int = 0) -> Schema:
@@ -2813,12 +2816,12 @@ CREATE = object_schema(
     ipc_mode=at("HostConfig.IpcMode", string_schema(f"{SHARED}|none|private|shareable", IPC_RULE)),
 )
 RUN_ROWS = {"timeout": integer_schema(1, MAX_STOP), **CREATE["properties"]}
-RUN_ROWS["auto_remove"] = absent("must be left out: the container of a run is always removed")
+RUN_ROWS["auto_remove"] = absent("the container of a run is always removed")
 RUN = object_schema("image", {"image": "nginx:1.27", "cmd": ["nginx", "-t"]}, check_run, **RUN_ROWS)
 GATE_TIME = integer_schema(0, MAX_GATE, kind="integer|number")  # seconds
 DEPLOY_ROWS = {"deploy": object_schema("", timeout=GATE_TIME, stable=GATE_TIME)}
-DEPLOY_ROWS.update((name, row) for name, row in CREATE["properties"].items() if name != "name")
-DEPLOY_ROWS["auto_remove"] = absent("must be absent: nothing could bring the container back")
+DEPLOY_ROWS.update(CREATE["properties"], name=absent("the path has it"))
+DEPLOY_ROWS["auto_remove"] = absent("nothing could bring the container back")
 DEPLOY = object_schema("image", {"image": "nginx:1.27"}, check_create, **DEPLOY_ROWS)
 DEPLOY_QUERY = object_schema("", adopt=BOOLEAN)
 POLICY = object_schema("Name", Name=STRING, MaximumRetryCount=integer_schema(0, 2**63 - 1))
@@ -4122,7 +4125,7 @@ def parse_moment(name: str, value: str) -> int:
         return time.time_ns() - ago
     with contextlib.suppress(EngineError):
         return stamp_time(value.encode())
-    refuse(name, "must be Unix seconds, an RFC 3339 time such as 2026-02-21T10:00:00Z, or 10m")
+    refuse(name, "must be Unix seconds, RFC 3339 (2026-02-21T10:00:00Z), or how long ago (10m, 1h)")
 
 
 def moment_asked(name: str, value: str) -> int:
