@@ -959,9 +959,9 @@ KEY_NAME_RULE = "1 to 64 of A-Z a-z 0-9 . _ -, and not master"
 # A container that mounts one of these, or a folder that holds one, is root on the host.
 FORBIDDEN_PATHS = "/proc /sys /dev /run /var/run /var/lib/docker /var/lib/containerd".split()
 KEY_PATTERN = r"\*|[a-zA-Z0-9][a-zA-Z0-9_.-]*\*?"
-NAMES = array_of(string_schema(KEY_PATTERN, "a name, or its beginning and *", 255))
+NAMES = array_of(string_schema(KEY_PATTERN, "a name, or its beginning and *", 255, "web-*"))
 ABSOLUTE_PATH = r"(?:/(?!\.\.?(?:/|\Z))[^/*:\0]+)+"
-PATHS = array_of(string_schema(ABSOLUTE_PATH, "an absolute path without *, :, . or .."))
+PATHS = array_of(string_schema(ABSOLUTE_PATH, "a path like /srv/web, without *, :, . or .."))
 # The host part stands in full: ghcr.io* would be ghcr.io.evil.com too.
 IMAGE_PATTERN = r"\*|[^*\s]*/[^*\s]*\*?|[^*./\s]+\*?|[^*/\s]+(:[^*/\s]*\*?)?"
 EXPIRY = r"(?a:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d))"
@@ -975,8 +975,8 @@ KEY_ENTRY = object_schema(
     sha256=string_schema("[0-9a-f]{64}", "64 digits of 0-9 and a-f; see new-key"),
     master=BOOLEAN,
     expires={**string_schema(EXPIRY, "a time such as 2027-06-30T00:00:00Z"), "check": parse_expiry},
-    allow=array_of(one_of(*DECISIONS)),
-    images=array_of({**string_schema(IMAGE_PATTERN, "an image"), "check": full_pattern}),
+    allow=array_of(one_of(*DECISIONS), ["read", "logs"]),
+    images=array_of({**string_schema(IMAGE_PATTERN, "like ghcr.io/a/*"), "check": full_pattern}),
     **dict.fromkeys(("containers", "networks", "volumes"), NAMES),
     **dict.fromkeys(("binds", "files"), PATHS),
     ports=array_of({**PORT_RANGE, "check": parse_range}),

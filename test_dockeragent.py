@@ -742,7 +742,7 @@ ENTRY = {"name": "ci", "sha256": "a" * 64}
             {"keys": [{**ENTRY, "images": ["ghcr.io/*/x"]}]},
             "images[0]",
         ),
-        ("a relative bind", {"keys": [{**ENTRY, "binds": ["srv"]}]}, "binds[0]"),
+        ("a relative bind", {"keys": [{**ENTRY, "binds": ["srv"]}]}, "like /srv/web"),
         ("a bind that climbs", {"keys": [{**ENTRY, "binds": ["/srv/../etc"]}]}, "binds[0]"),
         ("a bind with a star", {"keys": [{**ENTRY, "binds": ["/srv/*"]}]}, "binds[0]"),
         ("a bind with a colon", {"keys": [{**ENTRY, "binds": ["/srv:rw"]}]}, "binds[0]"),
