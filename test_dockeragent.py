@@ -2585,6 +2585,7 @@ ANON = {"target": "/t"}
         ("hostname with a space", image(hostname="a b"), "hostname: "),
         ("cpus below the Engine's floor", resources(cpus=0.009), "resources.cpus: "),
         ("cpus below 0", resources(cpus=-1), "resources.cpus: "),
+        ("memory in bytes", resources(memory_mb=512 * 2**20), "resources.memory_mb: "),
         ("swap without memory", resources(memory_swap_mb=64), "resources.memory_swap_mb: "),
         ("less than memory", resources(memory_mb=64, memory_swap_mb=63), "memory_swap_mb: "),
         ("processes below 0", resources(pids=-1), "resources.pids: "),
@@ -2784,8 +2785,8 @@ def test_message_says_what_to_write(path, body, message, pair):
         ),
         (
             "most",
-            {"resources": {"cpus": 10**6, "memory_mb": 2**40, "cpu_shares": 262_144}},
-            {"resources": {"cpus": 10**6, "memory_mb": 2**40, "cpu_shares": 262_144}},
+            {"resources": {"cpus": 10**6, "memory_mb": 2**26, "cpu_shares": 262_144}},
+            {"resources": {"cpus": 10**6, "memory_mb": 2**26, "cpu_shares": 262_144}},
         ),
         (
             "limits in three forms",
