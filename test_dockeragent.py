@@ -42,7 +42,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 from urllib.parse import parse_qs, quote, unquote
@@ -207,6 +207,12 @@ def read_to_end(sock: socket.socket) -> bytes:
     while piece := sock.recv(65536):
         pieces.append(piece)
     return b"".join(pieces)
+
+
+def at_once(call: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
+    """What a call returns for each of the arguments, in threads that run at the same time."""
+    with concurrent.futures.ThreadPoolExecutor(64) as threads:
+        return list(threads.map(call, *arguments))
 
 
 def assert_envelope(reply: Reply, status: int, *words: str) -> None:
@@ -1496,16 +1502,11 @@ def test_check_that_an_image_brings(policed, way, brought, fields, is_refused):
 
 
 def test_ten_creates_at_once_are_no_more_than_three(policed):
-    def create(number: int) -> None:
+    def create(number: int) -> Reply:
         name = f"{policed.scope}-few{number}"
-        replies.append(policed.create(WAYS[number % 2 * 2], name, {}, "few"))
+        return policed.create(WAYS[number % 2 * 2], name, {}, "few")
 
-    replies: list[Reply] = []
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    replies = at_once(create, range(10))
     try:
         made = [name for name in policed.containers() if "-few" in name]
         assert sorted(reply.status for reply in replies) == [201] * 3 + [403] * 7
@@ -3516,21 +3517,13 @@ def test_drips_and_silence_are_cut_off(pki, fake_engine):
         return b"was never cut off"
 
     with Agent(DOCKER_HOST=fake_engine.url) as plain, pki.agent(fake_engine) as tls:
-        found: dict[str, bytes] = {}
-        jobs = {
+        jobs: dict[str, Callable[[], bytes]] = {
             "head": lambda: drip(plain, b"GET /x HTTP/1.1\r\nHost: ", b"a"),
             "line": lambda: drip(plain, b"G", b"E"),
             "silent": lambda: drip(plain, b"", b""),
             "handshake": lambda: drip(tls, b"\x16\x03\x01\x02\x00\x01", b"a"),
         }
-        threads = [
-            threading.Thread(target=lambda n=name, j=job: found.__setitem__(n, j()))
-            for name, job in jobs.items()
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        found = dict(zip(jobs, at_once(lambda job: job(), jobs.values())))
     assert [reply.status for reply in split_replies(found["head"])] == [408]
     assert [reply.status for reply in split_replies(found["line"])] == [408]
     assert found["silent"] == b"" and not found["handshake"].startswith(b"HTTP")
@@ -4120,20 +4113,11 @@ def test_silence_and_drips_end_in_504(fake_engine, fake_agent):
             sock.sendall(b"HTTP/1.1 200 OK"[:1])
 
     scripts = {"silent": lambda sock: over.wait(60), "drip": drip, "head": drip_head}
-    replies: dict[str, Reply] = {}
-    threads = []
     for what, script in scripts.items():
         fake_engine.script[f"GET /containers/{what}/json"] = script
-
-        def ask(what: str = what) -> None:
-            replies[what] = fake_agent.get(f"/api/v1/containers/{what}")
-
-        threads.append(threading.Thread(target=ask))
-        threads[-1].start()
-    for thread in threads:
-        thread.join(50)
+    replies = at_once(lambda what: fake_agent.get(f"/api/v1/containers/{what}"), scripts)
     over.set()
-    assert {what: reply.status for what, reply in replies.items()} == dict.fromkeys(scripts, 504)
+    assert [reply.status for reply in replies] == [504] * 3
 
 
 @pytest.mark.parametrize("times, status", [(1, 200), (2, 502)], ids=["once", "but not twice"])
@@ -4218,16 +4202,8 @@ def test_full_backlog_of_the_engine_is_waited_for(tmp_path):
         fake.script[INSPECT] = http_answer({"Id": "c1", "Name": "/c1"})
         assert agent.post(f"{ONE}/kill").status == 200
         fake.socket.listen(0)
-        statuses: list[int] = []
-        threads = [
-            threading.Thread(target=lambda: statuses.append(agent.post(f"{ONE}/kill").status))
-            for _ in range(60)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert statuses == [200] * 60
+        replies = at_once(agent.post, [f"{ONE}/kill"] * 60)
+    assert [reply.status for reply in replies] == [200] * 60
 
 
 def test_engine_on_tcp_is_unreachable_without_a_thread_for_the_look_up_of_its_name():
@@ -4338,8 +4314,8 @@ def test_health_answers_within_4_seconds_of_an_engine_that_swallows_everything(f
     with Agent(DOCKER_HOST=fake_engine.url) as agent:
         ask = functools.partial(agent.get, key="", timeout=4)
         time.sleep(da.HEALTH_KEPT)  # what the start was told is too old by now
-        with concurrent.futures.ThreadPoolExecutor(3) as threads:  # one result is for all of them
-            assert [reply.status for reply in threads.map(ask, ["/health"] * 3)] == [503] * 3
+        # One result is for all of them.
+        assert [reply.status for reply in at_once(ask, ["/health"] * 3)] == [503] * 3
     with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
         # Linux takes one more than the backlog; further connections hang without an answer.
         port, crowd = full.getsockname()[1], []
@@ -4490,14 +4466,7 @@ def test_health_asks_the_engine_once_a_second(fake_engine, fake_agent):
     fake_engine.script["GET /_ping"] = lambda sock: (asked.release(), sock.sendall(ping("1.41")))
     until(lambda: fake_agent.get("/health") and asked.acquire(blocking=False), "a ping")
     began = time.monotonic()
-    threads = [
-        threading.Thread(target=lambda: [fake_agent.get("/health", key="") for _ in range(40)])
-        for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    at_once(lambda _: [fake_agent.get("/health", key="") for _ in range(40)], range(8))
     most = int(time.monotonic() - began) + 2
     assert sum(asked.acquire(blocking=False) for _ in range(400)) <= most
 
@@ -6175,17 +6144,9 @@ def free_network(engine: RealEngine) -> Iterator[str]:
 
 def test_network_is_created_once_however_many_ask(agent, engine, free_network):
     body = {"name": free_network, "internal": True, "labels": {"a": "b"}}
-    replies: list[Reply] = []
     longer = {"name": f"{free_network}-longer"}
     assert agent.post("/api/v1/networks", longer).status == 201  # a part of a name is another's
-    threads = [
-        threading.Thread(target=lambda: replies.append(agent.post("/api/v1/networks", body)))
-        for _ in range(8)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    replies = at_once(lambda _: agent.post("/api/v1/networks", body), range(8))
     assert sorted(reply.status for reply in replies) == [200] * 7 + [201]
     (found,) = network_rows(engine, free_network)
     expected = {"id": found["Id"], "name": free_network, "driver": "bridge", "internal": True}
@@ -7006,16 +6967,7 @@ def test_reader_never_sees_a_mix(tree_agent, tree):
 def test_one_writer_in_place_at_a_time(tree_agent, tree):
     contents = [letter * size for letter, size in (("a", 300), ("b", 200), ("c", 100), ("d", 50))]
     for _ in range(60):
-        threads = [
-            threading.Thread(
-                target=write, args=(tree_agent, "/app/old", content), kwargs={"atomic": False}
-            )
-            for content in contents
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        at_once(lambda content: write(tree_agent, "/app/old", content, atomic=False), contents)
         assert (tree / "host/app/old").read_text() in contents
 
 
@@ -7119,20 +7071,12 @@ def test_killed_writer_leaves_old_or_new_and_no_litter(tree, names):
 
 
 def test_last_of_many_writers_wins_and_none_fails(tree_agent, tree):
-    statuses: list[int] = []
-
-    def rewrite(agents: tuple[Agent, Path], letter: str) -> None:
-        for _ in range(100):
-            statuses.append(write(agents, "/app/old", letter * 5000).status)
+    def rewrite(agents: tuple[Agent, Path], letter: str) -> list[int]:
+        return [write(agents, "/app/old", letter * 5000).status for _ in range(100)]
 
     with Agent(**{**tree_agent[0].env, "LISTEN_ADDR": "127.0.0.1:0"}) as other:
         agents = [tree_agent, (other, tree)] * 2
-        threads = [threading.Thread(target=rewrite, args=pair) for pair in zip(agents, "abcd")]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert statuses == [201] * 400
+        assert at_once(rewrite, agents, "abcd") == [[201] * 100] * 4
     content = (tree / "host/app/old").read_text()
     assert content == content[0] * 5000
     assert not list((tree / "host/app").glob(".dockeragent-*"))
