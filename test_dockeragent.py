@@ -709,81 +709,53 @@ def keys_file(folder: Path, *entries: dict[str, Any]) -> str:
 ENTRY = {"name": "ci", "sha256": "a" * 64}
 
 
+def one_key(**fields: Any) -> dict[str, Any]:
+    return {"keys": [{**ENTRY, **fields}]}
+
+
 @pytest.mark.parametrize(
     "text, word",
     cases(
         ("not JSON", "{", "not JSON"),
         ("no keys", {}, "keys: is required"),
         ("an unknown field", {"keys": [], "kays": []}, "kays"),
-        (
-            "an unknown field of a key",
-            {"keys": [{**ENTRY, "containres": []}]},
-            "keys[0].containres",
-        ),
+        ("an unknown field of a key", one_key(containres=[]), "keys[0].containres"),
         ("a repeated field", '{"keys": [], "keys": []}', "more than once"),
         ("no name", {"keys": [{"sha256": "a" * 64}]}, "keys[0].name"),
-        ("the name of the master", {"keys": [{**ENTRY, "name": "master"}]}, "and not master"),
-        ("a name with a space", {"keys": [{**ENTRY, "name": "c i"}]}, "keys[0].name"),
-        ("the key itself", {"keys": [{**ENTRY, "sha256": KEY}]}, "keys[0].sha256"),
-        ("no key at all", {"keys": [{**ENTRY, "sha256": "EMPTY"}]}, "keys[0].sha256"),
+        ("the name of the master", one_key(name="master"), "and not master"),
+        ("a name with a space", one_key(name="c i"), "keys[0].name"),
+        ("the key itself", one_key(sha256=KEY), "keys[0].sha256"),
+        ("no key at all", one_key(sha256="EMPTY"), "keys[0].sha256"),
         ("a name twice", {"keys": [ENTRY, {**ENTRY, "sha256": "b" * 64}]}, "same name"),
         ("a key twice", {"keys": [ENTRY, {**ENTRY, "name": "b"}]}, "same digest"),
-        ("the master's key", {"keys": [{**ENTRY, "sha256": "MASTER"}]}, "same digest"),
-        (
-            "a master with limits",
-            {"keys": [{**ENTRY, "master": True, "allow": ["read"]}]},
-            "keys[0].master",
-        ),
-        ("master as a string", {"keys": [{**ENTRY, "master": "true"}]}, "keys[0].master"),
-        ("an unknown permission", {"keys": [{**ENTRY, "allow": ["root"]}]}, "keys[0].allow[0]"),
-        ("a star in the middle", {"keys": [{**ENTRY, "containers": ["a*b"]}]}, "containers[0]"),
-        ("a star in a host", {"keys": [{**ENTRY, "images": ["ghcr.io*"]}]}, "images[0]"),
-        (
-            "a star in a host and port",
-            {"keys": [{**ENTRY, "images": ["ghcr.io:5*/x"]}]},
-            "images[0]",
-        ),
-        (
-            "a star in the middle of an image",
-            {"keys": [{**ENTRY, "images": ["ghcr.io/*/x"]}]},
-            "images[0]",
-        ),
-        ("a relative bind", {"keys": [{**ENTRY, "binds": ["srv"]}]}, "like /srv/web"),
-        ("a bind that climbs", {"keys": [{**ENTRY, "binds": ["/srv/../etc"]}]}, "binds[0]"),
-        ("a bind with a star", {"keys": [{**ENTRY, "binds": ["/srv/*"]}]}, "binds[0]"),
-        ("a bind with a colon", {"keys": [{**ENTRY, "binds": ["/srv:rw"]}]}, "binds[0]"),
-        ("the root", {"keys": [{**ENTRY, "binds": ["/"]}]}, "binds[0]"),
-        (
-            "a folder above the Engine's",
-            {"keys": [{**ENTRY, "binds": ["/var/lib"]}]},
-            "/var/lib/docker",
-        ),
-        (
-            "a folder of the Engine's",
-            {"keys": [{**ENTRY, "files": ["/var/lib/docker/volumes"]}]},
-            "/var/lib/docker",
-        ),
-        ("the kernel's", {"keys": [{**ENTRY, "files": ["/proc/sys"]}]}, "/proc"),
-        ("the folder of the socket", {"keys": [{**ENTRY, "binds": ["/var/run"]}]}, "/var/run"),
-        ("the socket's real folder", {"keys": [{**ENTRY, "binds": ["/run/docker"]}]}, "/run"),
-        ("a folder with the keys file", {"keys": [{**ENTRY, "files": ["FOLDER"]}]}, "keys.json"),
-        ("the Engine's keys", {"keys": [{**ENTRY, "binds": ["FOLDER/.docker"]}]}, "/.docker"),
-        ("a link to the root", {"keys": [{**ENTRY, "binds": ["FOLDER/link"]}]}, "/proc"),
-        ("a port range of words", {"keys": [{**ENTRY, "ports": ["http"]}]}, "ports[0]"),
-        ("a port range backwards", {"keys": [{**ENTRY, "ports": ["90-80"]}]}, "lower one first"),
-        ("a port range that never ends", {"keys": [{**ENTRY, "ports": ["1-65536"]}]}, "65535"),
-        ("a port of 0", {"keys": [{**ENTRY, "ports": ["0"]}]}, "ports[0]"),
-        ("an unknown limit", {"keys": [{**ENTRY, "limits": {"memory": 1}}]}, "limits.memory"),
-        (
-            "a time without a zone",
-            {"keys": [{**ENTRY, "expires": "2027-01-01T00:00:00"}]},
-            "expires",
-        ),
-        (
-            "a time that cannot be",
-            {"keys": [{**ENTRY, "expires": "2027-13-01T00:00:00Z"}]},
-            "expires",
-        ),
+        ("the master's key", one_key(sha256="MASTER"), "same digest"),
+        ("a master with limits", one_key(master=True, allow=["read"]), "keys[0].master"),
+        ("master as a string", one_key(master="true"), "keys[0].master"),
+        ("an unknown permission", one_key(allow=["root"]), "keys[0].allow[0]"),
+        ("a star in the middle", one_key(containers=["a*b"]), "containers[0]"),
+        ("a star in a host", one_key(images=["ghcr.io*"]), "images[0]"),
+        ("a star in a host and port", one_key(images=["ghcr.io:5*/x"]), "images[0]"),
+        ("a star in the middle of an image", one_key(images=["ghcr.io/*/x"]), "images[0]"),
+        ("a relative bind", one_key(binds=["srv"]), "like /srv/web"),
+        ("a bind that climbs", one_key(binds=["/srv/../etc"]), "binds[0]"),
+        ("a bind with a star", one_key(binds=["/srv/*"]), "binds[0]"),
+        ("a bind with a colon", one_key(binds=["/srv:rw"]), "binds[0]"),
+        ("the root", one_key(binds=["/"]), "binds[0]"),
+        ("a folder above the Engine's", one_key(binds=["/var/lib"]), "/var/lib/docker"),
+        ("a folder of the Engine's", one_key(files=["/var/lib/docker/volumes"]), "/var/lib/docker"),
+        ("the kernel's", one_key(files=["/proc/sys"]), "/proc"),
+        ("the folder of the socket", one_key(binds=["/var/run"]), "/var/run"),
+        ("the socket's real folder", one_key(binds=["/run/docker"]), "/run"),
+        ("a folder with the keys file", one_key(files=["FOLDER"]), "keys.json"),
+        ("the Engine's keys", one_key(binds=["FOLDER/.docker"]), "/.docker"),
+        ("a link to the root", one_key(binds=["FOLDER/link"]), "/proc"),
+        ("a port range of words", one_key(ports=["http"]), "ports[0]"),
+        ("a port range backwards", one_key(ports=["90-80"]), "lower one first"),
+        ("a port range that never ends", one_key(ports=["1-65536"]), "65535"),
+        ("a port of 0", one_key(ports=["0"]), "ports[0]"),
+        ("an unknown limit", one_key(limits={"memory": 1}), "limits.memory"),
+        ("a time without a zone", one_key(expires="2027-01-01T00:00:00"), "expires"),
+        ("a time that cannot be", one_key(expires="2027-13-01T00:00:00Z"), "expires"),
     ),
 )
 def test_wrong_keys_file_is_one_line(text, word, tmp_path):
@@ -956,10 +928,10 @@ def test_path_of_a_key_is_resolved_as_the_host_sees_it(tmp_path):
     named = {**CONFIG, "host_root": str(root), "keys_file": str(root / "srv/conf/keys.json")}
     for path in ("/srv/up", "/srv/run", "/srv/conf", "/srv"):
         for field in ("binds", "files"):
-            text = json.dumps({"keys": [{**ENTRY, field: [path]}]}).encode()
+            text = json.dumps(one_key(**{field: [path]})).encode()
             with pytest.raises(da.ApiError, match=rf"keys\[0\].{field}: {path} would give away"):
                 da.parse_keys(text, named)
-    text = json.dumps({"keys": [{**ENTRY, "binds": ["/srv/con"]}]}).encode()
+    text = json.dumps(one_key(binds=["/srv/con"])).encode()
     assert da.parse_keys(text, named)[0].binds == ("/srv/con",)
 
 
@@ -970,7 +942,7 @@ def test_folder_of_what_is_configured_is_for_no_limited_key(name):
     is_address = name in ("docker_host", "listen_addr")
     named = {**CONFIG, name: da.Address(written) if is_address else written}
     for path in ("/srv/app", place, f"{place}/x"):
-        text = json.dumps({"keys": [{**ENTRY, "files": [path]}]}).encode()
+        text = json.dumps(one_key(files=[path])).encode()
         with pytest.raises(da.ApiError, match=f"{path} would give away {place}"):
             da.parse_keys(text, named)
         assert da.parse_keys(text, CONFIG)
