@@ -2768,7 +2768,7 @@ HEALTHCHECK = object_schema(
 LOG = object_schema(
     "",
     {"driver": "json-file", "max_size_mb": 10, "max_files": 3},
-    driver=at("Type", string_schema("[a-zA-Z0-9_./:-]+", "a log driver")),
+    driver=at("Type", string_schema("[a-zA-Z0-9_./:-]+", "a log driver, such as local")),
     max_size_mb=at("Config.max-size", integer_schema(1, 2**20), "{}m".format),
     max_files=at("Config.max-file", integer_schema(1, 10_000), str),
 )
@@ -2819,7 +2819,7 @@ RUN_ROWS = {"timeout": integer_schema(1, MAX_STOP), **CREATE["properties"]}
 RUN_ROWS["auto_remove"] = absent("the container of a run is always removed")
 RUN = object_schema("image", {"image": "nginx:1.27", "cmd": ["nginx", "-t"]}, check_run, **RUN_ROWS)
 GATE_TIME = integer_schema(0, MAX_GATE, kind="integer|number")  # seconds
-DEPLOY_ROWS = {"deploy": object_schema("", timeout=GATE_TIME, stable=GATE_TIME)}
+DEPLOY_ROWS = {"deploy": object_schema("", {"stable": 5}, timeout=GATE_TIME, stable=GATE_TIME)}
 DEPLOY_ROWS.update(CREATE["properties"], name=absent("the path has it"))
 DEPLOY_ROWS["auto_remove"] = absent("nothing could bring the container back")
 DEPLOY = object_schema("image", {"image": "nginx:1.27"}, check_create, **DEPLOY_ROWS)
