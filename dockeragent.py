@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2483, and a reviewer may stop there:
+stands first, up to line 2482, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -288,8 +288,7 @@ OTHER_NAMES.update(privateport="container_port", published="host_port", publicpo
 OTHER_NAMES.update(logconfig="log", destination="target", dst="target", mode="permission")
 OTHER_NAMES.update(networkingconfig="networks", devicerequests="gpus", args="cmd")
 OTHER_NAMES.update(repo="image", tag="image", ip="host_ip", type="driver", stream="follow")
-OTHER_NAMES.update(host="host_port", hostpath="source", mountpath="target", ro="read_only")
-OTHER_NAMES.update(lines="tail", imagepullpolicy="pull", event="action")
+OTHER_NAMES.update(host="host_port", ro="read_only", lines="tail")
 OTHER_NAMES.update(hostconfig="volumes, ports, resources and so on, beside image")
 
 
