@@ -182,6 +182,7 @@ CHUNK_LINE = rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?"
 HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # an address with the client's port
 REQUEST_ID = r"[A-Za-z0-9._-]{1,64}"
 CONTAINER = r"[a-zA-Z0-9][a-zA-Z0-9_.-]*"
+IMAGE_ID = "(?:sha256:)?[0-9a-f]{64}"
 NAME_RULE = "letters, digits, '_', '.' or '-', beginning with a letter or digit"
 TIMESTAMP = (
     r"([0-9]{4}-[0-9]{2}-[0-9]{2}[Tt][0-9]{2}:[0-9]{2}:[0-9]{2})(?:\.([0-9]{1,9}))?"
@@ -532,8 +533,8 @@ class Key(NamedTuple):
         """Return whether a pattern of the key allows this name. kind: "containers", "images"..."""
         if kind == "containers":
             name = HELPER_NAME.sub("", name)
-        if kind == "images":
-            name = full_reference(name)
+        if kind == "images":  # an id is no name, though sha256:... also reads as a name and tag
+            name = "" if re.fullmatch(IMAGE_ID, name) else full_reference(name)
         # No pattern covers the agent's own labels; nor no name, for which the Engine chooses one.
         if self.master or not name or (kind == "labels" and name.startswith(OWN_LABELS)):
             return self.master
@@ -646,8 +647,7 @@ def check_image(key: Key, image: str) -> str:
     """Return the reference in full, which cannot also be the beginning of an id."""
     # An id or a digest is taken from the host's cache, where another's private image may be: the
     # Engine asks no registry, so nobody checks the caller's credentials.
-    is_id = re.fullmatch("(?:sha256:)?[0-9a-f]{64}", image)
-    is_named = not is_id and (key.cache or "@" not in image)
+    is_named = not re.fullmatch(IMAGE_ID, image) and (key.cache or "@" not in image)
     key.permit(is_named, "images", f"{image}, which is no name and tag,")
     key.permit_name("images", full_reference(image))
     return full_reference(image)
@@ -2493,7 +2493,6 @@ PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 REPOSITORY = f"(?:{REGISTRY}/)?{PART}(?:/{PART})*"
 IMAGE = REPOSITORY + "(?::[a-zA-Z0-9_][a-zA-Z0-9_.-]{0,127})?"
 IMAGE += "(?:@sha256:[0-9a-f]{64}|@sha512:[0-9a-f]{128})?"
-IMAGE_ID = "(?:sha256:)?[0-9a-f]{64}"
 IMAGE_RULE = "an image in lower case: nginx, nginx:1.27, host:5000/team/app:tag or name@sha256:..."
 NO_LIMIT = "no limit"
 VOLUME_RULE = f"a name of at least two {NAME_RULE}; a bind's source begins with a /"

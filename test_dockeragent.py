@@ -9370,9 +9370,8 @@ def test_events_go_on_from_each_id(agent, engine):
 
 
 WEB = ("web",)
-LIMITED = da.Key(
-    "ci", containers=WEB, images=("docker.io/library/web:*",), networks=WEB, volumes=WEB
-)
+IMAGES = ("docker.io/library/web:*", "docker.io/library/s*")
+LIMITED = da.Key("ci", containers=WEB, images=IMAGES, networks=WEB, volumes=WEB)
 
 
 @pytest.mark.parametrize(
@@ -9394,6 +9393,11 @@ LIMITED = da.Key(
         ),
         ("its own image", {"Type": "image", **actor_of("web", name="web")}, True),
         ("another's image", {"Type": "image", **actor_of("web", name="db")}, False),
+        (
+            "an image by its id, as when it is untagged",
+            {"Type": "image", **actor_of("web", name="sha256:" + "a" * 64)},
+            False,
+        ),
         ("the Engine itself", {"Type": "daemon", **actor_of("web", name="web")}, False),
         ("a kind of its own", {"Type": "pod", **actor_of("web", name="web")}, False),
     ),
