@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2482, and a reviewer may stop there:
+stands first, up to line 2484, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -2078,7 +2078,7 @@ def file_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        status, advice = FILE_ERRORS.get(error.errno or 0, (500, "see the host's kernel log"))
+        status, advice = FILE_ERRORS.get(error.errno or 0, (502, "see the host's kernel log"))
         raise ApiError(status, f"path: {error.strerror}: {advice}") from error
 
 
@@ -2088,8 +2088,9 @@ def if_supported() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # EBADF: the C library would imitate posix_fallocate by reading, which we may not.
-        if error.errno not in (errno.EBADF, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+        # EBADF, ESPIPE: the C library would imitate posix_fallocate by reading, which we may not.
+        unsupported = errno.EBADF, errno.ESPIPE, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS
+        if error.errno not in unsupported:
             raise
 
 
@@ -2303,7 +2304,7 @@ def write_beneath(tree: Tree, path: str, write: FileWrite) -> bool:
     """Write a file at an absolute path as the host sees it; return whether anything was changed.
 
     Missing parents are made, 0755. Two writers of one path: the last rename wins. On failure
-    nothing has changed. Raises ApiError: 400, 403, 409, 503, 507, and 500 for an I/O error.
+    nothing has changed. Raises ApiError: 400, 403, 409, 503, 507, and 502 for an I/O error.
     """
     with file_errors():
         for _ in range(MAX_PATH_RETRIES):
@@ -2473,7 +2474,8 @@ def overwrite(found: int, write: FileWrite) -> None:
             raise
         left = memoryview(write.content)
         while left:
-            left = left[file.write(left) :]
+            # Not file.write: it raises nothing if it would have to wait, so this would never end.
+            left = left[os.write(descriptor, left) :]
         file.truncate(len(write.content))
         set_attributes(descriptor, wanted)  # writing has cleared the set-id bits
         with if_supported():

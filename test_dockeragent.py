@@ -6636,6 +6636,7 @@ class FakeFilesystem:
 
     def __init__(self, where: Path, quiet: bool = False) -> None:
         self.where, self.quiet, self.frozen = where, quiet, False
+        self.refusal = 0  # the error of each write
         self.names: dict[bytes, int] = {}
         self.contents: dict[int, bytearray] = {}
         self.waiting: list[bytes] = []
@@ -6719,6 +6720,8 @@ class FakeFilesystem:
         offset, size = struct.unpack_from("<8xQL", body) if kind in (15, 16) else (0, 0)
         if kind == 15:  # read
             return bytes(self.contents[node][offset : offset + size])
+        if kind == 16 and self.refusal:
+            raise OSError(self.refusal, "")
         if kind == 16:  # write
             self.contents[node][offset : offset + size] = body[40:]
             return struct.pack("<LL", size, 0)
@@ -6763,6 +6766,15 @@ def test_filesystem_of_one_mode(tree_agent, one_mode, asked, status, atomic):
 
 
 @pytest.mark.parametrize("one_mode", [False], ids=["frozen"], indirect=True)
+@pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
+@pytest.mark.parametrize("refusal, status", [("EAGAIN", 409), ("EIO", 502), ("ENOSPC", 507)])
+def test_write_that_fails_is_an_answer(tree_agent, one_mode, refusal, status, atomic):
+    assert write(tree_agent, "/fat/f", "old").status == 201
+    one_mode.refusal = getattr(errno, refusal)
+    assert_envelope(write(tree_agent, "/fat/f", "new", atomic=atomic), status)
+    assert one_mode.files() == {b"f": b"old"}
+
+
 def test_frozen_filesystem_holds_up_requests_to_itself_alone(tree_agent, tree, one_mode):
     """The one test that takes the agent's 30 s: the first write hangs, the others are refused."""
     assert write(tree_agent, "/fat/f", "old").status == 201
@@ -6964,10 +6976,11 @@ def test_refused_write_in_place_leaves_the_set_id_bits(tree):
     assert stat.S_IMODE(old.stat().st_mode) == 0o4766 and old.read_text() != "new"
 
 
-def test_kernel_setting_is_written_in_place():
-    """procfs cannot fsync: what took effect is no failure."""
+@pytest.mark.parametrize("name", ["oom_score_adj", "comm"])
+def test_kernel_setting_is_written_in_place(name):
+    """procfs can neither fsync nor reserve room: what took effect is no failure."""
     code = (
-        "path = f'/proc/{os.getpid()}/oom_score_adj'\n"
+        f"path = f'/proc/{{os.getpid()}}/{name}'\n"
         "da.write_beneath(tree, path, da.FileWrite(b'7', atomic=False))\n"
         "print(open(path).read(), end='')\n"
     )
