@@ -1870,9 +1870,12 @@ class Connection(socketserver.BaseRequestHandler):
             "X-Content-Type-Options: nosniff\r\n\r\n"
         ).encode("latin-1")
         request.sent = -len(head)  # so that the body's bytes are counted
-        self.write(request, head + (b"" if request.method == "HEAD" else body))
+        left = memoryview(b"" if request.method == "HEAD" else body)
+        # In two parts: no copy is held of a large body that a client reads slowly.
+        self.write(request, head + left[:RECV_SIZE])
+        self.write(request, left[RECV_SIZE:])
 
-    def write(self, request: Request, data: bytes) -> None:
+    def write(self, request: Request, data: bytes | memoryview) -> None:
         """Send data. Raises ClientGone when the client disconnects or reads nothing for too long.
 
         Responses to strangers are small and fit the socket's buffer, so a stranger that does not

@@ -6415,6 +6415,18 @@ def test_file_is_read_up_to_ten_mebibytes(tree_agent, tree, size, status):
     assert len(reply.body) == size or status == 413
 
 
+def test_files_that_are_read_slowly_are_held_once(tree_agent, tree):
+    (tree / "host/app/old").write_bytes(bytes(10 * MIB))
+    agent, ask = tree_agent[0], message(f"GET {file_url('/app/old')}")
+    before = memory(agent, "VmRSS")
+    with contextlib.ExitStack() as stack:
+        for _ in range(6):
+            client = stack.enter_context(agent.connect())
+            client.sendall(ask)
+            assert client.recv(12) == b"HTTP/1.1 200"
+        assert memory(agent, "VmRSS") - before < 6 * 15 * MIB
+
+
 def test_file_that_is_written_while_read_keeps_the_agent_no_longer():
     """procfs says that its files are regular and empty, and reading the kernel's log would wait."""
     tree = da.Tree("/proc", {})
