@@ -3126,8 +3126,8 @@ class Engine:
         self.released = threading.Condition()  # also the lock of both
         # Held while a network is looked for and created: older Engines allow two of one name.
         self.networking = threading.Lock()
-        # By name of a limited key, whose containers are counted: none holds up another's creates.
-        self.counting: dict[str, threading.Lock] = {}
+        # By a key's name, for what it does one at a time: none holds up another key's requests.
+        self.key_locks: dict[str, threading.Lock] = {}
         self.unchecked: list[str] = []  # names of new containers that nobody may start yet
         self._health_lock = threading.Lock()
         self._health = -math.inf, ""  # when it was asked, and what is wrong
@@ -3515,7 +3515,7 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
             restrict_brought(key, body, image)
             # One create of the key at a time, or the count is not true. Until it was looked at, no
             # other request may start it: see `found_to_change`.
-            counting = engine.counting.setdefault(key.name, threading.Lock())
+            counting = engine.key_locks.setdefault(key.name, threading.Lock())
             message = "other containers are being created; try again later"
             held.enter_context(hold(counting, START_TIMEOUT, message))
             check_count(key, query["name"], ids_by_name(engine, "."))
@@ -5876,8 +5876,13 @@ def delete_network(request: Request, agent: Agent) -> Response:
 
 def delete_volume(request: Request, agent: Agent) -> Response:
     request.target.update(volume=request.name)
-    with in_use_by(request.key):
-        agent.engine.call("DELETE", f"/volumes/{quote(request.name, safe='')}")
+    path = f"/volumes/{quote(request.name, safe='')}"
+    lock = agent.engine.key_locks.setdefault(request.key.name, threading.Lock())
+    busy = "another volume is being removed; try again later"
+    # One at a time, and only what is there: podman would remove another, whose name begins so.
+    with in_use_by(request.key), hold(lock, CALL_TIMEOUT, busy):
+        agent.engine.call("GET", path)
+        agent.engine.call("DELETE", path)
     return Response({"message": "volume removed"})
 
 

@@ -6159,6 +6159,15 @@ def test_volumes(agent, engine):
     assert_envelope(agent.delete(f"/api/v1/volumes/{name}"), 404, name)
 
 
+def test_volume_that_is_not_there_is_no_other_whose_name_begins_so(fakes):
+    """podman would remove web-data for web, if no other begins so."""
+    fake, agent = fakes
+    fake.script["GET /volumes/web"] = http_answer({"message": "no such volume"}, 404)
+    fake.script["DELETE /volumes/web"] = http_answer(b"", 204)
+    assert_envelope(agent.delete("/api/v1/volumes/web"), 404, "no such volume")
+    assert fake.changes() == []
+
+
 # --------------------------------------------------------------------------------------------------
 # Files
 # --------------------------------------------------------------------------------------------------
