@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2484, and a reviewer may stop there:
+stands first, up to line 2480, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -2171,17 +2171,14 @@ class Walk(contextlib.ExitStack):
         self._descend(parents[len(listed) :])
         return self._stack[-1], name
 
-    def find(self, name: bytes) -> int | None:
-        """Return a descriptor (O_PATH) of the regular file called name, None if nothing is.
+    def find(self, name: bytes) -> int:
+        """Return a descriptor (O_PATH) of the regular file called name in the folder entered.
 
-        Raises ApiError (400, 403, 409) for anything else in the folder entered, or OSError.
+        Raises ApiError (400, 403, 409) for anything else that has the name, or OSError.
         """
-        try:
-            # Invariant: O_PATH opens no FIFO or device. The file is looked at, and then only read
-            # or written through this descriptor, whatever takes its name meanwhile.
-            found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._stack[-1])
-        except FileNotFoundError:
-            return None
+        # Invariant: O_PATH opens no FIFO or device. The file is looked at, and then only read or
+        # written through this descriptor, whatever takes its name meanwhile.
+        found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._stack[-1])
         self.callback(os.close, found)
         now = os.fstat(found)
         if stat.S_ISLNK(now.st_mode):
@@ -2271,8 +2268,6 @@ def read_beneath(tree: Tree, path: str) -> tuple[bytes, os.stat_result]:
     with file_errors(), Walk(tree) as walk:
         _, name = walk.enter(path)
         found = walk.find(name)
-        if found is None:
-            raise ApiError(404, "path: there is no such file")
         content = read_content(found, MAX_BODY)
         if len(content) > MAX_BODY:
             raise ApiError(413, f"path: the file is longer than {MAX_BODY} bytes")
@@ -2287,8 +2282,7 @@ def remove_beneath(tree: Tree, path: str) -> None:
     with file_errors(), Walk(tree) as walk:
         parent, name = walk.enter(path)
         walk.lock(parent)
-        if walk.find(name) is None:  # a read-only filesystem would not say so
-            raise ApiError(404, "path: there is no such file")
+        walk.find(name)  # a read-only filesystem would not say that there is none
         os.unlink(name, dir_fd=parent)
         sync_folder(parent)
 
@@ -2322,7 +2316,9 @@ def try_write(tree: Tree, path: str, write: FileWrite) -> bool:
         parent, name = walk.enter(path)
         if write.atomic:
             walk.lock(parent)
-        found = walk.find(name)
+        found = None
+        with contextlib.suppress(FileNotFoundError):
+            found = walk.find(name)
         if not write.atomic:  # the lock of the file's own filesystem: it may be mounted by itself
             walk.lock(parent if found is None else found)
         if found is not None and is_written(found, write):
