@@ -279,7 +279,7 @@ BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false":
 KEYWORDS = "type description example properties required names values items pattern maxLength raw"
 KEYWORDS += " minimum maximum zero check"
 KEYWORDS += " place convert since"  # not for `validate`: `engine_fields` reads them
-# Names of docker run, compose and the Engine, without - and _, that difflib cannot bring to ours.
+# Names of docker run, compose and the Engine, without - and _, that difflib does not match to ours.
 OTHER_NAMES = dict.fromkeys(("binds", "mount", "mounts", "tmpfs"), "volumes")
 OTHER_NAMES.update(environment="env", containername="name", rm="auto_remove", test="cmd")
 OTHER_NAMES.update(publish="ports", exposedports="ports", portbindings="ports", net="networks")
@@ -418,7 +418,7 @@ def object_schema(required: str, example: Any = None, check: Any = None, **rows:
 
 NOTHING = object_schema("")
 BOOLEAN = {"type": "boolean", "description": "true or false"}
-NO_MARKS = bytes(set(range(256)) - set(b"[{]},"))  # what tells nothing of depth and number
+NO_MARKS = bytes(set(range(256)) - set(b"[{]},"))  # bytes that neither nest nor separate
 
 
 def decode_json(body: bytes) -> Any:
@@ -484,8 +484,8 @@ def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json
 def full_reference(image: str, tag: str = ":latest") -> str:
     """Return an image's reference in full: nginx is docker.io/library/nginx:latest.
 
-    tag: what is added if it has neither tag nor digest. As the Engine's own, distribution/reference
-    (ParseNormalizedNamed, TagNameOnly), so that a look-alike host stays what it is.
+    tag: what is added if it has neither tag nor digest. The rules are the Engine's own, those of
+    distribution/reference (ParseNormalizedNamed, TagNameOnly): a look-alike host stays one.
     """
     host, slash, rest = image.partition("/")
     if not slash or not (re.search("[.:A-Z]", host) or host == "localhost"):
@@ -535,7 +535,7 @@ class Key(NamedTuple):
             name = HELPER_NAME.sub("", name)
         if kind == "images":  # an id is no name, though sha256:... also reads as a name and tag
             name = "" if re.fullmatch(IMAGE_ID, name) else full_reference(name)
-        # No pattern covers the agent's own labels; nor no name, for which the Engine chooses one.
+        # No pattern covers the agent's own labels, nor an empty name: the Engine would choose one.
         if self.master or not name or (kind == "labels" and name.startswith(OWN_LABELS)):
             return self.master
         return any(
@@ -578,7 +578,7 @@ Ask = Callable[[str], Optional[Json]]
 
 
 def decide(request: Request, permission: str, ask: Ask) -> None:
-    """Decide whether the key may do what the checked request asks for: what no rule allows, no."""
+    """Raise ApiError unless a rule allows the key what the checked request asks for."""
     if not request.key.master:
         DECISIONS[permission](request, ask)
 
@@ -586,10 +586,10 @@ def decide(request: Request, permission: str, ask: Ask) -> None:
 def find_own(key: Key, name: str, ask: Ask) -> Json:
     """Return the inspect JSON of a container whose name is in scope, {} if there is none."""
     found = None
-    # 400 and 500: it begins two ids. That there are two is not for this key to know.
+    # 400 and 500: several ids begin with it, which this key must not learn.
     with tolerate(400, 500):
         found = ask(f"/containers/{quote(name, safe='')}/json")
-    # By its name alone: labels can be forged, and an id tells nothing.
+    # By its name alone: a label can be forged, and an id does not tell whose it is.
     return found if found and key.covers("containers", found.get("Name", "")[1:]) else {}
 
 
@@ -597,7 +597,7 @@ def decide_container(request: Request, ask: Ask) -> None:
     """Let the request act on the full id of a container in scope. A list checks each row."""
     if request.name:
         found = find_own(request.key, request.name, ask)
-        if not found:  # another's, or none: nobody can tell
+        if not found:  # another's, or none: the response is the same
             raise ApiError(404, f"no such container: {request.name}")
         request.name = found["Id"]  # a name could be another's a moment later
 
@@ -662,7 +662,7 @@ def restrict_image(key: Key, body: Json, ask: Ask) -> None:
 
 def restrict_volumes(key: Key, body: Json, ask: Ask) -> None:
     volumes = body.get("volumes", ())
-    key.permit(len(volumes) <= 32, "volumes", "more than 32 of them")  # each is asked for below
+    key.permit(len(volumes) <= 32, "volumes", "more than 32 of them")  # each is asked about below
     for volume in volumes:
         source = volume.get("source", "")
         if volume["type"] == "bind":
@@ -693,13 +693,13 @@ def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
         # On the default bridge every container hears every other, so no pattern includes it.
         is_covered = name in key.networks if name == "bridge" else key.covers("networks", name)
         key.permit(is_covered, "networks", name)
-        # By its exact name, then by id: the Engine would take the beginning of another's id.
+        # Found by its exact name, used by its id: the Engine takes the beginning of an id, too.
         found = ask(f"/networks/{quote(name, safe='')}")
         if not found or found.get("Name") != name:
             raise ApiError(404, f"no such network: {name}")
         network["name"] = name if name == "bridge" else found["Id"]
-    key.permit(len(names) <= 32, "networks", "more than 32 aliases")  # no other size counts them
-    # All on a network resolve them: one could be api.stripe.com, or another's container.
+    key.permit(len(names) <= 32, "networks", "more than 32 aliases")  # which no other limit counts
+    # All containers on a network resolve them: one could be api.stripe.com, or another's container.
     for name in names:
         key.permit_name("containers", name, "hostname or alias")
 
@@ -748,7 +748,7 @@ def restrict_rest(key: Key, body: Json, ask: Ask) -> None:
         group, _, field = path.rpartition(".")
         asked = (body[group] if group else body).get(field, 0)
         key.permit(asked <= most, path, f"more than {most}")
-    # A check is a process of the Engine's: one a millisecond takes the host's processors.
+    # Each check starts a process: one a millisecond would use up the host's processors.
     interval = body.get("healthcheck", {}).get("interval", 0)
     key.permit(not 0 < interval < 1, "healthcheck.interval", "under 1 second")
 
@@ -780,7 +780,7 @@ def restrict_brought(key: Key, container: Json, image: Json) -> None:
 
 def check_created(key: Key, created: Json, container: Json, status: int = 409) -> None:
     """Check what an image has brought, also once it was created: the tag may have been moved."""
-    # A list of all containers has labels and commands in it, and is read to a bound, MAX_RESPONSE.
+    # Labels and commands are in the list of all containers, of which MAX_RESPONSE bytes are read.
     size = len(encode_json(created.get("Config")))
     key.permit(size <= MAX_LIMITED_CONFIG, "size", f"more than {MAX_LIMITED_CONFIG} bytes", status)
     for name, value in config_of(created, "Labels").items():
@@ -2139,7 +2139,7 @@ class Walk(contextlib.ExitStack):
             raise ApiError(503, message) from error
         self._made: list[tuple[int, bytes]] = []  # (descriptor of the parent, name)
         self._links = 0
-        self._is_limited = False  # to what is beneath the folder that the walk has come to
+        self._is_limited = False  # to what is beneath the folder that the walk has reached
 
     def __exit__(self, *failure: Any) -> None:
         for parent, name in reversed(self._made if failure[0] else []):
@@ -2153,8 +2153,8 @@ class Walk(contextlib.ExitStack):
         """Lock a descriptor's filesystem until the walk ends. Raises ApiError (503)."""
         rule = f"other writes to its filesystem have taken over {LOCK_TIMEOUT:g} s"
         message = f"path: {rule}; check whether it hangs, or try again later"
-        # Writes beneath a limited key's folder wait for each other first, so that no more than one
-        # of them stands before anybody else's.
+        # Writes beneath a limited key's folder wait for each other first, so that at most one of
+        # them at a time holds up anybody else's.
         for folder in dict.fromkeys((self._tree.folder, None)):
             place = os.fstat(descriptor).st_dev, folder
             lock = self._tree.locks.setdefault(place, threading.RLock())
@@ -2288,7 +2288,7 @@ def remove_beneath(tree: Tree, path: str) -> None:
 
 
 class FileWrite(NamedTuple):
-    """What a file is to have; None: what it has, and a new one 0644 and the agent's owner."""
+    """What to write. None keeps what the file has; a new one gets 0644 and the agent's owner."""
 
     content: bytes
     mode: Optional[int] = None
@@ -2387,8 +2387,8 @@ def temporary_name(parent: int, name: bytes) -> Iterator[bytes]:
 
     It is made from the target's, so that the next write clears away what a killed agent leaves.
     """
-    # No name can be taken out of an append-only folder, so none is made there: rmdir(2) checks that
-    # first, and then fails for anything but an empty folder that was swapped in meanwhile.
+    # From an append-only folder a temporary name could not be removed again. rmdir(2) checks that
+    # first; it removes nothing but an empty folder that somebody has just put in the file's place.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.rmdir(name, dir_fd=parent)
     temporary = b".dockeragent-%08x" % binascii.crc32(name)
@@ -2414,7 +2414,7 @@ def replace(parent: int, name: bytes, found: int | None, write: FileWrite) -> No
     with contextlib.ExitStack() as stack:
         try:
             descriptor = os.open(b".", os.O_WRONLY | os.O_TMPFILE, 0o600, dir_fd=parent)
-        except OSError:  # if that was not for the want of O_TMPFILE, the next call tells
+        except OSError:  # most likely there is no O_TMPFILE; any other error comes again
             temporary = stack.enter_context(temporary_name(parent, name))
             # Invariant: O_EXCL opens nothing that another program has put there.
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -2423,12 +2423,12 @@ def replace(parent: int, name: bytes, found: int | None, write: FileWrite) -> No
         file.write(write.content)
         file.flush()
         if found is None:
-            with contextlib.suppress(OSError):  # some filesystems have but one mode
+            with contextlib.suppress(OSError):  # some filesystems have only one mode
                 os.fchmod(descriptor, 0o644)
         wanted = wanted_attributes(os.fstat(descriptor if found is None else found), write)
         set_attributes(descriptor, wanted)
         if found is not None:
-            copy_extended(descriptor, found)  # after the owner, a change of which takes some
+            copy_extended(descriptor, found)  # after the owner: changing it removes some
             set_attributes(descriptor, wanted)
         with if_supported():
             os.fsync(descriptor)
@@ -2444,10 +2444,10 @@ def replace(parent: int, name: bytes, found: int | None, write: FileWrite) -> No
 
 
 def sync_folder(parent: int) -> None:
-    """Make a change of names last, if the folder may be opened for reading. Raises OSError."""
+    """Write a change of names to disk, if the folder can be opened for reading. Raises OSError."""
     try:
         descriptor = reopen(parent, os.O_RDONLY)
-    except OSError:  # no reason to call a failure what is in place
+    except OSError:  # the change itself is done: this is no reason to call it a failure
         return
     with contextlib.ExitStack() as stack, if_supported():
         stack.callback(os.close, descriptor)
@@ -2461,7 +2461,7 @@ def overwrite(found: int, write: FileWrite) -> None:
         now = os.fstat(descriptor)
         wanted = wanted_attributes(now, write)
         if now.st_mode & (stat.S_ISUID | stat.S_ISGID):
-            os.fchmod(descriptor, stat.S_IMODE(now.st_mode))  # or we could not give them back
+            os.fchmod(descriptor, stat.S_IMODE(now.st_mode))  # fails if we could not set them again
         try:  # owner, mode and room are settled while the old content is still complete
             set_attributes(descriptor, wanted)
             with if_supported():
@@ -2562,9 +2562,9 @@ def check_network(network: Any, path: str) -> Json:
 
 
 def check_networks(body: Json) -> Json:
-    """Return body with all that it joins in `networks`, or `network_mode` host, none, container:X.
+    """Return body with `networks`, all that it joins, or `network_mode` host, none or container:X.
 
-    Without either it joins the default, bridge, which gives way to networks if it is the mode.
+    With neither it joins the default, bridge. The mode bridge means nothing beside networks.
     """
     networks, mode = body.pop("networks", []), body.pop("network_mode", "default")
     names = {network["name"] for network in networks}
@@ -2602,7 +2602,7 @@ def check_run(body: Json, path: str) -> Json:
     return check_create(body, path)
 
 
-# What becomes of a value in the Engine's body.
+# How values are written in the Engine's body.
 def times(unit: int) -> Callable[[Any], int]:
     return lambda amount: round(amount * unit) if amount > 0 else int(amount)  # -1: no limit
 
@@ -2622,7 +2622,7 @@ def engine_mount(volume: Json) -> Json:
     mount.update(Target=volume["target"], ReadOnly=volume.get("read_only", False))
     if volume.get("non_recursive"):  # set by the policy, never by a client
         mount["BindOptions"] = {"NonRecursive": True}
-    if {"size_mb", "mode"} & volume.keys():  # a tmpfs; podman takes no mode among these for 0000
+    if {"size_mb", "mode"} & volume.keys():  # a tmpfs; podman reads options without a mode as 0000
         size, mode = volume.get("size_mb", 0) * 2**20, int(volume.get("mode", "0"), 8)
         mount["TmpfsOptions"] = {"SizeBytes": size, "Mode": mode}
     return mount
@@ -2631,7 +2631,7 @@ def engine_mount(volume: Json) -> Json:
 def engine_endpoint(networks: list[Json]) -> Json:
     """Return the first network's endpoint: before API 1.44 a create takes no more than one.
 
-    None without aliases: the mode tells the rest, and podman knows the bridge as a mode alone.
+    None without aliases: the mode already names the network, and to podman bridge is only a mode.
     """
     return {n["name"]: {"Aliases": n["aliases"]} for n in networks[:1] if n["aliases"]}
 
@@ -2824,7 +2824,7 @@ DEPLOY_ROWS["auto_remove"] = absent("nothing could bring the container back")
 DEPLOY = object_schema("image", {"image": "nginx:1.27"}, check_create, **DEPLOY_ROWS)
 DEPLOY_QUERY = object_schema("", adopt=BOOLEAN)
 POLICY = object_schema("Name", Name=STRING, MaximumRetryCount=integer_schema(0, 2**63 - 1))
-# What the labels that hold JSON hold.
+# The labels of a deploy whose values are JSON.
 JOURNAL = {
     "restart": POLICY,
     "was": object_schema("running restart", running=BOOLEAN, restart=POLICY),
