@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2480, and a reviewer may stop there:
+stands first, up to line 2482, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -2064,6 +2064,7 @@ FILE_ERRORS = {
     errno.ENOENT: (404, "check the path"),
     errno.ENOTDIR: (409, "a part of the path is not a folder"),
     errno.EISDIR: (409, "there is a folder in the file's place"),
+    errno.ENOTEMPTY: (409, "there is a folder in the file's place"),
     errno.EAGAIN: (409, "another program holds a lease on the file; try again"),
     errno.ETXTBSY: (409, "the file is being executed; write it with atomic true"),
     errno.EBUSY: (409, "the file is a mount point; write it with atomic false"),
@@ -2186,7 +2187,8 @@ class Walk(contextlib.ExitStack):
             raise ApiError(status, "path: is a link; use the path of the file that it points at")
         if not stat.S_ISREG(now.st_mode):
             raise ApiError(409, "path: there is something other than a regular file")
-        # A program that runs with other rights, or the second name of a file outside.
+        # A program that runs with other rights, or the second name of a file outside. One that is
+        # just being taken away is not counted: hence the README's fs.protected_hardlinks=1.
         if self._is_limited and (now.st_mode & 0o7000 or now.st_nlink > 1 or is_capable(found)):
             rule = "a mode above 0777, file capabilities or hard links"
             raise ApiError(403, f"path: a limited key may not use a file that has {rule}")
