@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2482, and a reviewer may stop there:
+stands first, up to line 2481, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -732,7 +732,7 @@ def restrict_numbers(key: Key, body: Json, ask: Ask) -> None:
         # -1 is no limit to the Engine.
         key.permit(0 < swap <= memory, "memory_swap_mb", f"more than memory_mb, {memory},")
     for name in resources.get("ulimits", ()):
-        key.permit(name in LIMITED_ULIMITS, "ulimits", name)
+        key.permit(name in ("nofile", "nproc", "core", "stack", "fsize"), "ulimits", name)
 
 
 def restrict_rest(key: Key, body: Json, ask: Ask) -> None:
@@ -756,7 +756,6 @@ def restrict_rest(key: Key, body: Json, ask: Ask) -> None:
 # The most that any limited key's container may ask for.
 MOST = {"stop_timeout": 120, "resources.cpu_shares": 1024}
 MOST.update({"log.max_size_mb": 100, "log.max_files": 10})
-LIMITED_ULIMITS = ("nofile", "nproc", "core", "stack", "fsize")
 RULES = (restrict_image, restrict_volumes, restrict_networks, restrict_numbers, restrict_rest)
 # What they look at, and then what is free. Any other field is for the master key.
 LIMITED_FIELDS = set(
@@ -2559,10 +2558,6 @@ def check_health(health: Json, path: str) -> Json:
     return health
 
 
-def check_network(network: Any, path: str) -> Json:
-    return {"aliases": [], **(network if isinstance(network, dict) else {"name": network})}
-
-
 def check_networks(body: Json) -> Json:
     """Return body with `networks`, all that it joins, or `network_mode` host, none or container:X.
 
@@ -2733,7 +2728,8 @@ VOLUMES = object_schema(
     mode=string_schema("0*[1-7][0-7]{0,3}", "an octal mode from 1 to 7777", 15, "1777"),
 )
 JOINED = object_schema("name", name=NETWORK_NAME, aliases=array_of(HOST_NAME))
-JOINED.update({**NETWORK_NAME, "type": "string|object", "check": check_network})
+JOINED.update({**NETWORK_NAME, "type": "string|object"})
+JOINED["check"] = lambda n, path: {"aliases": [], **(n if isinstance(n, dict) else {"name": n})}
 
 # Each field of a create is one row: its place in the Engine's request is below its parent's.
 RESTART_POLICY = object_schema(
