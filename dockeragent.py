@@ -5882,7 +5882,7 @@ def delete_volume(request: Request, agent: Agent) -> Response:
 
 def write_file(request: Request, agent: Agent) -> Response:
     body = request.body
-    content = text = body.get("content", "").encode()
+    content = text = body.pop("content", "").encode()  # pop: a write that waits holds it once
     if body.get("encoding") == "base64":
         with contextlib.suppress(binascii.Error):
             content = base64.b64decode(text)
