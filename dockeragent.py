@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2481, and a reviewer may stop there:
+stands first, up to line 2483, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -2186,8 +2186,7 @@ class Walk(contextlib.ExitStack):
             raise ApiError(status, "path: is a link; use the path of the file that it points at")
         if not stat.S_ISREG(now.st_mode):
             raise ApiError(409, "path: there is something other than a regular file")
-        # A program that runs with other rights, or the second name of a file outside. One that is
-        # just being taken away is not counted: hence the README's fs.protected_hardlinks=1.
+        # A program with other rights, or a file outside: see fs.protected_hardlinks in the README.
         if self._is_limited and (now.st_mode & 0o7000 or now.st_nlink > 1 or is_capable(found)):
             rule = "a mode above 0777, file capabilities or hard links"
             raise ApiError(403, f"path: a limited key may not use a file that has {rule}")
@@ -5870,13 +5869,11 @@ def delete_network(request: Request, agent: Agent) -> Response:
 
 def delete_volume(request: Request, agent: Agent) -> Response:
     request.target.update(volume=request.name)
-    path = f"/volumes/{quote(request.name, safe='')}"
     lock = agent.engine.key_locks.setdefault(request.key.name, threading.Lock())
-    busy = "another volume is being removed; try again later"
     # One at a time, and only what is there: podman would remove another, whose name begins so.
-    with in_use_by(request.key), hold(lock, CALL_TIMEOUT, busy):
-        agent.engine.call("GET", path)
-        agent.engine.call("DELETE", path)
+    with in_use_by(request.key), hold(lock, CALL_TIMEOUT, "another volume is being removed"):
+        for method in "GET", "DELETE":
+            agent.engine.call(method, f"/volumes/{quote(request.name, safe='')}")
     return Response({"message": "volume removed"})
 
 

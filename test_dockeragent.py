@@ -6164,6 +6164,7 @@ def test_volume_that_is_not_there_is_no_other_whose_name_begins_so(fakes):
     fake, agent = fakes
     fake.script["GET /volumes/web"] = http_answer({"message": "no such volume"}, 404)
     fake.script["DELETE /volumes/web"] = http_answer(b"", 204)
+    fake.requests()
     assert_envelope(agent.delete("/api/v1/volumes/web"), 404, "no such volume")
     assert fake.changes() == []
 
