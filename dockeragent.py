@@ -2081,7 +2081,7 @@ def file_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        status, advice = FILE_ERRORS.get(error.errno or 0, (502, "see the host's kernel log"))
+        status, advice = FILE_ERRORS.get(error.errno or 0, (500, "see the host's kernel log"))
         raise ApiError(status, f"path: {error.strerror}: {advice}") from error
 
 
@@ -2301,7 +2301,7 @@ def write_beneath(tree: Tree, path: str, write: FileWrite) -> bool:
     """Write a file at an absolute path as the host sees it; return whether anything was changed.
 
     Missing parents are made, 0755. Two writers of one path: the last rename wins. On failure
-    nothing has changed. Raises ApiError: 400, 403, 409, 503, 507, and 502 for an I/O error.
+    nothing has changed. Raises ApiError: 400, 403, 409, 503, 507, and 500 for an I/O error.
     """
     with file_errors():
         for _ in range(MAX_PATH_RETRIES):

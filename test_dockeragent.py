@@ -6789,7 +6789,7 @@ def test_filesystem_of_one_mode(tree_agent, one_mode, asked, status, atomic):
 
 @pytest.mark.parametrize("one_mode", [False], ids=["frozen"], indirect=True)
 @pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
-@pytest.mark.parametrize("refusal, status", [("EAGAIN", 409), ("EIO", 502), ("ENOSPC", 507)])
+@pytest.mark.parametrize("refusal, status", [("EAGAIN", 409), ("EIO", 500), ("ENOSPC", 507)])
 def test_write_that_fails_is_an_answer(tree_agent, one_mode, refusal, status, atomic):
     assert write(tree_agent, "/fat/f", "old").status == 201
     one_mode.refusal = getattr(errno, refusal)
