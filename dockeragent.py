@@ -673,10 +673,10 @@ def restrict_volumes(key: Key, body: Json, ask: Ask) -> None:
             volume.update(read_only=True, non_recursive=True)
         elif source:
             key.permit_name("volumes", source)
-            found = ask(f"/volumes/{quote(source, safe='')}") or {"Driver": "local"}
-            # A volume with options may be a bind of any folder: o=bind,device=/.
-            is_plain = found.get("Driver") == "local" and not found.get("Options")
-            key.permit(is_plain, "volumes", f"{source}, which has options,")
+            if (found := ask(f"/volumes/{quote(source, safe='')}")) is not None:
+                # A volume with options may be a bind of any folder: o=bind,device=/.
+                is_plain = found.get("Driver") == "local" and not found.get("Options")
+                key.permit(is_plain, "volumes", f"{source}, which has options,")
 
 
 def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
@@ -780,7 +780,7 @@ def restrict_brought(key: Key, container: Json, image: Json) -> None:
 def check_created(key: Key, created: Json, container: Json, status: int = 409) -> None:
     """Check what an image has brought, also once it was created: the tag may have been moved."""
     # Labels and commands are in the list of all containers, of which MAX_RESPONSE bytes are read.
-    size = len(encode_json(created.get("Config")))
+    size = len(encode_json(created["Config"]))
     key.permit(size <= MAX_LIMITED_CONFIG, "size", f"more than {MAX_LIMITED_CONFIG} bytes", status)
     for name, value in config_of(created, "Labels").items():
         is_own = container["Labels"].get(name) == value or key.covers("labels", name)
@@ -2888,6 +2888,29 @@ LINE_TOO_LONG: Json = {"error": "the Engine's response has too long a line"}
 # OverflowError: http.client takes the size of a chunk for an integer, which may be negative.
 FAILURES = (OSError, http.client.HTTPException, OverflowError)
 
+# What is read of the objects in the Engine's responses, whatever they describe: each member's type
+# or pattern, [its items' shape] or {its members}, with "*" for any name. Each may be missing.
+ID = re.compile("[a-zA-Z0-9][a-zA-Z0-9_.:-]*")
+WORDS = re.compile(r"[^\ud800-\udfff]*")  # a lone surrogate could not be sent to anybody
+WORDS_BY_NAME = {"*": WORDS}
+STATE = {"Running": bool, "Restarting": bool, "Status": WORDS, "StartedAt": WORDS}
+STATE["Health"] = {"Status": WORDS}
+CONFIG = {"Labels": WORDS_BY_NAME, "Image": WORDS, "Tty": bool, "StopTimeout": int, "Volumes": {}}
+CONFIG["Healthcheck"] = {"Test": [WORDS], "Interval": int, "StartInterval": int}
+CONFIG["StopSignal"] = WORDS
+HOST_CONFIG = {"AutoRemove": bool, "RestartPolicy": {"Name": WORDS, "MaximumRetryCount": int}}
+OBJECT = {"Id": ID, "State": STATE, "Config": CONFIG, "HostConfig": HOST_CONFIG, "timeNano": int}
+OBJECT.update(dict.fromkeys("Name Image ImageID Driver Type status message".split(), WORDS))
+OBJECT.update(Names=[WORDS], Warnings=[WORDS], RepoTags=[WORDS], RepoDigests=[WORDS])
+OBJECT.update(Labels=WORDS_BY_NAME, Options=WORDS_BY_NAME, Metadata={}, progressDetail={})
+OBJECT["Mounts"] = [{"Type": WORDS, "Name": WORDS, "Destination": WORDS, "RW": bool}]
+OBJECT["Volumes"] = [{"Name": WORDS, "Labels": WORDS_BY_NAME}]
+OBJECT["Actor"] = {"ID": WORDS, "Attributes": WORDS_BY_NAME}
+OBJECT["NetworkSettings"] = {"Networks": {"*": {"NetworkID": WORDS}}}
+OBJECT.update(IPAM={"Config": [{"Subnet": WORDS}]}, Ports=[{}])
+# In a list of containers their state is a word.
+OBJECTS = [{**OBJECT, "State": WORDS, "Status": WORDS, "Size": int, "Created": int}]
+
 
 class Call(NamedTuple):
     """One request to the Engine. path: after the version, made of constants and quoted parts."""
@@ -3296,36 +3319,53 @@ def engine_failure(error: Exception) -> EngineError:
 def engine_error(status: int, body: bytes) -> EngineError:
     """Return the error for a refusal of the Engine, whose body is {"message": ...}."""
     try:
-        message = require(decode_response(body), "message", str)
+        message = decode_response(body)["message"]
     except EngineError:
         # As a proxy in between sends it, and the Engine itself of a version it no longer knows.
         return EngineError(502, f"{BROKEN}: status {status} with {body[:200]!r}")
     return EngineError(status if status in (400, 401, 403, 404, 409, 500, 501) else 502, message)
 
 
-def decode_response(body: bytes, kind: type = dict) -> Any:
-    """Return the JSON object (or list) in a response of the Engine. Raises EngineError (502)."""
+class Answer(dict[str, Any]):
+    """An object in a response of the Engine: that a member is missing is the Engine's fault."""
+
+    def __missing__(self, name: str) -> NoReturn:
+        raise EngineError(502, f"{BROKEN}: it has no {name}")
+
+
+def decode_response(body: bytes, shape: Any = OBJECT) -> Any:
+    """Return the JSON in a response of the Engine; what is null is missing. Raises EngineError.
+
+    Invariant: each member is what `shape` says, so nobody has to look at its type again.
+    """
     try:
-        decoded = json.loads(body)
+        decoded = json.loads(body, object_pairs_hook=decode_object)
     except (ValueError, RecursionError) as error:
         raise EngineError(502, f"{BROKEN}: it is not JSON") from error
-    if not isinstance(decoded, kind):
-        raise EngineError(502, f"{BROKEN}: it is not the JSON that was asked for")
+    check_shape(decoded, shape)
     return decoded
 
 
-def require(decoded: Json, name: str, kind: type) -> Any:
-    """Return one member of a response of the Engine. Raises EngineError (502)."""
-    if not isinstance(decoded.get(name), kind):
-        raise EngineError(502, f"{BROKEN}: it has no {name}")
-    return decoded[name]
+def decode_object(pairs: list[tuple[str, Any]]) -> Answer:
+    return Answer(pair for pair in pairs if pair[1] is not None)
 
 
-def container_id(decoded: Json) -> str:
-    """Return the id in a response of the Engine about a container. Raises EngineError (502)."""
-    if not re.fullmatch(CONTAINER, require(decoded, "Id", str)):
-        raise EngineError(502, f"{BROKEN}: it has no Id")
-    return str(decoded["Id"])
+def check_shape(value: Any, shape: Any, name: str = "it") -> None:
+    """Raise EngineError (502), which names the member, for what is not of a shape as OBJECT is."""
+    if isinstance(shape, re.Pattern):
+        is_right = isinstance(value, str) and shape.fullmatch(value) is not None
+    elif isinstance(shape, type):  # by type(): to Python, a boolean is an integer
+        is_right = type(value) is shape
+    else:
+        is_right = isinstance(value, type(shape))
+    if not is_right:
+        raise EngineError(502, f"{BROKEN}: {name} is not of the expected shape")
+    if isinstance(shape, list):
+        for item in value:
+            check_shape(item, shape[0], name)
+    if isinstance(shape, dict):
+        for each in value if "*" in shape else shape.keys() & value:
+            check_shape(value[each], shape.get("*") or shape[each], each)
 
 
 def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[Json | None]:
@@ -3352,15 +3392,6 @@ def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[
         if time.monotonic() >= due:
             yield None
             due = time.monotonic() + PING_INTERVAL
-
-
-@contextlib.contextmanager
-def expected_shape() -> Iterator[None]:
-    """Turn an error from reading JSON of another shape into an EngineError (502)."""
-    try:
-        yield
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise EngineError(502, "the Engine's response is not of the expected shape") from error
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3403,10 +3434,10 @@ def container_path(name: str, action: str = "") -> str:
 
 def own_stop_timeout(config: Json) -> int:
     """Return the seconds that a stop takes at most if none are given."""
-    wait = config.get("StopTimeout")
+    wait = config.get("StopTimeout", -1)
     # Invariant: a container's own timeout makes no wait longer than a client could ask for. -1 is
     # for ever to the Engine.
-    return min(MAX_STOP, wait) if isinstance(wait, int) and wait >= 0 else DEFAULT_STOP
+    return min(MAX_STOP, wait) if wait >= 0 else DEFAULT_STOP
 
 
 def agent_labels(key: Key, **values: str) -> dict[str, str]:
@@ -3474,15 +3505,14 @@ def find_image(engine: Engine, image: str) -> Json:
 def find_containers(engine: Engine, **filters: str) -> list[Any]:
     given = {kind: [value] for kind, value in filters.items()}
     query = {"all": 1, "filters": json.dumps(given)}
-    rows: list[Any] = decode_response(engine.call("GET", "/containers/json", query), list)
+    rows: list[Json] = decode_response(engine.call("GET", "/containers/json", query), OBJECTS)
     return rows
 
 
-@expected_shape()
 def ids_by_name(engine: Engine, pattern: str) -> dict[str, str]:
     """Return the ids of containers whose names match a regex, by name."""
     rows = find_containers(engine, name=pattern)
-    return {name[1:]: container_id(row) for row in rows for name in row.get("Names") or ()}
+    return {name[1:]: row["Id"] for row in rows for name in row.get("Names", ())}
 
 
 def look_up_networks(engine: Engine, body: Json) -> None:
@@ -3514,10 +3544,10 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
             check_count(key, query["name"], ids_by_name(engine, "."))
             engine.unchecked.append(query["name"])
             held.callback(engine.unchecked.remove, query["name"])
-        used = [str(image.get("Id", "")), str(body["HostConfig"].get("NetworkMode", ""))]
+        used = [image.get("Id", ""), body["HostConfig"].get("NetworkMode", "")]
         held.enter_context(engine.reserve(used))
         created = engine.json("POST", "/containers/create", query, body, START_TIMEOUT)
-        path = container_path(container_id(created), "json")
+        path = container_path(created["Id"], "json")
         if not key.master:
             with removed_on_failure(engine, created["Id"]):
                 check_created(key, engine.json("GET", path), body)
@@ -3545,7 +3575,7 @@ def create_container(engine: Engine, key: Key, body: Json, pull: Callable[[], ob
 def has_image(engine: Engine, body: Json) -> bool:
     """Return whether the body's image is there, for its platform if it names one."""
     image = find_image(engine, body["image"])
-    found = [str(image.get(name)) for name in ("Os", "Architecture", "Variant")]
+    found = [image.get(name) for name in ("Os", "Architecture", "Variant")]
     wanted = body["platform"].split("/") if "platform" in body else []
     return bool(image) and found[: len(wanted)] == wanted
 
@@ -3621,10 +3651,9 @@ def pull_events(
                 continue
             if told := word.get("error") or word.get("errorDetail"):
                 raise pull_error(500, str(told.get("message") if isinstance(told, dict) else told))
-            detail = word.get("progressDetail")
-            shown = {**detail, **word} if isinstance(detail, dict) else word
+            shown = {**word.get("progressDetail", {}), **word}
             yield "progress", {n: shown.get(n) for n in ("id", "status", "current", "total")}
-            if match := re.fullmatch("Digest: (sha256:[0-9a-f]{64})", str(word.get("status"))):
+            if match := re.fullmatch("Digest: (sha256:[0-9a-f]{64})", word.get("status", "")):
                 digest = match[1]
     # With the tag that was pulled, also if the body names none.
     full = image if image.endswith((f":{tag}", f"@{tag}")) else f"{name}:{tag}"
@@ -3659,15 +3688,13 @@ def pull_image(engine: Engine, body: Json, auth: str, interrupts: Interrupts) ->
 
 def find_digest(image: Json, repository: str) -> str | None:
     """Return the digest that an inspected image has in a repository, None if it has none there."""
-    found = image.get("RepoDigests")
-    for entry in found if isinstance(found, list) else ():
-        name, _, digest = str(entry).partition("@")
+    for entry in image.get("RepoDigests", ()):
+        name, _, digest = entry.partition("@")
         if full_repository(name) == full_repository(repository):
-            return digest
+            return str(digest)
     return None
 
 
-@expected_shape()
 def shape_list(body: bytes, key: Key, query: Json) -> bytes:
     """Return our list of the Engine's: the rows that the key covers and the query asks for.
 
@@ -3686,7 +3713,7 @@ def shape_rows(body: bytes, master: bool) -> list[tuple[Json, bytes]]:
 
     Who asks for the list asks again and again, and the Engine's answer is mostly the same.
     """
-    rows = [shape_row(container, master) for container in decode_response(body, list)]
+    rows = [shape_row(container, master) for container in decode_response(body, OBJECTS)]
     return [(row, encode_json(row)) for row in rows]
 
 
@@ -3720,13 +3747,10 @@ def is_listed(row: Json, key: Key, query: Json) -> bool:
 
 KEPT_IMAGES = 3  # of each repository, by a prune that names no number
 # Our fields of a list and the Engine's.
-IMAGE_FIELDS = {"id": "Id", "tags": "RepoTags", "digests": "RepoDigests"}
-IMAGE_FIELDS.update(size="Size", created="Created")
 NETWORK_FIELDS = {"id": "Id", "name": "Name", "driver": "Driver", "internal": "Internal"}
 VOLUME_FIELDS = {"name": "Name", "driver": "Driver", "created": "CreatedAt", "labels": "Labels"}
 
 
-@expected_shape()
 def count_users(engine: Engine) -> collections.Counter[tuple[str, str]]:
     """Return how many containers, stopped ones included, use each thing: {("volume", name): 2}.
 
@@ -3734,37 +3758,37 @@ def count_users(engine: Engine) -> collections.Counter[tuple[str, str]]:
     """
     users: collections.Counter[tuple[str, str]] = collections.Counter()
     for container in find_containers(engine):
-        networks = container["NetworkSettings"]["Networks"] or {}
+        networks = container["NetworkSettings"].get("Networks", {})
         used = {("network", value["NetworkID"] or name) for name, value in networks.items()}
-        mounts = container["Mounts"] or []
+        mounts = container.get("Mounts", ())
         used |= {("volume", mount["Name"]) for mount in mounts if mount["Type"] == "volume"}
         users.update(used | {("image", container["ImageID"])})
     return users
 
 
-@expected_shape()
 def read_images(engine: Engine) -> list[Json]:
     """Return all images as we list them, except the intermediate ones of builds."""
     images = []
-    found = decode_response(engine.call("GET", "/images/json"), list)
+    found = decode_response(engine.call("GET", "/images/json"), OBJECTS)
     users = count_users(engine)  # after the images, so that no user of theirs is missed
     for row in found:
-        image = {ours: row[theirs] for ours, theirs in IMAGE_FIELDS.items()}
-        for kind in ("tags", "digests"):  # before API 1.43 "<none>:<none>" stands for none
-            image[kind] = [name for name in image[kind] or [] if "<none>" not in name]
+        image: Json = {"id": row["Id"]}
+        for kind, names in ("tags", "RepoTags"), ("digests", "RepoDigests"):
+            # Before API 1.43 "<none>:<none>" stands for none.
+            image[kind] = [name for name in row.get(names, ()) if "<none>" not in name]
         # containerd's store lists what was pulled by its digest among the tags, too.
         image["tags"] = [name for name in image["tags"] if "@" not in name]
+        image.update(size=row["Size"], created=row["Created"])
         images.append({**image, "containers": users["image", image["id"]]})
     return images
 
 
-@expected_shape()
 def remove_reference(engine: Engine, reference: str) -> dict[str, list[str]]:
     """Untag an image, and remove it with its last tag; return {"untagged", "deleted"}."""
     # Invariant: never forced, so that the Engine itself refuses (409) an image in use.
-    with engine.reserve([str(find_image(engine, reference).get("Id", ""))], removes=True):
+    with engine.reserve([find_image(engine, reference).get("Id", "")], removes=True):
         body = engine.call("DELETE", f"/images/{quote(reference)}", seconds=START_TIMEOUT)
-    rows = decode_response(body, list)
+    rows = decode_response(body, OBJECTS)
     return {w.lower(): [row[w] for row in rows if w in row] for w in ("Untagged", "Deleted")}
 
 
@@ -3775,11 +3799,10 @@ def creation_key(engine: Engine, image: Json) -> tuple[int, str, str, str]:
     """
     found = find_image(engine, image["id"])
     fraction = re.sub(r"^[^.]*\.?([0-9]*).*", r"\1", str(found.get("Created")))
-    tagged = str((found.get("Metadata") or {}).get("LastTagTime")).rstrip("Z")
+    tagged = str(found.get("Metadata", {}).get("LastTagTime")).rstrip("Z")
     return image["created"], fraction, tagged, image["id"]
 
 
-@expected_shape()
 def prune_images(engine: Engine, key: Key, repository: str, keep: int, *, dry_run: bool) -> Json:
     """Remove old images; return {"removed", "reclaimed"}. Raises EngineError.
 
@@ -3815,13 +3838,13 @@ def prune_images(engine: Engine, key: Key, repository: str, keep: int, *, dry_ru
     return {"removed": removed, "reclaimed": reclaimed}
 
 
-@expected_shape()
 def read_networks(engine: Engine) -> list[Json]:
     networks = []
-    for found in decode_response(engine.call("GET", "/networks"), list):
+    for found in decode_response(engine.call("GET", "/networks"), [OBJECT]):
         row = {ours: found[theirs] for ours, theirs in NETWORK_FIELDS.items()}
-        subnets = [each["Subnet"] for each in found["IPAM"]["Config"] or [] if "Subnet" in each]
-        networks.append({**row, "subnets": subnets, "labels": found["Labels"] or {}})
+        pools = found["IPAM"].get("Config", ())
+        subnets = [pool["Subnet"] for pool in pools if "Subnet" in pool]
+        networks.append({**row, "subnets": subnets, "labels": found.get("Labels", {})})
     return networks
 
 
@@ -3865,10 +3888,9 @@ def remove_network(engine: Engine, name: str) -> None:
         engine.call("DELETE", f"/networks/{quote(network['id'], safe='')}")
 
 
-@expected_shape()
 def read_volumes(engine: Engine) -> list[Json]:
     volumes = []
-    found = engine.json("GET", "/volumes")["Volumes"] or []
+    found = engine.json("GET", "/volumes").get("Volumes", ())
     users = count_users(engine)
     for row in found:
         volume = {ours: row.get(theirs) for ours, theirs in VOLUME_FIELDS.items()}
@@ -4273,7 +4295,7 @@ class LogCursor:
         found: the container; None: it was removed. wanted: how many of its last lines to begin
         with; None: all.
         """
-        started = require(found, "State", dict).get("StartedAt") if found else None
+        started = found["State"].get("StartedAt") if found else None
         ending = log_ending(found, started)
         if wanted is not None:
             yield []
@@ -4528,7 +4550,7 @@ def log_ending(found: Json | None, started: Any) -> Ending | None:
     """
     if found is None:
         return "end", {"reason": "removed", "exit_code": None}
-    state = require(found, "State", dict)
+    state = found["State"]
     exit_code = state.get("ExitCode")
     is_another = state.get("Running") and state.get("StartedAt") != started
     if state.get("Restarting") or is_another:
@@ -4597,14 +4619,14 @@ def read_journal(labels: Json) -> Journal:
 
 
 def restart_policy(host_config: Json) -> Json:
-    policy: Json = host_config.get("RestartPolicy") or {}
+    policy: Json = host_config.get("RestartPolicy", {})
     # An update to an empty name does nothing.
     return {**NO_RESTART, **policy} if policy.get("Name") else NO_RESTART
 
 
 def health_of(container: Json) -> str:
     """Return "healthy", "unhealthy" or "starting", "" without a health check."""
-    return str((container["State"].get("Health") or {}).get("Status") or "").replace("none", "")
+    return str(container["State"].get("Health", {}).get("Status", "")).replace("none", "")
 
 
 def own_container() -> str:
@@ -4644,10 +4666,7 @@ class Deployment:
         return found
 
     def inspect(self, container: str) -> Json:
-        inspected = self.engine.json("GET", container_path(container, "json"))
-        for member in ("State", "Config", "HostConfig"):
-            require(inspected, member, dict)
-        return inspected
+        return self.engine.json("GET", container_path(container, "json"))
 
     def find(self, container: str, image: Json | None = None) -> Found:
         """Return a container by its id or name. image: one that is at hand, as inspected."""
@@ -4657,12 +4676,12 @@ class Deployment:
         journal = read_journal(own)
         if journal.name:
             if not image or image.get("Id") != inspected.get("Image"):
-                image = find_image(self.engine, require(inspected, "Image", str))
+                image = find_image(self.engine, inspected["Image"])
             # Invariant: no image can pass for a deploy. A container that the agent did not create
             # has its image's labels with this prefix, and no others.
             if own.items() <= config_of(image, "Labels").items():
                 journal = NO_JOURNAL
-        return Found(container_id(inspected), inspected, journal)
+        return Found(inspected["Id"], inspected, journal)
 
     def settle(self, error: ApiError) -> None:
         """Give an Engine that has not answered time to do what it was asked all the same."""
@@ -4725,7 +4744,7 @@ class Deployment:
 
     def inspect_running(self, new: Found) -> Json:
         container = self.inspect(new.id)
-        if not container["State"].get("Running"):
+        if not container["State"]["Running"]:
             self.passed = ""
             code = container["State"].get("ExitCode")
             raise GateError(422, f"the new container exited with code {code}")
@@ -4857,7 +4876,7 @@ class Deployment:
         old = self.find_old(image, adopt=request.query.get("adopt", False))
         spec = {field: value for field, value in body.items() if field not in ("deploy", "pull")}
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
-        if old and (old.journal.spec, old.container.get("Image")) == (digest, image.get("Id")):
+        if old and (old.journal.spec, old.container["Image"]) == (digest, image["Id"]):
             running = old.container["State"].get("Status") == "running"
             if running and health_of(old.container) != "unhealthy":
                 return self.answer(old, image, None, changed=False)
@@ -4927,7 +4946,7 @@ class Deployment:
         made: Json = {}
         try:
             made = send_create(self.engine, key, query, container)
-            connect_networks(self.engine, container_id(made), body)
+            connect_networks(self.engine, made["Id"], body)
             new = self.find(made["Id"], image)
             if new.journal != journal:
                 raise ApiError(409, f"the image must not carry labels that begin with {OWN_LABELS}")
@@ -4942,14 +4961,14 @@ class Deployment:
                     remove_container(self.engine, left)
                 self.is_unfinished = False
             raise
-        self.warnings += made.get("Warnings") or []
+        self.warnings += made.get("Warnings", [])
         return new
 
     def carry_volumes(self, old: Found, mounts: list[Json]) -> list[Json]:
         """Return mounts, with the old container's anonymous volumes at their targets."""
         result = {os.path.normpath(mount["Target"].lstrip("/")): mount for mount in mounts}
-        for mount in old.container.get("Mounts") or ():
-            name, target = mount.get("Name") or "", mount.get("Destination") or ""
+        for mount in old.container.get("Mounts", ()):
+            name, target = mount.get("Name", ""), mount.get("Destination", "")
             if mount.get("Type") != "volume" or not re.fullmatch("[0-9a-f]{64}", name):
                 continue
             volume = self.engine.json("GET", f"/volumes/{name}")
@@ -5005,8 +5024,8 @@ class Deployment:
 
     def describe(self, found: Found, image: Json) -> Json:
         """Return a container's id, image and image digest; image: what the tag names now."""
-        reference = str(found.container["Config"].get("Image") or "")
-        own = require(found.container, "Image", str)
+        reference = found.container["Config"].get("Image", "")
+        own = found.container["Image"]
         repository, _ = split_image(reference)
         current = image if image.get("Id") == own else find_image(self.engine, own)
         digest = find_digest(current, repository)
@@ -5247,7 +5266,7 @@ def remove_run(engine: Engine, token: str) -> None:
     while True:
         try:
             for container in find_containers(engine, label=f"{RUN_LABEL}={token}"):
-                remove_container(engine, container_id(container))
+                remove_container(engine, container["Id"])
             return
         except EngineError:
             if time.monotonic() >= deadline:
@@ -5255,7 +5274,6 @@ def remove_run(engine: Engine, token: str) -> None:
         time.sleep(1)
 
 
-@expected_shape()
 def remove_left_runs(engine: Engine, log: Log, live: Collection[str]) -> None:
     """Remove what a killed agent left of runs; live: the tokens of those that go on."""
     for container in find_containers(engine, label=RUN_LABEL):
@@ -5266,9 +5284,9 @@ def remove_left_runs(engine: Engine, log: Log, live: Collection[str]) -> None:
         image = find_image(engine, container["ImageID"])
         if not image or config_of(image, "Labels").get(RUN_LABEL) == token:
             continue
-        target = {"id": container["Id"], "name": container["Names"][0].lstrip("/")}
+        target = {"id": container["Id"], "name": own_name({"names": container["Names"]})}
         try:
-            remove_container(engine, container_id(container))
+            remove_container(engine, container["Id"])
             log("warning", "removed what a killed agent left of a run", target=target)
         except EngineError as error:
             log("error", "cannot remove what a killed agent left of a run", error=error.message)
@@ -5308,7 +5326,7 @@ def stats_sample(raw: Json) -> Json:
 
     Engine API, "Get container stats based on resource usage". Raises EngineError (502).
     """
-    with expected_shape():
+    try:
         cpu, before, memory = raw["cpu_stats"], raw["precpu_stats"], raw["memory_stats"]
         busy = cpu["cpu_usage"]["total_usage"] - before["cpu_usage"]["total_usage"]
         elapsed = cpu.get("system_cpu_usage", 0) - before.get("system_cpu_usage", 0)
@@ -5331,11 +5349,13 @@ def stats_sample(raw: Json) -> Json:
             "block_write_bytes": sum(b["value"] for b in blocks if b["op"].lower() == "write"),
             "pids": raw["pids_stats"].get("current", 0),
         }
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise EngineError(502, f"{BROKEN}: it is not of the expected shape") from error
 
 
 def is_running(found: Json | None) -> bool:
     """Return whether a container has a process, by its inspect JSON; None: it was removed."""
-    state = require(found, "State", dict) if found else {}
+    state = found["State"] if found else {}
     return bool(state.get("Running")) and not state.get("Restarting")
 
 
@@ -5381,10 +5401,10 @@ def engine_events(engine: Engine, query: Json, until: float, request: Request) -
 
 def event_data(message: Json, key: Key) -> Json | None:
     """Return what a key is shown of an Engine's event, or None. Raises EngineError (502)."""
-    actor, kind = require(message, "Actor", dict), require(message, "Type", str)
-    attributes = require({"Attributes": {}, **actor}, "Attributes", dict)
+    actor, kind = message["Actor"], message["Type"]
+    attributes = actor.get("Attributes", {})
     # The Engine puts a container's name over a label "name". A volume has its name as its id.
-    name = str(attributes.get("name", actor.get("ID") if kind == "volume" else ""))
+    name = attributes.get("name", actor.get("ID", "") if kind == "volume" else "")
     if not key.master:
         # Invariant: a limited key is sent only events of what it covers by name. An event of a
         # network or volume names the container that uses it by its id alone.
@@ -5394,7 +5414,7 @@ def event_data(message: Json, key: Key) -> Json | None:
         # Before it was renamed a container may have been another's.
         hidden = (OWN_LABELS, "oldName")
         attributes = {k: v for k, v in attributes.items() if not k.startswith(hidden)}
-    moment = stamp_from(require(message, "timeNano", int) % 2**63).decode()
+    moment = stamp_from(message["timeNano"] % 2**63).decode()
     shown = {"time": moment, "type": kind, "action": message.get("Action")}
     return {**shown, "id": actor.get("ID"), "name": name, "attributes": attributes}
 
@@ -5450,7 +5470,6 @@ class Metrics:
         return result
 
 
-@expected_shape()
 def container_samples(found: bytes, key: Key) -> dict[str, float]:
     """Return the values by series of the containers that a key covers, from the Engine's list."""
     samples: dict[str, float] = {}
@@ -5460,7 +5479,7 @@ def container_samples(found: bytes, key: Key) -> dict[str, float]:
             labels = {"name": name, "image": row["image"]}
             samples[series("dockeragent_container_state", **labels, state=row["state"])] = 1
             # "Up 5 minutes (healthy)", "(unhealthy)" or "(health: starting)"
-            if match := re.search(r"\((healthy|unhealthy|health: \w+)\)$", row["status"]):
+            if match := re.search(r"\((healthy|unhealthy|health: \w+)\)$", row["status"] or ""):
                 health = series("dockeragent_container_health", **labels)
                 samples[health] = int(match[1] == "healthy")
     return samples
@@ -5500,8 +5519,7 @@ class Agent(NamedTuple):
 def identity(body: bytes) -> tuple[tuple[str, str], ...]:
     """Return ("id", id) and ("name", name) from a container's inspect JSON, for the log."""
     found = decode_response(body)
-    name = str(found.get("Name", "")).removeprefix("/")
-    return ("id", str(found.get("Id", ""))), ("name", name)
+    return ("id", found.get("Id", "")), ("name", found.get("Name", "").removeprefix("/"))
 
 
 def inspect_container(request: Request, agent: Agent) -> bytes:
@@ -5565,7 +5583,7 @@ def create(request: Request, agent: Agent) -> Response:
         with removed_on_failure(engine, identity):
             connect_networks(engine, identity, body)
             start_container(engine, identity)
-    answer = {"id": identity, "warnings": created.get("Warnings") or []}
+    answer = {"id": identity, "warnings": created.get("Warnings", [])}
     return Response(answer, 201, {"Location": f"{API}/containers/{identity}"})
 
 
@@ -5605,17 +5623,17 @@ def post_action(
     with found_to_change(request, agent) as found:
         # The create that looks at a limited key's container is what starts it first. One that timed
         # out may have been done all the same, and nobody has looked.
-        is_new = (found.get("State") or {}).get("StartedAt") == NEVER_STARTED
+        is_new = found.get("State", {}).get("StartedAt", NEVER_STARTED) == NEVER_STARTED
         is_unseen = is_new and config_of(found, "Labels").get(KEY_LABEL)
         key.permit(key.master or not is_unseen, "operate", "what has never run")
         config: Json = {}
         query = {"t": body["timeout"]} if "timeout" in body else {}
         if action in ("stop", "restart"):
-            config = require(found, "Config", dict)
+            config = found["Config"]
             seconds += body.get("timeout", own_stop_timeout(config))
         if "signal" in body and takes_signal(agent.engine, body["signal"], config, action):
             query["signal"] = signal_name(body["signal"])
-        path = container_path(container_id(found), action)
+        path = container_path(found["Id"], action)
         agent.engine.call("POST", path, query, seconds=seconds)
     return Response({"message": f"container {done}"})
 
@@ -5631,7 +5649,7 @@ def takes_signal(engine: Engine, wanted: str, config: Json, action: str) -> bool
     version = engine.version(time.monotonic() + CALL_TIMEOUT, refresh=True)
     if int(version.partition(".")[2]) >= 42 and not engine.is_podman:
         return True
-    own = str(config.get("StopSignal") or "SIGTERM")
+    own = config.get("StopSignal") or "SIGTERM"
     if signal_number(own) != signal_number(wanted):
         when = f"before Engine API 1.42 ({version} is in use), and with podman,"
         refuse("signal", f"{when} a {action} can only send the container's own, {own}; use kill")
@@ -5656,7 +5674,7 @@ unpause = functools.partial(post_action, action="unpause", done="unpaused")
 def remove(request: Request, agent: Agent) -> Response:
     query = {name: int(value) for name, value in request.query.items()}
     with found_to_change(request, agent) as found:
-        agent.engine.call("DELETE", container_path(container_id(found)), query)
+        agent.engine.call("DELETE", container_path(found["Id"]), query)
     return Response({"message": "container removed"})
 
 
@@ -5681,9 +5699,9 @@ def logs(request: Request, agent: Agent) -> Response:
         second, fraction, number = map(int, match.groups())
         last = stamp_from(second * 10**9 + fraction), number
     found = find_container(request, agent)
-    tty = bool(require(found, "Config", dict).get("Tty"))
+    tty = bool(found["Config"].get("Tty"))
     interrupts = request.interrupts if asked["follow"] else request.interrupts._replace(stop=None)
-    source = LogSource(agent.engine, container_id(found), tty, kinds, since, until, interrupts)
+    source = LogSource(agent.engine, found["Id"], tty, kinds, since, until, interrupts)
     cursor = LogCursor(source, last)
     wanted = None if last or asked["tail"] == "all" else int(asked["tail"])
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
@@ -5754,7 +5772,7 @@ def stats(request: Request, agent: Agent) -> Response:
     stopped = ApiError(409, f"container {request.target['name']} is not running")
     if not is_running(found):
         raise stopped
-    engine, container = agent.engine, container_id(found)
+    engine, container = agent.engine, found["Id"]
     if request.query.get("follow"):
         return event_stream(stats_events(engine, container, request.interrupts))
     raw = engine.json("GET", container_path(container, "stats"), {"stream": "false"})
