@@ -4879,9 +4879,9 @@ class Deployment:
         if old and (old.journal.spec, old.container["Image"]) == (digest, image["Id"]):
             running = old.container["State"].get("Status") == "running"
             if running and health_of(old.container) != "unhealthy":
-                return self.answer(old, image, None, changed=False)
+                return self.answer(self.describe(old, image), None, changed=False)
         replaced = self.describe(old, image) if old else None
-        new = self.create(request, digest, image, old)
+        new, shown = self.create(request, digest, image, old)
         request.target.update(id=new.id)
         try:
             if old:
@@ -4894,7 +4894,7 @@ class Deployment:
             self.is_unfinished = True  # it was committed, but the old container may be left
             self.warnings.append(error.message)
         self.told.put(("step", {"step": "done"}))
-        return self.answer(new, image, replaced, changed=True)
+        return self.answer(shown, replaced, changed=True)
 
     def get_image(self, body: Json, auth: str, interrupts: Interrupts) -> Json:
         """Return the inspected image, pulled if the body says so. Raises EngineError."""
@@ -4925,8 +4925,10 @@ class Deployment:
             raise ApiError(409, f"{self.name} was not deployed by this agent; {rule}")
         return old
 
-    def create(self, request: Request, digest: str, image: Json, old: Found | None) -> Found:
-        """Return the new container, created beside the old one. Raises ApiError."""
+    def create(
+        self, request: Request, digest: str, image: Json, old: Found | None
+    ) -> tuple[Found, Json]:
+        """Return the new container, created beside the old one, and how it is told of."""
         key, body = request.key, request.body
         look_up_networks(self.engine, body)
         query, container = engine_container(self.engine, body)
@@ -4950,6 +4952,7 @@ class Deployment:
             new = self.find(made["Id"], image)
             if new.journal != journal:
                 raise ApiError(409, f"the image must not carry labels that begin with {OWN_LABELS}")
+            shown = self.describe(new, image)  # now: after the commit nothing may fail
             if self.stopping.is_set():
                 raise Stopping(503, "the agent is being stopped; try again later")
         except ApiError as error:
@@ -4962,7 +4965,7 @@ class Deployment:
                 self.is_unfinished = False
             raise
         self.warnings += made.get("Warnings", [])
-        return new
+        return new, shown
 
     def carry_volumes(self, old: Found, mounts: list[Json]) -> list[Json]:
         """Return mounts, with the old container's anonymous volumes at their targets."""
@@ -5017,10 +5020,9 @@ class Deployment:
             known["logs"] = last_lines(self.engine, new.id, tty, FAILED_LINES)
         return known
 
-    def answer(self, found: Found, image: Json, replaced: Json | None, *, changed: bool) -> Json:
-        shown = {"name": self.name, "changed": changed, "replaced": replaced}
-        shown.update(gate=self.passed or None, warnings=self.warnings)
-        return {**self.describe(found, image), **shown}
+    def answer(self, shown: Json, replaced: Json | None, *, changed: bool) -> Json:
+        shown.update(name=self.name, changed=changed, replaced=replaced)
+        return {**shown, "gate": self.passed or None, "warnings": self.warnings}
 
     def describe(self, found: Found, image: Json) -> Json:
         """Return a container's id, image and image digest; image: what the tag names now."""

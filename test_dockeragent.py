@@ -10493,6 +10493,29 @@ def test_container_that_is_listed_and_not_yet_there_is_not_replaced(pair):
     assert (reply.status, reply.json()["message"]) == (409, "taken")
 
 
+def test_what_is_told_of_a_new_container_is_known_before_it_is_started(pair):
+    """The tag was moved meanwhile, so its image has to be asked for once more."""
+    identity, image = "d" * 64, "sha256:" + "b" * 64
+    answers = [http_answer({"Id": image}), http_answer({"message": "harm"}, 500)]
+    find = f"GET /containers/{identity}/json"
+
+    def created(sock: socket.socket) -> None:
+        labels = json.loads(pair.engine.changes()[0].body)["Labels"]
+        found = {"Id": identity, "Image": image, "State": {}, "Config": {"Labels": labels}}
+        pair.engine.script[find] = http_answer(found)
+        sock.sendall(http_answer({"Id": identity}, 201))
+
+    pair.engine.script["its own look"] = http_answer([])
+    pair.engine.script["GET /images/a/json"] = http_answer({"Id": "sha256:" + "a" * 64})
+    pair.engine.script[f"GET /images/{quote(image)}/json"] = lambda sock: sock.sendall(
+        answers.pop(0)
+    )
+    pair.engine.script["POST /containers/create"] = created
+    reply = put(pair.agent, "moved", spec(image="a"))
+    assert (reply.status, reply.json()["message"]) == (500, "harm")
+    assert pair.engine.changes() == []
+
+
 def test_bug_in_a_deploy_is_told_and_leaves_its_name_free():
     class Broken(da.Engine):
         def call(self, *_: Any, **__: Any) -> bytes:
