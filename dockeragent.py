@@ -2893,19 +2893,18 @@ FAILURES = (OSError, http.client.HTTPException, OverflowError)
 ID = re.compile("[a-zA-Z0-9][a-zA-Z0-9_.:-]*")
 WORDS = re.compile(r"[^\ud800-\udfff]*")  # a lone surrogate could not be sent to anybody
 WORDS_BY_NAME = {"*": WORDS}
-STATE = {"Running": bool, "Restarting": bool, "Status": WORDS, "StartedAt": WORDS}
-STATE["Health"] = {"Status": WORDS}
+STATE = {"Running": bool, "Status": WORDS, "StartedAt": WORDS, "Health": {"Status": WORDS}}
 CONFIG = {"Labels": WORDS_BY_NAME, "Image": WORDS, "Tty": bool, "StopTimeout": int, "Volumes": {}}
 CONFIG["Healthcheck"] = {"Test": [WORDS], "Interval": int, "StartInterval": int}
 CONFIG["StopSignal"] = WORDS
 HOST_CONFIG = {"AutoRemove": bool, "RestartPolicy": {"Name": WORDS, "MaximumRetryCount": int}}
 OBJECT = {"Id": ID, "State": STATE, "Config": CONFIG, "HostConfig": HOST_CONFIG, "timeNano": int}
-OBJECT.update(dict.fromkeys("Name Image ImageID Driver Type status message".split(), WORDS))
+OBJECT.update(dict.fromkeys("Name Image ImageID Driver Type status error message".split(), WORDS))
 OBJECT.update(Names=[WORDS], Warnings=[WORDS], RepoTags=[WORDS], RepoDigests=[WORDS])
 OBJECT.update(Labels=WORDS_BY_NAME, Options=WORDS_BY_NAME, Metadata={}, progressDetail={})
 OBJECT["Mounts"] = [{"Type": WORDS, "Name": WORDS, "Destination": WORDS, "RW": bool}]
 OBJECT["Volumes"] = [{"Name": WORDS, "Labels": WORDS_BY_NAME}]
-OBJECT["Actor"] = {"ID": WORDS, "Attributes": WORDS_BY_NAME}
+OBJECT.update(Actor={"ID": WORDS, "Attributes": WORDS_BY_NAME}, errorDetail={"message": WORDS})
 OBJECT["NetworkSettings"] = {"Networks": {"*": {"NetworkID": WORDS}}}
 OBJECT.update(IPAM={"Config": [{"Subnet": WORDS}]}, Ports=[{}])
 # In a list of containers their state is a word.
@@ -3329,6 +3328,9 @@ def engine_error(status: int, body: bytes) -> EngineError:
 class Answer(dict[str, Any]):
     """An object in a response of the Engine: that a member is missing is the Engine's fault."""
 
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pair for pair in pairs if pair[1] is not None)
+
     def __missing__(self, name: str) -> NoReturn:
         raise EngineError(502, f"{BROKEN}: it has no {name}")
 
@@ -3339,15 +3341,11 @@ def decode_response(body: bytes, shape: Any = OBJECT) -> Any:
     Invariant: each member is what `shape` says, so nobody has to look at its type again.
     """
     try:
-        decoded = json.loads(body, object_pairs_hook=decode_object)
+        decoded = json.loads(body, object_pairs_hook=Answer)
     except (ValueError, RecursionError) as error:
         raise EngineError(502, f"{BROKEN}: it is not JSON") from error
     check_shape(decoded, shape)
     return decoded
-
-
-def decode_object(pairs: list[tuple[str, Any]]) -> Answer:
-    return Answer(pair for pair in pairs if pair[1] is not None)
 
 
 def check_shape(value: Any, shape: Any, name: str = "it") -> None:
@@ -3649,8 +3647,8 @@ def pull_events(
             if word is None:
                 yield NO_NEWS
                 continue
-            if told := word.get("error") or word.get("errorDetail"):
-                raise pull_error(500, str(told.get("message") if isinstance(told, dict) else told))
+            if "error" in word or "errorDetail" in word:
+                raise pull_error(500, word.get("error") or word["errorDetail"]["message"])
             shown = {**word.get("progressDetail", {}), **word}
             yield "progress", {n: shown.get(n) for n in ("id", "status", "current", "total")}
             if match := re.fullmatch("Digest: (sha256:[0-9a-f]{64})", word.get("status", "")):
@@ -3746,9 +3744,6 @@ def is_listed(row: Json, key: Key, query: Json) -> bool:
 # --------------------------------------------------------------------------------------------------
 
 KEPT_IMAGES = 3  # of each repository, by a prune that names no number
-# Our fields of a list and the Engine's.
-NETWORK_FIELDS = {"id": "Id", "name": "Name", "driver": "Driver", "internal": "Internal"}
-VOLUME_FIELDS = {"name": "Name", "driver": "Driver", "created": "CreatedAt", "labels": "Labels"}
 
 
 def count_users(engine: Engine) -> collections.Counter[tuple[str, str]]:
@@ -3841,7 +3836,7 @@ def prune_images(engine: Engine, key: Key, repository: str, keep: int, *, dry_ru
 def read_networks(engine: Engine) -> list[Json]:
     networks = []
     for found in decode_response(engine.call("GET", "/networks"), [OBJECT]):
-        row = {ours: found[theirs] for ours, theirs in NETWORK_FIELDS.items()}
+        row = {name.lower(): found[name] for name in ("Id", "Name", "Driver", "Internal")}
         pools = found["IPAM"].get("Config", ())
         subnets = [pool["Subnet"] for pool in pools if "Subnet" in pool]
         networks.append({**row, "subnets": subnets, "labels": found.get("Labels", {})})
@@ -3893,9 +3888,9 @@ def read_volumes(engine: Engine) -> list[Json]:
     found = engine.json("GET", "/volumes").get("Volumes", ())
     users = count_users(engine)
     for row in found:
-        volume = {ours: row.get(theirs) for ours, theirs in VOLUME_FIELDS.items()}
+        volume = {"name": row["Name"], "driver": row["Driver"], "created": row.get("CreatedAt")}
         count = users["volume", row["Name"]]
-        volumes.append({**volume, "labels": volume["labels"] or {}, "containers": count})
+        volumes.append({**volume, "labels": row.get("Labels", {}), "containers": count})
     return volumes
 
 
