@@ -3500,9 +3500,8 @@ def find_image(engine: Engine, image: str) -> Json:
     return engine.ask(image_path(image)) or {}
 
 
-def find_containers(engine: Engine, **filters: str) -> list[Any]:
-    given = {kind: [value] for kind, value in filters.items()}
-    query = {"all": 1, "filters": json.dumps(given)}
+def find_containers(engine: Engine, **filters: str) -> list[Json]:
+    query = {"all": 1, "filters": json.dumps({kind: [value] for kind, value in filters.items()})}
     rows: list[Json] = decode_response(engine.call("GET", "/containers/json", query), OBJECTS)
     return rows
 
