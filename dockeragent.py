@@ -2889,7 +2889,7 @@ LINE_TOO_LONG: Json = {"error": "the Engine's response has too long a line"}
 FAILURES = (OSError, http.client.HTTPException, OverflowError)
 
 # What is read of the objects in the Engine's responses, whatever they describe: each member's type
-# or pattern, [its items' shape] or {its members}, with "*" for any name. Each may be missing.
+# or pattern, [its items' shape] or {its members}, with "*" for any name. A member may be missing.
 ID = re.compile("[a-zA-Z0-9][a-zA-Z0-9_.:-]*")
 WORDS = re.compile(r"[^\ud800-\udfff]*")  # a lone surrogate could not be sent to anybody
 WORDS_BY_NAME = {"*": WORDS}
@@ -3328,17 +3328,14 @@ def engine_error(status: int, body: bytes) -> EngineError:
 class Answer(dict[str, Any]):
     """An object in a response of the Engine: that a member is missing is the Engine's fault."""
 
-    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
-        super().__init__(pair for pair in pairs if pair[1] is not None)
-
     def __missing__(self, name: str) -> NoReturn:
         raise EngineError(502, f"{BROKEN}: it has no {name}")
 
 
 def decode_response(body: bytes, shape: Any = OBJECT) -> Any:
-    """Return the JSON in a response of the Engine; what is null is missing. Raises EngineError.
+    """Return the JSON in a response of the Engine. Raises EngineError (502).
 
-    Invariant: each member is what `shape` says, so nobody has to look at its type again.
+    Invariant: each member is missing or what `shape` says; nobody has to look at its type again.
     """
     try:
         decoded = json.loads(body, object_pairs_hook=Answer)
@@ -3349,7 +3346,7 @@ def decode_response(body: bytes, shape: Any = OBJECT) -> Any:
 
 
 def check_shape(value: Any, shape: Any, name: str = "it") -> None:
-    """Raise EngineError (502), which names the member, for what is not of a shape as OBJECT is."""
+    """Raise EngineError (502) for a value of another shape; a member that is null is removed."""
     if isinstance(shape, re.Pattern):
         is_right = isinstance(value, str) and shape.fullmatch(value) is not None
     elif isinstance(shape, type):  # by type(): to Python, a boolean is an integer
@@ -3361,9 +3358,15 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
     if isinstance(shape, list):
         for item in value:
             check_shape(item, shape[0], name)
-    if isinstance(shape, dict):
-        for each in value if "*" in shape else shape.keys() & value:
-            check_shape(value[each], shape.get("*") or shape[each], each)
+    elif isinstance(shape, dict) and "*" in shape:
+        for item in value.values():
+            check_shape(item, shape["*"], name)
+    elif isinstance(shape, dict):
+        for each in shape.keys() & value:
+            if value[each] is None:
+                del value[each]
+            else:
+                check_shape(value[each], shape[each], each)
 
 
 def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[Json | None]:

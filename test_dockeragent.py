@@ -4062,6 +4062,13 @@ def test_value_of_another_type_is_no_bug_of_the_agent(fake_engine, tmp_path, pat
                 assert reply.status in (200, 201, 403, 404, 409, 502), (value, call, reply.body)
 
 
+@pytest.mark.parametrize("options", [0, False, "", [], {"o": None}, {"o": 7}])
+def test_options_that_are_none_do_not_pass_for_no_options(options):
+    """With options a volume may be any folder of the host."""
+    with pytest.raises(da.EngineError, match="Options is not of the expected shape"):
+        da.decode_response(json.dumps({"Driver": "local", "Options": options}).encode())
+
+
 def test_timeout_of_the_containers_own_is_bounded(fakes):
     fake_engine, fake_agent = fakes
     config = {"Id": "c1", "Config": {"StopTimeout": 3_000_000}}
