@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2483, and a reviewer may stop there:
+stands first, up to line 2484, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -136,6 +136,7 @@ GATE_INTERVAL = 0.2  # seconds between two looks at a new container
 MAX_GATE = 3600  # seconds
 MAX_DEPLOYS = 25  # of one limited key at once
 LATE_CREATE = 5.0  # seconds after a start; by then most creates of a killed agent are done
+RETRY_PAUSES = (0.2, 2.0, 10.0)  # seconds before a step of a deploy that failed is tried again
 RECOVERY_INTERVAL = 2.0  # seconds before an Engine that did not respond is asked again
 MAX_PROGRESS = 1000  # events of a pull, queued for a client that does not read them
 FAILED_LINES = 50  # of a failed deploy's log, in the response
@@ -4687,23 +4688,27 @@ class Deployment:
 
     # The steps
 
+    def post(self, found: Found, action: str, **options: Any) -> None:
+        """Have the Engine do something to a container, again if it fails. Raises EngineError."""
+        path = container_path(found.id, action)
+        call = functools.partial(self.engine.call, "POST", path, **options)
+        for pause in RETRY_PAUSES:
+            with tolerate(500):  # the container has just exited, or containerd is being restarted
+                call()
+                return
+            self.stopping.wait(pause)
+        call()
+
     def rename(self, found: Found, suffix: str) -> None:
-        self.engine.call("POST", container_path(found.id, "rename"), {"name": self.name + suffix})
+        self.post(found, "rename", query={"name": self.name + suffix})
 
     def set_restart(self, found: Found, policy: Json) -> None:
-        if restart_policy(found.container["HostConfig"]) == policy:  # podman 4 cannot change it
-            return
-        path, body = container_path(found.id, "update"), {"RestartPolicy": policy}
-        with tolerate(500):
-            self.engine.call("POST", path, body=body)
-            return
-        self.stopping.wait(GATE_INTERVAL)  # the Engine refuses one that has just exited
-        self.engine.call("POST", path, body=body)
+        if restart_policy(found.container["HostConfig"]) != policy:  # podman 4 cannot change it
+            self.post(found, "update", body={"RestartPolicy": policy})
 
     def stop(self, found: Found) -> None:
         wait = own_stop_timeout(found.container["Config"])
-        path = container_path(found.id, "stop")
-        self.engine.call("POST", path, {"t": wait}, seconds=wait + CALL_TIMEOUT)
+        self.post(found, "stop", query={"t": wait}, seconds=wait + CALL_TIMEOUT)
 
     def remove_old(self, old: Found) -> None:
         """Remove what was replaced, without its volumes. Raises ApiError (409, 503)."""
@@ -4799,7 +4804,7 @@ class Deployment:
         self.stop(old)  # again: the first stop may still be under way in the Engine
         if running:
             try:
-                start_container(self.engine, old.id)
+                self.post(old, "start", seconds=START_TIMEOUT)
             except EngineError as error:
                 if error.status in UNREACHABLE:
                     raise

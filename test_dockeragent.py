@@ -10040,6 +10040,10 @@ def fragile(
 
 
 def refuse_call(forward: Callable[[], bytes], sock: socket.socket) -> None:
+    sock.sendall(http_answer({"message": "harm"}, 403))
+
+
+def fail_call(forward: Callable[[], bytes], sock: socket.socket) -> None:
     sock.sendall(http_answer({"message": "harm"}, 500))
 
 
@@ -10072,13 +10076,20 @@ def test_failing_call_leaves_one_container_that_runs(engine, fragile, site, kind
         assert reply.json().get("rolled_back", False) == is_old
 
 
-@pytest.mark.parametrize("number", [1, 6])
-def test_policy_that_is_refused_while_the_container_exits_is_set_again(fragile, site, number):
+@pytest.mark.parametrize(
+    "kind, number",
+    [("good", number) for number in (1, 2, 3, 4, 6, 7, 8)]
+    + [("bad", number) for number in range(6, 12)],
+)
+def test_step_that_the_engine_fails_is_repeated(fragile, engine, site, kind, number):
     proxy, agent = fragile
-    put(agent, site, spec())
-    proxy.arm(number, refuse_call)
-    assert put(agent, site, GOOD).status == 200
-    assert "/update" in proxy.disarm()[number]
+    old = put(agent, site, spec()).json()["id"]
+    proxy.arm(number, fail_call)
+    reply = put(agent, site, GOOD if kind == "good" else BAD)
+    calls = proxy.disarm()
+    assert calls[number] == calls[number + 1]
+    assert (reply.status, reply.json().get("rolled_back")) in ((200, None), (422, True))
+    assert_settled(engine, site, old, kind)
 
 
 def test_container_that_is_just_being_renamed_is_not_touched(pair):
@@ -10309,7 +10320,7 @@ def test_what_a_recovery_could_not_finish_is_not_called_rolled_back(engine, site
 
             until(is_answered, "the answer")
     assert names_of(engine, site).keys() == {site, f"{site}.prev"}
-    assert (replies[-1].status, replies[-1].json()["rolled_back"]) == (500, False)
+    assert (replies[-1].status, replies[-1].json()["rolled_back"]) == (403, False)
 
 
 def test_old_container_that_was_removed_by_hand_before_the_swap_is_a_warning(fragile, engine, site):
