@@ -3913,6 +3913,8 @@ Entry = tuple[int, bytes]  # stream type, "STAMP text\n" as the Engine logged it
 # Stamp in Docker's form, number among the lines of that stamp (0: in doubt), stream type, text.
 Line = tuple[bytes, int, int, bytes]
 Point = Optional[tuple[bytes, int]]  # a line's stamp and number; None: before the oldest line
+# So many of a log's last entries, and of how many of these the numbers are in doubt (None: none).
+Tail = tuple[int, Optional[int]]
 Render = Callable[[list[Line]], bytes]
 Ending = tuple[str, Json]  # the last event's name and data
 Stream = Generator[bytes, None, None]  # of a response's body
@@ -3921,7 +3923,9 @@ STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
 FRAME_HEADER = struct.Struct(">BxxxL")
 NEWLINE, RETURN = b"\n\r"
 STAMP_SIZE = len("2026-02-21T10:00:00.000000000Z")
-ALL = sys.maxsize  # the tail that is the whole log
+ALL = sys.maxsize  # entries
+WHOLE: Tail = (ALL, None)
+NEAR: Tail = (LOOK, NUMBERED)
 
 
 class LogDamaged(EngineError):
@@ -4167,11 +4171,9 @@ class LogSource(NamedTuple):
 
 
 class LogReading:
-    """The lines of one response of the Engine, which has the last `tail` entries."""
+    """The lines of one response of the Engine, which has a tail of the log."""
 
-    def __init__(
-        self, source: LogSource, response: EngineResponse, tail: int, doubt: int | None
-    ) -> None:
+    def __init__(self, source: LogSource, response: EngineResponse, tail: Tail) -> None:
         self.point: Point = None  # the line behind which to begin; None once it came
         self.mark: Optional[Entry] = None  # the entry from which on they are counted; None: all
         self.marked = 0  # of those
@@ -4180,7 +4182,7 @@ class LogReading:
         self.first: Optional[Entry] = None  # of them
         self.final: Optional[Entry] = None
         self.rest: list[Line] = []  # what the end left without a newline
-        self.reach = ALL  # the tail in which to look for what comes after the last line
+        self.reach = WHOLE  # the tail in which to look for what comes after the last line
         self.newest: Point = None  # the last line that is not in doubt
         # Of the lines after the last one in doubt: the first; how many of them were asked for, and
         # the last of those.
@@ -4189,9 +4191,9 @@ class LogReading:
         self.kept: collections.deque[Line] = collections.deque()
         self.close = response.close
         self._source, self._response, self._tail = source, response, tail
-        self._is_certain = doubt is None
+        self._is_certain = tail[1] is None
         self._demultiplexer = TtyDemultiplexer() if source.tty else Demultiplexer()
-        self._assembler = LineAssembler(doubt, is_podman=source.engine.is_podman)
+        self._assembler = LineAssembler(tail[1], is_podman=source.engine.is_podman)
 
     def __iter__(self) -> Iterator[list[Line]]:
         """Yield lines, [] at times, until the response ends. Raises EngineError."""
@@ -4220,8 +4222,8 @@ class LogReading:
         if not data:
             self.is_done = True
             self.rest = self._assembler.end()
-            if self.entries >= min(self._tail, LOOK) and not self.rest:
-                self.reach = LOOK
+            if self.entries >= min(self._tail[0], LOOK) and not self.rest:
+                self.reach = self._tail if self._tail[0] < LOOK else NEAR
         return lines
 
     def certain(self, lines: list[Line]) -> list[Line]:
@@ -4269,7 +4271,7 @@ class LogCursor:
         self.ending: Ending = ("end", {})
         self._source = source
         self._since = 0 if last else source.since  # after `last`, nothing counts but the order
-        self._reach = LOOK if last else ALL  # the tail in which to look for `last` first
+        self._reach = NEAR if last else WHOLE  # the tail in which to look for `last` first
         self._skip = 0  # lines to leave out before the next
 
     def read(self, wanted: int | None, *, numbered: bool = False) -> Iterator[list[Line]]:
@@ -4320,7 +4322,7 @@ class LogCursor:
     def _stored(self) -> Iterator[list[Line]]:
         """Yield the lines after `last` that the log has by now, [] at times. Raises EngineError."""
         reading = yield from self._find()
-        if reading.final != self._reading(1, None, http10=False).keep_last().final:
+        if reading.final != self._reading((1, None), http10=False).keep_last().final:
             reading = yield from self._find(http10=False)  # it was cut, or more was written
         if self.ending[0] == "end":
             yield self._hand_out(reading.rest)
@@ -4328,8 +4330,8 @@ class LogCursor:
     def _find(self, *, http10: bool = True) -> Generator[list[Line], None, LogReading]:
         """Yield the lines after `last` from a reading that has it; return the reading."""
         damage = None
-        for tail, doubt in self._tails():
-            reading = self._reading(tail, doubt, http10=http10)
+        for tail in self._tails():
+            reading = self._reading(tail, http10=http10)
             reading.point = self.last
             try:
                 for lines in reading:
@@ -4344,18 +4346,18 @@ class LogCursor:
         if damage:
             raise damage
         # It is gone, so all that is left came after it.
-        self.last, self._since, self._reach, self._skip = None, self._source.since, ALL, 0
+        self.last, self._since, self._reach, self._skip = None, self._source.since, WHOLE, 0
         return (yield from self._find(http10=http10))
 
-    def _tails(self) -> Iterator[tuple[int, int | None]]:
-        """Yield the tails in which to look for `last`, and of each how much is in doubt."""
-        if self._reach < ALL:
-            yield self._reach, NUMBERED if self.last else None
-        yield ALL, None
+    def _tails(self) -> Iterator[Tail]:
+        """Yield the tails in which to look for `last`."""
+        if self._reach != WHOLE:
+            yield self._reach
+        yield WHOLE
         # Damage hides all behind it from a reading that begins before it.
         low, middle, high = 0, LOOK, LOOK + 1
         while self.last and high - low > 1:
-            reading = self._reading(middle, None)
+            reading = self._reading((middle, None))
             with contextlib.suppress(LogDamaged):
                 reading.keep_last()
             low, high = (middle, high) if reading.entries >= middle else (low, middle)
@@ -4373,7 +4375,7 @@ class LogCursor:
         with contextlib.ExitStack() as stack:
             # The follower comes first: what the reading has, or will have, is then in it, too.
             with tolerate(504):  # podman before 5 sends no head until there is a line
-                follower = self._reading(self._reach, NUMBERED, follow=True, seconds=seconds)
+                follower = self._reading(self._reach, follow=True, seconds=seconds)
                 stack.callback(follower.close)
             reading = yield from self._find()
             if not follower:
@@ -4388,7 +4390,7 @@ class LogCursor:
                 yield self._hand_out(follower.certain(lines or []))
             if not follower.point:
                 # What was left unfinished may have begun before the follower's first entry.
-                self._reach = ALL if reading.rest else follower.reach
+                self._reach = WHOLE if reading.rest else follower.reach
             return follower.is_done
 
     def _hand_out(self, lines: list[Line]) -> list[Line]:
@@ -4400,13 +4402,14 @@ class LogCursor:
         skip, self._skip = self._skip, max(0, self._skip - len(lines))
         return lines[skip:] if skip else lines
 
-    def _reading(self, tail: int, doubt: int | None, **options: Any) -> LogReading:
-        """Ask for those of the last `tail` entries that since and until leave."""
+    def _reading(self, tail: Tail, **options: Any) -> LogReading:
+        """Ask for those of a tail's entries that since and until leave."""
         source = self._source
-        if source.engine.is_podman:
-            tail = ALL  # in its tails, a line's first entry is joined to the line before
+        # In podman's tails, a line's first entry is joined to the line before.
+        if source.engine.is_podman or tail[0] >= ALL:
+            tail = WHOLE
         query: dict[str, Any] = {"stdout": 1, "stderr": 1, "timestamps": 1}
-        query["tail"] = tail if tail < ALL else "all"
+        query["tail"] = tail[0] if tail != WHOLE else "all"
         query["follow"] = int(options.pop("follow", False))
         for name, moment in (("since", self._since), ("until", source.until)):
             if moment:
@@ -4416,7 +4419,7 @@ class LogCursor:
         options["interrupts"] = source.interrupts
         path = container_path(source.container, "logs")
         response = source.engine.open("GET", path, query, **options)
-        return LogReading(source, response, tail, doubt if tail < ALL else None)
+        return LogReading(source, response, tail)
 
     def _seconds_left(self) -> float:
         until = self._source.until
@@ -4429,31 +4432,31 @@ class LogCursor:
         So a larger one is read, too. It is of no use if damage ends it before the other's end.
         """
         least = max(wanted, 1)  # what comes after no line at all is found behind the last
-        found = theirs = self._reading(least, None, http10=False).keep_last(unfinished=unfinished)
-        tail = wanted + wanted // 8 + 64 + doubt
+        found = theirs = self._reading((least, None), http10=False).keep_last(unfinished=unfinished)
+        size = wanted + wanted // 8 + (LOOK if doubt else 64)
         with contextlib.suppress(LogDamaged):
             is_cut = self._source.until or len(theirs.kept) < theirs.total
             while is_cut or theirs.entries in (0, least):
-                larger = self._reading(tail, doubt, http10=False)
+                larger = self._reading((size, doubt), http10=False)
                 larger.mark = theirs.first
                 larger.keep_last(unfinished=unfinished)
-                is_full = larger.entries >= tail
+                is_full = larger.entries >= size
                 if not is_full and larger.marked < theirs.entries:
                     break
-                if tail >= ALL or (is_full and larger.total > wanted):
+                if size >= ALL or (is_full and larger.total > wanted):
                     found = larger
                     break
-                tail = 16 * tail if is_full else ALL
+                size = 16 * size if is_full else ALL
         if len(found.kept) >= min(wanted, found.total):
             self.last, self._reach = found.newest, found.reach
             return list(found.kept)[max(0, len(found.kept) - wanted) :]
         if not doubt:  # no number by which to find them again
             return self._tail(wanted, NUMBERED, unfinished=unfinished)
         if found.oldest and found.total > wanted:
-            self.last, self._reach = found.oldest[:2], found.entries + LOOK
+            self.last, self._reach = found.oldest[:2], (found.entries + LOOK, NUMBERED)
             self._skip = found.total - wanted - (found.oldest[2] in self._source.kinds)
         elif found is theirs:
-            self._reach = least
+            self._reach = least, None
         return None
 
 

@@ -7804,6 +7804,28 @@ def test_followed_tail_of_a_damaged_log_is_no_longer_than_asked(agent, engine, p
         assert reply.status == 200 and len(lines) <= wanted
 
 
+def test_line_comes_at_once_to_who_follows_the_tail_of_a_damaged_log(agent, engine, tmp_path):
+    entries: list[Any] = stepping(0)
+    entries.insert(57, b'{"log":"half')
+    script = SECOND_RUN.replace("echo last", "sleep 1; echo last; sleep 60")
+    name = stored_log(engine, entries, script=script, Binds=[f"{tmp_path}:/told"])
+    engine.call("POST", f"/containers/{name}/start")
+    connection = http.client.HTTPConnection("127.0.0.1", agent.port, timeout=WAIT)
+    with contextlib.closing(connection):
+        path = logs_path(name, "follow=1", "tail=2")
+        connection.request("GET", path, headers={"X-API-Key": KEY})
+        with contextlib.closing(connection.getresponse()) as response:
+            seen = b""
+            while b"data: last\n" not in seen:
+                seen += response.read1(65536)
+                if b"data: stdout 59\n" in seen:
+                    (tmp_path / "end").touch()
+    lines = [event.data for event in parse_events(seen)]
+    assert lines == ["stdout 58", "stdout 59", "later", "last"]
+    assert da.PING not in seen
+    engine.remove(name)
+
+
 def test_long_tail_of_a_damaged_log_ends_where_the_engines_does(agent, engine):
     entries: list[Any] = [Entry(n * MS, f"{n} {'x' * 1000}\n") for n in range(3000)]
     entries[-300] = b'{"log":"half\n'
