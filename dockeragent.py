@@ -4198,7 +4198,6 @@ class LogReading:
     def __iter__(self) -> Iterator[list[Line]]:
         """Yield lines, [] at times, until the response ends. Raises EngineError."""
         with contextlib.closing(self):
-            yield []
             while not (self.is_done or self.is_doubtful):
                 lines = self.read(time.monotonic() + CALL_TIMEOUT)
                 if lines is None:
@@ -4290,26 +4289,27 @@ class LogCursor:
                 return
 
     def follow(self, found: Json | None, wanted: int | None) -> Generator[list[Line], None, None]:
-        """Yield lines until the container ends, [] at times; set `ending`. Raises EngineError.
+        """Yield [], then lines until the container ends; set `ending`. Raises EngineError.
 
         found: the container; None: it was removed. wanted: how many of its last lines to begin
         with; None: all.
         """
         started = found["State"].get("StartedAt") if found else None
         ending = log_ending(found, started)
-        if wanted is not None:
-            yield []
+        self._reading((0, None)).close()  # the Engine may refuse
+        yield []
         if ending:
             self.ending = ending
             yield from self.read(wanted, numbered=True)
             return
-        if wanted is not None:
-            yield self._tail(wanted, NUMBERED, unfinished=False) or []
-        elif not self.last:
-            yield from self._find()
+        with tolerate(404, 409):  # it is removed, or being removed while it still runs
+            if wanted is not None:
+                yield self._tail(wanted, NUMBERED, unfinished=False) or []
+            elif not self.last:
+                yield from self._find()
         while not (ending or self._seconds_left() <= 0):
             ending = log_ending(None, started)
-            with tolerate(404, 409):  # it is removed, or being removed while it still runs
+            with tolerate(404, 409):
                 was_dropped = yield from self._arriving()
                 ending = log_ending(self._source.inspect(), started)
                 if was_dropped and not ending and self._seconds_left() > 0:

@@ -8258,16 +8258,27 @@ def test_container_removed_at_the_end_is_no_failure(fake_agent, fake_engine, sta
 
 
 @pytest.mark.parametrize("status", [404, 409])
-def test_container_removed_while_it_is_followed_is_no_failure(fake_agent, fake_engine, status):
+@pytest.mark.parametrize(
+    "shown, query",
+    [(1, []), (0, []), (0, ["tail=1"]), (0, ["last_event_id=1.000000000-1"])],
+    ids=["seen", "before its first line", "before its tail", "before a client's line"],
+)
+def test_container_removed_while_it_is_followed_is_no_failure(
+    fake_agent, fake_engine, shown, query, status
+):
     """The Engine refuses the log of a container to be removed before it has killed it."""
 
-    def log_once(sock: socket.socket) -> None:
-        fake_engine.script["GET /containers/x/logs"] = http_answer({"message": "x"}, status)
-        sock.sendall(plain_answer(FIRST, TWO))
+    answers = [plain_answer(FIRST, TWO)] * shown
 
-    log_of(fake_engine, log_once, RUNNING)
-    *events, end = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
-    assert [event.data for event in events] == ["one", "two"]
+    def log(sock: socket.socket) -> None:
+        if "tail=0&" in fake_engine.requests()[-1].target:
+            sock.sendall(plain_answer())
+        else:
+            sock.sendall(answers.pop() if answers else http_answer({"message": "x"}, status))
+
+    log_of(fake_engine, log, RUNNING)
+    *events, end = parse_events(fake_agent.get(logs_path("x", "follow=1", *query)).body)
+    assert [event.data for event in events] == ["one", "two"][: 2 * shown]
     assert (end.type, end.data) == ("end", '{"reason":"removed","exit_code":null}')
 
 
@@ -8420,7 +8431,9 @@ def test_log_is_of_the_container_that_was_inspected(fake_agent, fake_engine):
     log_of(fake_engine, http_answer({"message": "no such container: x"}, 404), EXITED)
     assert_envelope(fake_agent.get(logs_path("x", "follow=1")), 404, "no such container: x")
     log_of(fake_engine, http_answer({"message": "driver cannot read"}, 501), EXITED)
-    assert_envelope(fake_agent.get(logs_path("x")), 501, "driver cannot read")
+    start = "last_event_id=1.000000000-1"
+    for query in ("", "tail=1", "follow=1", "follow=1&tail=1", f"follow=1&{start}"):
+        assert_envelope(fake_agent.get(logs_path("x", query)), 501, "driver cannot read")
 
 
 @pytest.mark.parametrize("follows", ["follow=1", "follow=0"])
@@ -8441,9 +8454,10 @@ def test_client_that_leaves_takes_the_engines_stream_along(fake_agent, fake_engi
     closed = threading.Event()
 
     def silent(sock: socket.socket) -> None:
-        sock.sendall(chunked_answer(FIRST, end=False))
+        is_asked = "tail=0&" not in fake_engine.requests()[-1].target
+        sock.sendall(chunked_answer(FIRST, end=False) if is_asked else plain_answer())
         sock.settimeout(WAIT)
-        if not sock.recv(1):
+        if not sock.recv(1) and is_asked:
             closed.set()
 
     log_of(fake_engine, silent)
