@@ -4175,12 +4175,10 @@ class LogReading:
 
     def __init__(self, source: LogSource, response: EngineResponse, tail: Tail) -> None:
         self.point: Point = None  # the line behind which to begin; None once it came
-        self.mark: Optional[Entry] = None  # the entry from which on they are counted; None: all
-        self.marked = 0  # of those
+        self.mark: Optional[Entry] = None  # an entry that is looked for; None once it came
         self.is_done = self.is_doubtful = False
         self.entries = 0  # that came
-        self.first: Optional[Entry] = None  # of them
-        self.final: Optional[Entry] = None
+        self.final: Optional[Entry] = None  # the last of them
         self.rest: list[Line] = []  # what the end left without a newline
         self.reach = WHOLE  # the tail in which to look for what comes after the last line
         self.newest: Point = None  # the last line that is not in doubt
@@ -4212,12 +4210,9 @@ class LogReading:
         entries = self._demultiplexer.feed(data) if data else self._demultiplexer.end()
         lines = self._assembler.feed(entries)
         self.entries += len(entries)
-        if entries:
-            self.first, self.final = self.first or entries[0], entries[-1]
-        if self.marked or not self.mark:
-            self.marked += len(entries)
-        elif self.mark in entries:
-            self.marked = len(entries) - entries.index(self.mark)
+        self.final = entries[-1] if entries else self.final
+        if self.mark and self.mark in entries:
+            self.mark = None
         if not data:
             self.is_done = True
             self.rest = self._assembler.end()
@@ -4266,7 +4261,6 @@ class LogCursor:
     def __init__(self, source: LogSource, last: Point) -> None:
         self.last = last
         self.due = time.monotonic() + PING_INTERVAL  # until when to wait for lines
-        self.patience = CALL_TIMEOUT  # seconds for the Engine to begin its response
         self.ending: Ending = ("end", {})
         self._source = source
         self._since = 0 if last else source.since  # after `last`, nothing counts but the order
@@ -4296,7 +4290,8 @@ class LogCursor:
         """
         started = found["State"].get("StartedAt") if found else None
         ending = log_ending(found, started)
-        self._reading((0, None)).close()  # the Engine may refuse
+        with tolerate(504):  # podman 4.3 may begin its response later; a refusal comes at once
+            self._reading((0, None), seconds=HEAD_WAIT).close()
         yield []
         if ending:
             self.ending = ending
@@ -4371,7 +4366,7 @@ class LogCursor:
         Return whether the Engine ended its response. Raises EngineError.
         """
         follower = None
-        seconds = min(self.patience, max(HEAD_WAIT, self.due - time.monotonic()))
+        seconds = max(HEAD_WAIT, self.due - time.monotonic())
         with contextlib.ExitStack() as stack:
             # The follower comes first: what the reading has, or will have, is then in it, too.
             with tolerate(504):  # podman before 5 sends no head until there is a line
@@ -4415,7 +4410,7 @@ class LogCursor:
             if moment:
                 query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
         # As HTTP/1.0 it is quicker, but a response that was cut short looks complete.
-        options = {"http10": True, "seconds": self.patience, **options}
+        options = {"http10": True, "seconds": CALL_TIMEOUT, **options}
         options["interrupts"] = source.interrupts
         path = container_path(source.container, "logs")
         response = source.engine.open("GET", path, query, **options)
@@ -4438,10 +4433,10 @@ class LogCursor:
             is_cut = self._source.until or len(theirs.kept) < theirs.total
             while is_cut or theirs.entries in (0, least):
                 larger = self._reading((size, doubt), http10=False)
-                larger.mark = theirs.first
+                larger.mark = theirs.final
                 larger.keep_last(unfinished=unfinished)
                 is_full = larger.entries >= size
-                if not is_full and larger.marked < theirs.entries:
+                if larger.mark and not is_full:
                     break
                 if size >= ALL or (is_full and larger.total > wanted):
                     found = larger
@@ -4528,13 +4523,9 @@ def log_events(cursor: LogCursor, found: Json, wanted: int | None, render: Rende
     """Yield the event stream of a log that is followed. Raises EngineError or Stopping."""
     batches = cursor.follow(found, wanted)
     try:
-        cursor.patience = HEAD_WAIT
-        next(batches)  # an Engine that refuses at once does so with a status
-    except EngineError as error:
-        if error.status != 504:
-            raise ApiError(error.status, error.message) from error
-        batches = cursor.follow(found, wanted)
-    cursor.patience = CALL_TIMEOUT
+        next(batches)
+    except EngineError as error:  # a status is still possible
+        raise ApiError(error.status, error.message) from error
     yield STREAM_START
     for lines in batches:
         if not lines and time.monotonic() < cursor.due:
