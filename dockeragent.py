@@ -3903,17 +3903,21 @@ def read_volumes(engine: Engine) -> list[Json]:
 
 # A log loses nothing but its beginning. So a line that a client has is either there, and what
 # follows it is new, or it is gone, and all that is left came after it. A line is found by what it
-# is: its stamp, and its number among the lines of that stamp, of both streams. Whatever is asked is
-# answered by a reading of the log's last entries to their end: what follows the line, or the last
-# so many lines. A line is in doubt where the entries before may have had its beginning or others of
-# its stamp; if the answer has one, or lacks its line, more entries are read, and at last all.
+# is: its stamp, and its number among the lines of that stamp, of both streams.
+# Whatever is asked, what follows a line or the last so many lines, is answered by a reading of the
+# log's last entries to their end. A line is in doubt where the entries before may have had its
+# beginning or others of its stamp; if the answer has one, or lacks its line, more entries are read,
+# and at last all. A follower has what comes later: it is opened before the reading, and what it has
+# up to the reading's last line is left out. An entry that is damaged ends a reading; so where all
+# that is longer fails, the entries behind it are read alone.
 # Invariant: nothing compares the order of stamps; clocks step back.
 
 Entry = tuple[int, bytes]  # stream type, "STAMP text\n" as the Engine logged it; no \n: goes on
 # Stamp in Docker's form, number among the lines of that stamp (0: in doubt), stream type, text.
 Line = tuple[bytes, int, int, bytes]
 Point = Optional[tuple[bytes, int]]  # a line's stamp and number; None: before the oldest line
-# So many of a log's last entries, and of how many of these the numbers are in doubt (None: none).
+# How many of a log's last entries, and of how many of these, from the first on, the lines' numbers
+# are in doubt; None: no line is in doubt, or no other tail could tell.
 Tail = tuple[int, Optional[int]]
 Render = Callable[[list[Line]], bytes]
 Ending = tuple[str, Json]  # the last event's name and data
@@ -4014,9 +4018,9 @@ class LineAssembler:
     """Joins entries to lines, stdout and stderr apart, and numbers the lines of each stamp.
 
     A stamp that the last NUMBERED entries did not have counts anew: so wherever in a log reading
-    begins, a line has the same number. doubt: of how many entries at the beginning the numbers are
-    not known, as there may be lines of their stamps before; None: it is the log's own beginning. A
-    line that is in doubt, as each stream's first may lack its beginning, too, has the number 0.
+    begins, a line has the same number, once that many entries were read. doubt: as Tail has it. A
+    line in doubt has the number 0: one of the first entries, and the first line of each stream, as
+    it may lack its beginning.
     """
 
     def __init__(self, doubt: int | None = None, *, is_podman: bool = False) -> None:
@@ -4148,12 +4152,6 @@ def parse_moment(name: str, value: str) -> int:
     refuse(name, "must be Unix seconds, RFC 3339 (2026-02-21T10:00:00Z), or how long ago (10m, 1h)")
 
 
-def moment_asked(name: str, value: str) -> int:
-    """Return since or until as Unix nanoseconds; 0 is no limit, as in Docker's own API."""
-    moment = parse_moment(name, value)
-    return moment if value.strip("0.") else 0
-
-
 class LogSource(NamedTuple):
     """One container's log, as a request asked for it."""
 
@@ -4161,7 +4159,7 @@ class LogSource(NamedTuple):
     container: str  # the full id: a name may pass to another container
     tty: bool
     kinds: frozenset[int]  # the types of the streams asked for
-    since: int  # Unix nanoseconds; 0: no limit
+    since: int  # Unix nanoseconds; 0: no limit, as in Docker's own API
     until: int
     interrupts: Interrupts
 
@@ -4175,21 +4173,21 @@ class LogReading:
 
     def __init__(self, source: LogSource, response: EngineResponse, tail: Tail) -> None:
         self.point: Point = None  # the line behind which to begin; None once it came
-        self.mark: Optional[Entry] = None  # an entry that is looked for; None once it came
-        self.is_done = self.is_doubtful = False
+        self.mark: Optional[Entry] = None  # an entry to look for; None once it came
+        self.is_done = False  # whether the response has ended
+        self.is_doubtful = False  # whether a line in doubt came where it may be the one looked for
         self.entries = 0  # that came
         self.final: Optional[Entry] = None  # the last of them
         self.rest: list[Line] = []  # what the end left without a newline
         self.reach = WHOLE  # the tail in which to look for what comes after the last line
-        self.newest: Point = None  # the last line that is not in doubt
-        # Of the lines after the last one in doubt: the first; how many of them were asked for, and
-        # the last of those.
+        # By keep_last, of the lines after the last one in doubt: the first and the last; how many
+        # are of the streams asked for, and the last of those.
         self.oldest: Optional[Line] = None
+        self.newest: Point = None
         self.total = 0
         self.kept: collections.deque[Line] = collections.deque()
         self.close = response.close
         self._source, self._response, self._tail = source, response, tail
-        self._is_certain = tail[1] is None
         self._demultiplexer = TtyDemultiplexer() if source.tty else Demultiplexer()
         self._assembler = LineAssembler(tail[1], is_podman=source.engine.is_podman)
 
@@ -4222,7 +4220,7 @@ class LogReading:
 
     def certain(self, lines: list[Line]) -> list[Line]:
         """Return those of the lines that come after the point, up to the first in doubt."""
-        if self._is_certain and not self.point:
+        if self._tail[1] is None and not self.point:
             return lines
         start, end = 0, len(lines)
         for index, (stamp, number, _, _) in enumerate(lines):
@@ -4290,7 +4288,7 @@ class LogCursor:
         """
         started = found["State"].get("StartedAt") if found else None
         ending = log_ending(found, started)
-        with tolerate(504):  # podman 4.3 may begin its response later; a refusal comes at once
+        with tolerate(504):  # podman 4.3 may begin its response later, but refuses at once
             self._reading((0, None), seconds=HEAD_WAIT).close()
         yield []
         if ending:
@@ -4303,7 +4301,7 @@ class LogCursor:
             elif not self.last:
                 yield from self._find()
         while not (ending or self._seconds_left() <= 0):
-            ending = log_ending(None, started)
+            ending = log_ending(None, started)  # unless the Engine still has it
             with tolerate(404, 409):
                 was_dropped = yield from self._arriving()
                 ending = log_ending(self._source.inspect(), started)
@@ -4349,7 +4347,7 @@ class LogCursor:
         if self._reach != WHOLE:
             yield self._reach
         yield WHOLE
-        # Damage hides all behind it from a reading that begins before it.
+        # The longest tail that comes in full begins behind the last damaged entry.
         low, middle, high = 0, LOOK, LOOK + 1
         while self.last and high - low > 1:
             reading = self._reading((middle, None))
@@ -4370,7 +4368,7 @@ class LogCursor:
         with contextlib.ExitStack() as stack:
             # The follower comes first: what the reading has, or will have, is then in it, too.
             with tolerate(504):  # podman before 5 sends no head until there is a line
-                follower = self._reading(self._reach, follow=True, seconds=seconds)
+                follower = self._reading(self._reach, follow=1, seconds=seconds)
                 stack.callback(follower.close)
             reading = yield from self._find()
             if not follower:
@@ -4397,23 +4395,26 @@ class LogCursor:
         skip, self._skip = self._skip, max(0, self._skip - len(lines))
         return lines[skip:] if skip else lines
 
-    def _reading(self, tail: Tail, **options: Any) -> LogReading:
-        """Ask for those of a tail's entries that since and until leave."""
+    def _reading(
+        self, tail: Tail, *, follow: int = 0, http10: bool = True, seconds: float = CALL_TIMEOUT
+    ) -> LogReading:
+        """Ask for those of a tail's entries that since and until leave; seconds: until it begins.
+
+        http10: it is quicker, but a response that was cut short looks complete.
+        """
         source = self._source
         # In podman's tails, a line's first entry is joined to the line before.
         if source.engine.is_podman or tail[0] >= ALL:
             tail = WHOLE
-        query: dict[str, Any] = {"stdout": 1, "stderr": 1, "timestamps": 1}
+        query: dict[str, Any] = {"stdout": 1, "stderr": 1, "timestamps": 1, "follow": follow}
         query["tail"] = tail[0] if tail != WHOLE else "all"
-        query["follow"] = int(options.pop("follow", False))
         for name, moment in (("since", self._since), ("until", source.until)):
             if moment:
                 query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
-        # As HTTP/1.0 it is quicker, but a response that was cut short looks complete.
-        options = {"http10": True, "seconds": CALL_TIMEOUT, **options}
-        options["interrupts"] = source.interrupts
         path = container_path(source.container, "logs")
-        response = source.engine.open("GET", path, query, **options)
+        response = source.engine.open(
+            "GET", path, query, http10=http10, seconds=seconds, interrupts=source.interrupts
+        )
         return LogReading(source, response, tail)
 
     def _seconds_left(self) -> float:
@@ -4424,7 +4425,8 @@ class LogCursor:
         """Move behind the last `wanted` lines and return them; before them, and None, if too many.
 
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
-        So a larger one is read, too. It is of no use if damage ends it before the other's end.
+        So larger ones are read, up to one that has a line more. If damage ends one before the end
+        of the Engine's own, that is the answer. doubt: 0 if the lines' numbers are not needed.
         """
         least = max(wanted, 1)  # what comes after no line at all is found behind the last
         found = theirs = self._reading((least, None), http10=False).keep_last(unfinished=unfinished)
@@ -5691,7 +5693,7 @@ def logs(request: Request, agent: Agent) -> Response:
     if not (asked["stdout"] or asked["stderr"]):
         refuse("stdout", "and stderr cannot both be false")
     kinds = frozenset(k for k, name in STREAMS.items() if asked.get(name, asked["stdout"]))
-    since, until = (moment_asked(name, asked.get(name, "0")) for name in ("since", "until"))
+    since, until = (parse_moment(name, asked.get(name, "0")) for name in ("since", "until"))
     last = None
     if match := last_event_id(request, EVENT_ID):
         second, fraction, number = map(int, match.groups())
