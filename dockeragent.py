@@ -4173,11 +4173,13 @@ class LogReading:
 
     def __init__(self, source: LogSource, response: EngineResponse, tail: Tail) -> None:
         self.point: Point = None  # the line behind which to begin; None once it came
-        self.mark: Optional[Entry] = None  # an entry to look for; None once it came
+        self.mark: Optional[Entry] = None  # the entry from which on they are counted; None: all
+        self.marked = 0  # of those
         self.is_done = False  # whether the response has ended
         self.is_doubtful = False  # whether a line in doubt came where it may be the one looked for
         self.entries = 0  # that came
-        self.final: Optional[Entry] = None  # the last of them
+        self.first: Optional[Entry] = None  # of them
+        self.final: Optional[Entry] = None
         self.rest: list[Line] = []  # what the end left without a newline
         self.reach = WHOLE  # the tail in which to look for what comes after the last line
         # By keep_last, of the lines after the last one in doubt: the first and the last; how many
@@ -4208,9 +4210,12 @@ class LogReading:
         entries = self._demultiplexer.feed(data) if data else self._demultiplexer.end()
         lines = self._assembler.feed(entries)
         self.entries += len(entries)
-        self.final = entries[-1] if entries else self.final
-        if self.mark and self.mark in entries:
-            self.mark = None
+        if entries:
+            self.first, self.final = self.first or entries[0], entries[-1]
+        if self.marked or not self.mark:
+            self.marked += len(entries)
+        elif self.mark in entries:
+            self.marked = len(entries) - entries.index(self.mark)
         if not data:
             self.is_done = True
             self.rest = self._assembler.end()
@@ -4425,8 +4430,8 @@ class LogCursor:
         """Move behind the last `wanted` lines and return them; before them, and None, if too many.
 
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
-        So larger ones are read, up to one that has a line more. If damage ends one before the end
-        of the Engine's own, that is the answer. doubt: 0 if the lines' numbers are not needed.
+        So larger ones are read, up to one that has a line more. If damage takes from one what the
+        Engine's own has, that is the answer. doubt: 0 if the lines' numbers are not needed.
         """
         least = max(wanted, 1)  # what comes after no line at all is found behind the last
         found = theirs = self._reading((least, None), http10=False).keep_last(unfinished=unfinished)
@@ -4435,10 +4440,10 @@ class LogCursor:
             is_cut = self._source.until or len(theirs.kept) < theirs.total
             while is_cut or theirs.entries in (0, least):
                 larger = self._reading((size, doubt), http10=False)
-                larger.mark = theirs.final
+                larger.mark = theirs.first
                 larger.keep_last(unfinished=unfinished)
                 is_full = larger.entries >= size
-                if larger.mark and not is_full:
+                if not is_full and larger.marked < theirs.entries:
                     break
                 if size >= ALL or (is_full and larger.total > wanted):
                     found = larger
