@@ -3933,7 +3933,7 @@ NEAR: Tail = (LOOK, NUMBERED)
 
 
 class LogDamaged(EngineError):
-    """The Engine reports that it cannot read on in a log: a frame of type 3."""
+    """The Engine reports that it cannot read on in a log: a frame of type 3, or no stamp."""
 
 
 class Demultiplexer:
@@ -3981,16 +3981,18 @@ class TtyDemultiplexer(Demultiplexer):
     """Takes entries out of a terminal's log, which has no frames but each entry's stamp."""
 
     def feed(self, data: bytes) -> list[Entry]:
-        """Return the complete entries. Raises EngineError for one without a stamp."""
-        data, position, entries = self._rest + data, 0, []
+        """Return the complete entries. Raises EngineError, once those before it were returned."""
+        data, position = self._rest + data, 0
+        entries: list[Entry] = []
         stamp_at = re.compile(LOG_STAMP).match
         while position < len(data):
             end = data.find(b"\n", position) + 1
             stamp = stamp_at(data, position)
             if not stamp:
-                if not end and len(data) - position < 64:
+                if entries or (not end and len(data) < 64):
                     break
-                raise EngineError(502, "the Engine's log has no timestamps")
+                words = data[:end].decode(errors="replace").strip() or "it has no timestamps"
+                raise LogDamaged(502, f"the Engine failed to read the log: {words}")
             # An entry of a long line ends where the very same stamp is put in again: after
             # ENTRY_SIZE bytes of the container's, each of which the Engine may have made U+FFFD.
             # Invariant: only a stamp to the nanosecond, which no container can know beforehand.
@@ -4011,6 +4013,7 @@ class TtyDemultiplexer(Demultiplexer):
 
     def end(self) -> list[Entry]:
         """Return what is left at the end of the stream: a line with no newline."""
+        self.feed(b"")
         return [(1, self._rest)] if self._rest else []
 
 
@@ -4220,7 +4223,7 @@ class LogReading:
             self.is_done = True
             self.rest = self._assembler.end()
             if self.entries >= min(self._tail[0], LOOK) and not self.rest:
-                self.reach = self._tail if self._tail[0] < LOOK else NEAR
+                self.reach = NEAR if self._tail[1] or self._tail[0] > LOOK else self._tail
         return lines
 
     def certain(self, lines: list[Line]) -> list[Line]:
@@ -4435,7 +4438,7 @@ class LogCursor:
         """
         least = max(wanted, 1)  # what comes after no line at all is found behind the last
         found = theirs = self._reading((least, None), http10=False).keep_last(unfinished=unfinished)
-        size = wanted + wanted // 8 + (LOOK if doubt else 64)
+        size = wanted + wanted // 8 + 64 + doubt
         with contextlib.suppress(LogDamaged):
             is_cut = self._source.until or len(theirs.kept) < theirs.total
             while is_cut or theirs.entries in (0, least):
@@ -4535,10 +4538,9 @@ def log_events(cursor: LogCursor, found: Json, wanted: int | None, render: Rende
         raise ApiError(error.status, error.message) from error
     yield STREAM_START
     for lines in batches:
-        if not lines and time.monotonic() < cursor.due:
-            continue
-        yield render(lines) if lines else PING
-        cursor.due = time.monotonic() + PING_INTERVAL
+        if lines or time.monotonic() >= cursor.due:
+            yield render(lines) if lines else PING
+            cursor.due = time.monotonic() + PING_INTERVAL
     yield event(*cursor.ending)
 
 

@@ -8271,7 +8271,7 @@ def test_container_removed_while_it_is_followed_is_no_failure(
     answers = [plain_answer(FIRST, TWO)] * shown
 
     def log(sock: socket.socket) -> None:
-        if "tail=0&" in fake_engine.requests()[-1].target:
+        if re.search(r"tail=0\b", fake_engine.requests()[-1].target):
             sock.sendall(plain_answer())
         else:
             sock.sendall(answers.pop() if answers else http_answer({"message": "x"}, status))
@@ -8454,7 +8454,7 @@ def test_client_that_leaves_takes_the_engines_stream_along(fake_agent, fake_engi
     closed = threading.Event()
 
     def silent(sock: socket.socket) -> None:
-        is_asked = "tail=0&" not in fake_engine.requests()[-1].target
+        is_asked = not re.search(r"tail=0\b", fake_engine.requests()[-1].target)
         sock.sendall(chunked_answer(FIRST, end=False) if is_asked else plain_answer())
         sock.settimeout(WAIT)
         if not sock.recv(1) and is_asked:
@@ -8558,22 +8558,31 @@ def test_slow_reader_costs_no_memory(engine, query):
 
 
 @pytest.mark.parametrize("query", ["follow=1", "follow=0"], ids=["follow", "json"])
+@pytest.mark.parametrize("tty", [False, True], ids=["frames", "terminal"])
 def test_long_tail_is_the_last_lines_if_only_the_whole_log_is_damaged(
-    fake_agent, fake_engine, query
+    fake_agent, fake_engine, query, tty
 ):
     frames = [frame(1, b"%d %b\n" % (n, b"x" * 9000)) for n in range(100)]
+    report = frame(3, b"unexpected EOF", b"Error")
+    if tty:
+        frames, report = [data[8:] for data in frames], b"Error grabbing logs: unexpected EOF\n"
     stored_frames(fake_engine, frames, EXITED)
     stored = fake_engine.script["GET /containers/x/logs"]
+    found = {"Id": "x", "Config": {"Tty": tty}, "State": EXITED}
+    fake_engine.script["GET /containers/x/json"] = http_answer(found)
 
     def log(sock: socket.socket) -> None:
         tail = re.search("tail=([0-9]+)", fake_engine.seen.queue[-1].target)
         is_whole = not tail or int(tail[1]) >= len(frames)
-        broken = plain_answer(*frames, frame(3, b"unexpected EOF", b"Error"))
-        sock.sendall(broken) if is_whole else stored(sock)
+        sock.sendall(plain_answer(*frames, report)) if is_whole else stored(sock)
 
     fake_engine.script["GET /containers/x/logs"] = log
     lines = lines_in(fake_agent.get(logs_path("x", "tail=50", query)))
     assert [line.split()[0] for line in lines] == [str(n) for n in range(50, 100)]
+    reply = fake_agent.get(logs_path("x", "follow=1"))
+    *lines, error = parse_events(reply.body)
+    assert [line.data.split()[0] for line in lines] == [str(n) for n in range(100)]
+    assert error.type == "error" and "unexpected EOF" in error.data
 
 
 @pytest.mark.parametrize("query", ["follow=1", "follow=0"], ids=["follow", "json"])
