@@ -4178,8 +4178,7 @@ class LogReading:
         self.point: Point = None  # the line behind which to begin; None once it came
         self.mark: Optional[Entry] = None  # the entry from which on they are counted; None: all
         self.marked = 0  # of those
-        self.is_done = False  # whether the response has ended
-        self.is_doubtful = False  # whether a line in doubt came where it may be the one looked for
+        self.is_done = self.is_doubtful = False  # it ended; a line in doubt may be the point
         self.entries = 0  # that came
         self.first: Optional[Entry] = None  # of them
         self.final: Optional[Entry] = None
@@ -4406,10 +4405,7 @@ class LogCursor:
     def _reading(
         self, tail: Tail, *, follow: int = 0, http10: bool = True, seconds: float = CALL_TIMEOUT
     ) -> LogReading:
-        """Ask for those of a tail's entries that since and until leave; seconds: until it begins.
-
-        http10: it is quicker, but a response that was cut short looks complete.
-        """
+        """Ask for those of a tail's entries that since and until leave."""
         source = self._source
         # In podman's tails, a line's first entry is joined to the line before.
         if source.engine.is_podman or tail[0] >= ALL:
@@ -4420,6 +4416,7 @@ class LogCursor:
             if moment:
                 query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
         path = container_path(source.container, "logs")
+        # As HTTP/1.0 it is quicker, but a response that was cut short looks complete.
         response = source.engine.open(
             "GET", path, query, http10=http10, seconds=seconds, interrupts=source.interrupts
         )
