@@ -5407,8 +5407,11 @@ def event_data(message: Json, key: Key) -> Json | None:
     """Return what a key is shown of an Engine's event, or None. Raises EngineError (502)."""
     actor, kind = message["Actor"], message["Type"]
     attributes = actor.get("Attributes", {})
-    # The Engine puts a container's name over a label "name". A volume has its name as its id.
-    name = attributes.get("name", actor.get("ID", "") if kind == "volume" else "")
+    identity = actor.get("ID", "")
+    # The Engine puts a container's name over a label "name". A volume has its name as its id, and
+    # so has an image that is pulled: only there is its tag (podman has the image's id there).
+    is_pull = message.get("Action") == "pull" and not re.fullmatch(IMAGE_ID, identity)
+    name = identity if kind == "volume" or is_pull else attributes.get("name", "")
     if not key.master:
         # Invariant: a limited key is sent only events of what it covers by name. An event of a
         # network or volume names the container that uses it by its id alone.
@@ -5420,7 +5423,7 @@ def event_data(message: Json, key: Key) -> Json | None:
         attributes = {k: v for k, v in attributes.items() if not k.startswith(hidden)}
     moment = stamp_from(message["timeNano"] % 2**63).decode()
     shown = {"time": moment, "type": kind, "action": message.get("Action")}
-    return {**shown, "id": actor.get("ID"), "name": name, "attributes": attributes}
+    return {**shown, "id": identity, "name": name, "attributes": attributes}
 
 
 @functools.lru_cache(maxsize=4096)

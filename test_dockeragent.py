@@ -9333,6 +9333,10 @@ def actor_of(identity: str = "w1", **attributes: str) -> dict[str, Any]:
     return {"Actor": {"ID": identity, "Attributes": attributes}}
 
 
+def pulled(identity: str, name: str) -> dict[str, Any]:
+    return {"Type": "image", "Action": "pull", **actor_of(identity, name=name)}
+
+
 def test_event_has_its_documented_shape_and_number(fakes):
     fake, agent = fakes
     moments = [1_700_000_000_000_000_001, 1_700_000_000_000_000_001, 1_700_000_000_000_000_002]
@@ -9557,6 +9561,9 @@ LIMITED = da.Key("ci", containers=WEB, images=IMAGES, networks=WEB, volumes=WEB)
         ),
         ("its own image", {"Type": "image", **actor_of("web", name="web")}, True),
         ("another's image", {"Type": "image", **actor_of("web", name="db")}, False),
+        ("a pull of its own image, whatever the name", pulled("web:1", "other"), True),
+        ("a pull of another's image, whatever the name", pulled("db:1", "web"), False),
+        ("a pull with the image's id, as podman has it", pulled("a" * 64, "web"), True),
         (
             "an image by its id, as when it is untagged",
             {"Type": "image", **actor_of("web", name="sha256:" + "a" * 64)},
