@@ -2554,7 +2554,7 @@ def check_health(health: Json, path: str) -> Json:
     if len(given) > 1 or ("disable" in given and len(health) > 1):
         refuse(path, "must have at most one of cmd, shell and disable, which takes no times")
     if health.get("cmd", [""])[:1] in ([], ["CMD"], ["CMD-SHELL"], ["NONE"]):
-        refuse(f"{path}.cmd", "must begin with the program, as compose's test does after CMD")
+        refuse(f"{path}.cmd", "must begin with the program; CMD-SHELL is shell here, NONE disable")
     return health
 
 

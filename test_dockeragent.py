@@ -2570,6 +2570,8 @@ def test_create_is_refused_before_it_reaches_anything(body, word, pair):
         ),
         ("compose's ./a", CREATE, volume(source="./a", **ANON), "a bind's source begins with a /"),
         ("CMD of compose's test", CREATE, health(cmd=["CMD", "a"]), "must begin with the program"),
+        ("compose's CMD-SHELL", CREATE, health(cmd=["CMD-SHELL", "a"]), "CMD-SHELL is shell here"),
+        ("compose's NONE", CREATE, health(cmd=["NONE"]), "NONE disable"),
         ("array", CREATE, image(cmd="sleep 1"), 'cmd: must be an array of strings, such as ["s'),
         (
             "map of env",
