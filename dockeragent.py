@@ -95,6 +95,7 @@ MAX_TRAILER = 8 * 1024  # bytes; trailer fields are checked and dropped
 MAX_DEPTH = 32  # nested arrays and objects; the decoder recurses on the C stack
 MAX_VALUES = 200_000  # in one JSON text, roughly; 3 bytes of it may take 100 in memory
 MAX_DIGITS = 20  # of one JSON number; int() of thousands of digits is quadratic
+MAX_MEGABYTES = 2**25  # 32 TiB: 64 MiB or more that are meant in bytes are refused
 HEAD_TIMEOUT = 10.0  # and for the TLS handshake
 BODY_TIMEOUT = 60.0
 IDLE_TIMEOUT = 75.0  # between two requests of one connection
@@ -965,7 +966,7 @@ PATHS = array_of(string_schema(ABSOLUTE_PATH, "a path like /srv/web, without *, 
 IMAGE_PATTERN = r"\*|[^*\s]*/[^*\s]*\*?|[^*./\s]+\*?|[^*/\s]+(:[^*/\s]*\*?)?"
 EXPIRY = r"(?a:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d))"
 PORT_RANGE = string_schema("[0-9]{1,5}(-[0-9]{1,5})?", "8000 or 8000-8099")
-LIMITS = {"memory_mb": integer_schema(6, 2**26), "pids": integer_schema(1, 2**22)}
+LIMITS = {"memory_mb": integer_schema(6, MAX_MEGABYTES), "pids": integer_schema(1, 2**22)}
 LIMITS["cpus"] = integer_schema(0.01, 10**6, kind="integer|number")
 LIMITS["containers"] = integer_schema(0, 2**31)
 KEY_ENTRY = object_schema(
@@ -2672,7 +2673,7 @@ SIGNAL = string_schema(f"(?ai:(SIG)?({SIGNALS}))", "a POSIX signal name", 16, "S
 STOP_SIGNAL = {**SIGNAL, "pattern": f"(?ai:(SIG)?({SIGNALS}|{REAL_TIME}))"}
 USER_ID = integer_schema(0, 2**32 - 2)  # one more means "no change"
 COUNT = integer_schema(0, 2**31 - 1)
-MEGABYTES = integer_schema(0, 2**26)  # 64 TiB: a size that is meant in bytes is refused
+MEGABYTES = integer_schema(0, MAX_MEGABYTES)
 PLATFORM = string_schema(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch such as linux/amd64", 64)
 NAMED_IMAGE = string_schema(IMAGE, IMAGE_RULE, 512)
 ANY_IMAGE = {**NAMED_IMAGE, "pattern": f"{IMAGE}|{IMAGE_ID}"}
@@ -2743,8 +2744,8 @@ RESOURCES = object_schema(
     {"cpus": 1.5, "memory_mb": 512},
     # A hundredth is the Engine's own floor; much less would round to "no limit".
     cpus=at("NanoCpus", integer_schema(0.01, 10**6, NO_LIMIT, "integer|number"), times(10**9), 25),
-    memory_mb=at("Memory", integer_schema(6, 2**26, NO_LIMIT), times(2**20)),
-    memory_swap_mb=at("MemorySwap", integer_schema(-1, 2**26), times(2**20)),
+    memory_mb=at("Memory", integer_schema(6, MAX_MEGABYTES, NO_LIMIT), times(2**20)),
+    memory_swap_mb=at("MemorySwap", integer_schema(-1, MAX_MEGABYTES), times(2**20)),
     cpu_shares=at("CpuShares", integer_schema(2, 262_144, NO_LIMIT)),
     pids=at("PidsLimit", integer_schema(1, 2**22, NO_LIMIT), since=23),
     shm_size_mb=at("ShmSize", MEGABYTES, times(2**20), since=22),

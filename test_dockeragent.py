@@ -58,6 +58,7 @@ ENGINE_HOST = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
 IMAGE = "busybox:test"
 LABEL = "dockeragent-test-" + secrets.token_hex(4)  # of what this run makes
 WAIT = 10.0  # seconds before a test that waits for something fails
+MIB = 1024 * 1024
 
 
 class Reply(NamedTuple):
@@ -754,6 +755,7 @@ def one_key(**fields: Any) -> dict[str, Any]:
         ("a port range that never ends", one_key(ports=["1-65536"]), "65535"),
         ("a port of 0", one_key(ports=["0"]), "ports[0]"),
         ("an unknown limit", one_key(limits={"memory": 1}), "limits.memory"),
+        ("a limit in bytes", one_key(limits={"memory_mb": 64 * MIB}), "limits.memory_mb"),
         ("a time without a zone", one_key(expires="2027-01-01T00:00:00"), "expires"),
         ("a time that cannot be", one_key(expires="2027-13-01T00:00:00Z"), "expires"),
     ),
@@ -2513,7 +2515,10 @@ PORT_PATH = "ports[0].container_port: "
         ("hostname with a space", image(hostname="a b"), "hostname: "),
         ("cpus below the Engine's floor", resources(cpus=0.009), "resources.cpus: "),
         ("cpus below 0", resources(cpus=-1), "resources.cpus: "),
-        ("memory in bytes", resources(memory_mb=512 * 2**20), "resources.memory_mb: "),
+        ("memory in bytes", resources(memory_mb=64 * MIB), "resources.memory_mb: "),
+        ("swap in bytes", resources(memory_mb=64, memory_swap_mb=64 * MIB), "memory_swap_mb: "),
+        ("shared memory in bytes", resources(shm_size_mb=64 * MIB), "resources.shm_size_mb: "),
+        ("tmpfs in bytes", volume(type="tmpfs", size_mb=64 * MIB, **ANON), "volumes[0].size_mb: "),
         ("swap without memory", resources(memory_swap_mb=64), "resources.memory_swap_mb: "),
         ("less than memory", resources(memory_mb=64, memory_swap_mb=63), "memory_swap_mb: "),
         ("processes below 0", resources(pids=-1), "resources.pids: "),
@@ -2720,8 +2725,8 @@ def test_message_says_what_to_write(path, body, message, pair):
         ),
         (
             "most",
-            {"resources": {"cpus": 10**6, "memory_mb": 2**26, "cpu_shares": 262_144}},
-            {"resources": {"cpus": 10**6, "memory_mb": 2**26, "cpu_shares": 262_144}},
+            {"resources": {"cpus": 10**6, "memory_mb": 2**25, "cpu_shares": 262_144}},
+            {"resources": {"cpus": 10**6, "memory_mb": 2**25, "cpu_shares": 262_144}},
         ),
         (
             "limits in three forms",
@@ -7273,8 +7278,6 @@ def test_limited_key_does_not_replace_a_program_with_capabilities(tree):
 # --------------------------------------------------------------------------------------------------
 # Logs
 # --------------------------------------------------------------------------------------------------
-
-MIB = 1024 * 1024
 
 
 class Event(NamedTuple):
