@@ -6882,7 +6882,7 @@ def test_filesystem_of_one_mode(tree_agent, one_mode, asked, status, atomic):
     assert one_mode.files() == {}
 
 
-@pytest.mark.parametrize("one_mode", [False], ids=["frozen"], indirect=True)
+@pytest.mark.parametrize("one_mode", [False], ids=["refuses"], indirect=True)
 @pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
 @pytest.mark.parametrize("refusal, status", [("EAGAIN", 409), ("EIO", 500), ("ENOSPC", 507)])
 def test_write_that_fails_is_an_answer(tree_agent, one_mode, refusal, status, atomic):
@@ -6892,6 +6892,7 @@ def test_write_that_fails_is_an_answer(tree_agent, one_mode, refusal, status, at
     assert one_mode.files() == {b"f": b"old"}
 
 
+@pytest.mark.parametrize("one_mode", [False], ids=["frozen"], indirect=True)
 def test_frozen_filesystem_holds_up_requests_to_itself_alone(tree_agent, tree, one_mode):
     """The one test that takes the agent's 30 s: the first write hangs, the others are refused."""
     assert write(tree_agent, "/fat/f", "old").status == 201
