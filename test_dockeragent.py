@@ -6892,6 +6892,17 @@ def test_write_that_fails_is_an_answer(tree_agent, one_mode, refusal, status, at
     assert one_mode.files() == {b"f": b"old"}
 
 
+def test_folder_that_is_put_in_a_files_place_meanwhile_is_409(tree):
+    folder = tree / "host/app"
+    (folder / "taken/inside").mkdir(parents=True)
+    parent, found = os.open(folder, os.O_PATH), os.open(folder / "old", os.O_PATH)
+    with pytest.raises(da.ApiError, match="a folder in the file's place"), da.file_errors():
+        da.replace(parent, b"taken", found, da.FileWrite(b"new"))
+    os.close(parent)
+    os.close(found)
+    assert [*folder.glob(".dockeragent-*")] == [] and (folder / "taken/inside").is_dir()
+
+
 @pytest.mark.parametrize("one_mode", [False], ids=["frozen"], indirect=True)
 def test_frozen_filesystem_holds_up_requests_to_itself_alone(tree_agent, tree, one_mode):
     """The one test that takes the agent's 30 s: the first write hangs, the others are refused."""
