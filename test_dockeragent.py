@@ -6922,14 +6922,17 @@ def test_frozen_filesystem_holds_up_requests_to_itself_alone(tree_agent, tree, o
     one_mode.frozen = True
     first = start("POST", "/fat/first", content="x")
     until(lambda: one_mode.waiting, "the first write to hang")
-    others = [start("POST", "/fat/second", content="x"), start("POST", "/fat/f", content="x")]
-    others += [start("POST", "/fat/f", content="x", atomic=False), start("DELETE", "/fat/f")]
-    others += [start("POST", "/fat/d/e/f", content="x")]
+    before, large = memory(tree_agent[0], "VmRSS"), "x" * 9 * MIB
+    others = [start("POST", "/fat/second", content=large), start("POST", "/fat/f", content=large)]
+    others += [start("POST", "/fat/f", content=large, atomic=False), start("DELETE", "/fat/f")]
+    others += [start("POST", "/fat/d/e/f", content=large)]
     try:
         for turn in range(50):
             assert write(tree_agent, f"/app/{turn % 5}", str(turn)).status == 201
             assert write(tree_agent, "/app/old", str(turn), atomic=False).status == 201
         assert tree_agent[0].get(file_url("/fat/f")).body == b"old"
+        # What waits is held once.
+        until(lambda: memory(tree_agent[0], "VmRSS") - before < 4 * 14 * MIB, "little memory")
         assert not statuses
         for thread in others:
             thread.join()
