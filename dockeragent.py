@@ -2673,7 +2673,6 @@ SIGNAL = string_schema(f"(?ai:(SIG)?({SIGNALS}))", "a POSIX signal name", 16, "S
 STOP_SIGNAL = {**SIGNAL, "pattern": f"(?ai:(SIG)?({SIGNALS}|{REAL_TIME}))"}
 USER_ID = integer_schema(0, 2**32 - 2)  # one more means "no change"
 COUNT = integer_schema(0, 2**31 - 1)
-MEGABYTES = integer_schema(0, MAX_MEGABYTES)
 PLATFORM = string_schema(r"[a-z0-9_]+(/[a-zA-Z0-9_.]+){0,2}", "os/arch such as linux/amd64", 64)
 NAMED_IMAGE = string_schema(IMAGE, IMAGE_RULE, 512)
 ANY_IMAGE = {**NAMED_IMAGE, "pattern": f"{IMAGE}|{IMAGE_ID}"}
@@ -2725,7 +2724,7 @@ VOLUMES = object_schema(
     target=string_schema(r"/+[^/](?s:.*)", "an absolute path other than /"),
     read_only=BOOLEAN,
     type=one_of("bind", "volume", "tmpfs"),
-    size_mb=MEGABYTES,
+    size_mb=integer_schema(0, MAX_MEGABYTES),
     mode=string_schema("0*[1-7][0-7]{0,3}", "an octal mode from 1 to 7777", 15, "1777"),
 )
 JOINED = object_schema("name", name=NETWORK_NAME, aliases=array_of(HOST_NAME))
@@ -2748,7 +2747,7 @@ RESOURCES = object_schema(
     memory_swap_mb=at("MemorySwap", integer_schema(-1, MAX_MEGABYTES), times(2**20)),
     cpu_shares=at("CpuShares", integer_schema(2, 262_144, NO_LIMIT)),
     pids=at("PidsLimit", integer_schema(1, 2**22, NO_LIMIT), since=23),
-    shm_size_mb=at("ShmSize", MEGABYTES, times(2**20), since=22),
+    shm_size_mb=at("ShmSize", integer_schema(0, MAX_MEGABYTES), times(2**20), since=22),
     ulimits=at("Ulimits", ULIMITS, engine_ulimits),
 )
 HEALTHCHECK = object_schema(
