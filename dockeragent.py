@@ -109,7 +109,7 @@ STREAM_BUFFER = 128 * 1024  # bytes of SO_SNDBUF: what the kernel holds for a st
 SHORT_KEY = 32  # characters; a warning for a shorter one, which might be guessed
 MAX_MESSAGE = 2000  # characters of an error's message; it may repeat what a client sent
 MAX_LINGERING_REFUSALS = 32  # connections left open for a moment so that their 503 is read
-DESCRIPTORS_KEPT = 64  # for them, the listener, the log, idle connections to the Engine and files
+DESCRIPTORS_KEPT = 64  # for those, the listener, the log, files and idle connections to the Engine
 
 RATE_WINDOW = 60.0  # seconds
 MAX_CLIENTS = 10_000  # windows kept; past it the least recently used is forgotten
@@ -181,7 +181,7 @@ EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 section 
 LONE_CONTROL = re.compile(rb"\n(?<!\r\n)|\r(?!\n|\Z)|\0")
 # The rest is compiled when first used, so that no start waits for it.
 CHUNK_LINE = rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?"
-HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # an address with the client's port
+HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # [::1], [::1]:80 or 10.0.0.1:80
 REQUEST_ID = r"[A-Za-z0-9._-]{1,64}"
 CONTAINER = r"[a-zA-Z0-9][a-zA-Z0-9_.-]*"
 IMAGE_ID = "(?:sha256:)?[0-9a-f]{64}"
@@ -781,7 +781,7 @@ def restrict_brought(key: Key, container: Json, image: Json) -> None:
 
 def check_created(key: Key, created: Json, container: Json, status: int = 409) -> None:
     """Check what an image has brought, also once it was created: the tag may have been moved."""
-    # Labels and commands are in the list of all containers, of which MAX_RESPONSE bytes are read.
+    # The list of all containers has labels and commands in it, and fails past MAX_RESPONSE bytes.
     size = len(encode_json(created["Config"]))
     key.permit(size <= MAX_LIMITED_CONFIG, "size", f"more than {MAX_LIMITED_CONFIG} bytes", status)
     for name, value in config_of(created, "Labels").items():
@@ -1076,7 +1076,7 @@ def parse_keys(text: bytes, values: Json) -> tuple[Key, ...]:
 
 
 def forbidden_place(path: str, values: Json) -> str:
-    """Return what path lies in or contains and no limited key may have, "" if there is none."""
+    """Return the forbidden place that path lies in or contains, "" if there is none."""
     root = os.path.realpath(values["host_root"]).rstrip("/")
     # The agent's own secrets and sockets are forbidden, too.
     names = "api_key_file", "keys_file", "tls_cert_file", "tls_key_file", "tls_client_ca_file"
@@ -1418,7 +1418,7 @@ def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
     Raises socket.timeout if the peer takes nothing until deadline (monotonic), and OSError.
     """
     while True:
-        # Only TLS renegotiation, which is not supported, would have to read before it can send.
+        # Only TLS renegotiation, which is turned off, would have to read before it can send.
         with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
             return sock.send(data)
         poll = select.poll()
@@ -1955,7 +1955,7 @@ class Server(http.server.ThreadingHTTPServer):
         self._refuse(request.sock, client_address)
 
     def shutdown_request(self, request: Any) -> None:
-        """End a connection's thread, whatever became of the connection."""
+        """Close a connection and free its slot: its thread ends, or could not be started."""
         request.sock.close()
         self.slots.discard(request)
 
@@ -2188,7 +2188,7 @@ class Walk(contextlib.ExitStack):
             raise ApiError(status, "path: is a link; use the path of the file that it points at")
         if not stat.S_ISREG(now.st_mode):
             raise ApiError(409, "path: there is something other than a regular file")
-        # A program with other rights, or a file outside: see fs.protected_hardlinks in the README.
+        # It may be a program with other rights, or a file outside (README: fs.protected_hardlinks).
         if self._is_limited and (now.st_mode & 0o7000 or now.st_nlink > 1 or is_capable(found)):
             rule = "a mode above 0777, file capabilities or hard links"
             raise ApiError(403, f"path: a limited key may not use a file that has {rule}")
@@ -2284,7 +2284,7 @@ def remove_beneath(tree: Tree, path: str) -> None:
     with file_errors(), Walk(tree) as walk:
         parent, name = walk.enter(path)
         walk.lock(parent)
-        walk.find(name)  # a read-only filesystem would not say that there is none
+        walk.find(name)  # 404 also where unlink(2) would only say that the filesystem is read-only
         os.unlink(name, dir_fd=parent)
         sync_folder(parent)
 
@@ -2389,8 +2389,8 @@ def temporary_name(parent: int, name: bytes) -> Iterator[bytes]:
 
     It is made from the target's, so that the next write clears away what a killed agent leaves.
     """
-    # From an append-only folder a temporary name could not be removed again. rmdir(2) checks that
-    # first; it removes nothing but an empty folder that somebody has just put in the file's place.
+    # A temporary name in an append-only folder could not be removed again: there rmdir(2) raises
+    # EPERM. Elsewhere it leaves a file alone, but not an empty folder that has taken its place.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.rmdir(name, dir_fd=parent)
     temporary = b".dockeragent-%08x" % binascii.crc32(name)
