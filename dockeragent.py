@@ -961,7 +961,7 @@ FORBIDDEN_PATHS = "/proc /sys /dev /run /var/run /var/lib/docker /var/lib/contai
 KEY_PATTERN = r"\*|[a-zA-Z0-9][a-zA-Z0-9_.-]*\*?"
 NAMES = array_of(string_schema(KEY_PATTERN, "a name, or its beginning and *", 255, "web-*"))
 ABSOLUTE_PATH = r"(?:/(?!\.\.?(?:/|\Z))[^/*:\0]+)+"
-PATHS = array_of(string_schema(ABSOLUTE_PATH, "a path like /srv/web, without *, :, . or .."))
+PATHS = array_of(string_schema(ABSOLUTE_PATH, "like /srv/web.d: no *, :, /./, /../ or last /"))
 # The host part stands in full: ghcr.io* would be ghcr.io.evil.com too.
 IMAGE_PATTERN = r"\*|[^*\s]*/[^*\s]*\*?|[^*./\s]+\*?|[^*/\s]+(:[^*/\s]*\*?)?"
 EXPIRY = r"(?a:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d))"
