@@ -1558,8 +1558,7 @@ def read_body(connection: Connection, request: Request, route: Route) -> None:
         connection.write(request, b"HTTP/1.1 100 Continue\r\n\r\n")
     # A stop lets a request in flight finish, so it does not interrupt this.
     connection.deadline, connection.interrupts = time.monotonic() + BODY_TIMEOUT, NEVER
-    length = request.length
-    data = read_chunks(connection) if length is None else connection.take(length)
+    data = read_chunks(connection) if request.length is None else connection.take(request.length)
     request.is_unread = False
     if route.body["required"] or data.strip(b" \t\r\n") not in (b"", b"null"):
         request.body = validate(route.body, decode_json(data))
