@@ -5666,7 +5666,7 @@ def test_bad_auth_is_refused_and_not_repeated(fakes, path, auth):
         ([b'{"status":"a"}\n{"err', b'or":"lookup x: no such host"}\n'], True, 502, "no such host"),
         ([b'{"status":"Downloading"}\n'], False, 502, ""),
         ([b'{"status":"Downloading"}\n<html>\n'], True, 502, "JSON"),
-        ([b'{"status":"a"}\n["no object"]\n'], True, 502, "JSON"),
+        ([b'{"status":"a"}\n["no object"]\n'], True, 502, "shape"),
         ([b'{"status":"a"}\n', b'{"error":"%b"}' % (b"a" * 2**20)], True, 502, "too long"),
         ([b'{"error":"%b"}\n' % (b"a" * 2**20), b'{"status":"a"}\n'], True, 502, "too long"),
         ([b'{"error":"%b"}' % (b"unexpected status " * 50_000)], True, 502, "unexpected status"),
