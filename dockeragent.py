@@ -3649,8 +3649,8 @@ def pull_events(
             if word is None:
                 yield NO_NEWS
                 continue
-            if "error" in word or "errorDetail" in word:
-                raise pull_error(500, word.get("error") or word["errorDetail"]["message"])
+            if told := word.get("error") or word.get("errorDetail", {}).get("message"):
+                raise pull_error(500, told)
             shown = {**word.get("progressDetail", {}), **word}
             yield "progress", {n: shown.get(n) for n in ("id", "status", "current", "total")}
             if match := re.fullmatch("Digest: (sha256:[0-9a-f]{64})", word.get("status", "")):

@@ -5611,6 +5611,15 @@ def test_digest_is_the_one_of_the_repository_that_was_asked_for(fakes):
     assert agent.post("/api/v1/images/pull", {"image": "latest"}).json()["image"] == "latest:latest"
 
 
+def test_pull_with_an_empty_error_succeeds(fakes):
+    """As podman before 3.2 answers each pull that succeeds."""
+    fake, agent = fakes
+    told = {"status": "pulled", "error": "", "progress": "", "progressDetail": {}, "id": "a" * 64}
+    fake.script["POST /images/create"] = http_answer(told)
+    fake.script["GET /images/x%3A1/json"] = http_answer({"RepoDigests": None})
+    assert agent.post("/api/v1/images/pull", {"image": "x:1"}).json()["status"] == "pulled"
+
+
 @pytest.mark.parametrize("auth", ["null", "bnVsbA", "bnVsbA=="])
 def test_auth_of_null_is_none(fakes, auth):
     fake, agent = fakes
