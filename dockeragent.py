@@ -4695,7 +4695,7 @@ class Deployment:
             with tolerate(500):  # the container has just exited, or containerd is being restarted
                 call()
                 return
-            self.stopping.wait(pause)
+            time.sleep(pause)  # also while the agent is being stopped: its next start goes on
         call()
 
     def rename(self, found: Found, suffix: str) -> None:

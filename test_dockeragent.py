@@ -10897,6 +10897,31 @@ def test_stopped_agent_leaves_a_deploy_to_its_next_start(engine, site):
     assert engine.inspect(site)["Id"] == new
 
 
+def test_stopped_agent_gives_up_no_old_container(engine, site, tmp_path):
+    """A host that shuts down ends containerd, the Engine and the agent at once."""
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        with Agent(DOCKER_HOST=proxy.url) as agent:
+            old = put(agent, site, spec()).json()["id"]
+
+            def fail_starts(forward: Callable[[], bytes], sock: socket.socket) -> None:
+                is_start = proxy.seen[-1].endswith("/start")
+                proxy.arm(0, fail_starts)
+                sock.sendall(http_answer({"message": "harm"}, 500) if is_start else forward())
+
+            def stop_and_fail_starts(forward: Callable[[], bytes], sock: socket.socket) -> None:
+                agent.process.terminate()
+                threading.Timer(1, agent.process.terminate).start()  # then it exits at once
+                fail_starts(forward, sock)
+
+            proxy.arm(11, stop_and_fail_starts)
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                put(agent, site, BAD)
+            agent.process.wait(WAIT)
+            proxy.disarm()
+        with Agent(DOCKER_HOST=proxy.url):
+            assert_settled(engine, site, old, "bad")
+
+
 def test_recovery_waits_for_the_engine(engine, site, tmp_path):
     with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
         old = deploy_and_crash(proxy, site, "good", 3, after=False)
