@@ -2899,7 +2899,7 @@ CONFIG["Healthcheck"] = {"Test": [WORDS], "Interval": int, "StartInterval": int}
 CONFIG["StopSignal"] = WORDS
 HOST_CONFIG = {"AutoRemove": bool, "RestartPolicy": {"Name": WORDS, "MaximumRetryCount": int}}
 OBJECT = {"Id": ID, "State": STATE, "Config": CONFIG, "HostConfig": HOST_CONFIG, "timeNano": int}
-OBJECT.update(dict.fromkeys("Name Image ImageID Driver Type status error message".split(), WORDS))
+OBJECT.update(dict.fromkeys("Name Image ImageID Driver Type status error".split(), WORDS))
 OBJECT.update(Names=[WORDS], Warnings=[WORDS], RepoTags=[WORDS], RepoDigests=[WORDS])
 OBJECT.update(Labels=WORDS_BY_NAME, Options=WORDS_BY_NAME, Metadata={}, progressDetail={})
 OBJECT["Mounts"] = [{"Type": WORDS, "Name": WORDS, "Destination": WORDS, "RW": bool}]
@@ -3318,7 +3318,7 @@ def engine_failure(error: Exception) -> EngineError:
 def engine_error(status: int, body: bytes) -> EngineError:
     """Return the error for a refusal of the Engine, whose body is {"message": ...}."""
     try:
-        message = decode_response(body)["message"]
+        message = decode_response(body, {"message": WORDS})["message"]
     except EngineError:
         # As a proxy in between sends it, and the Engine itself of a version it no longer knows.
         return EngineError(502, f"{BROKEN}: status {status} with {body[:200]!r}")

@@ -3945,6 +3945,9 @@ def cut_short(sock: socket.socket) -> None:
         ),
         pytest.param(http_answer(b"<html>", 500), 502, "500", id="500 of a proxy in between"),
         pytest.param(http_answer(b"Forbidden", 403), 502, "Forbidden", id="403 of a proxy"),
+        pytest.param(
+            http_answer({"message": "why", "status": 403}, 403), 403, "why", id="403 of another API"
+        ),
         pytest.param(http_answer({"message": None}, 404), 502, "404", id="404 that says null"),
         pytest.param(http_answer(b"null", 404), 502, "404", id="404 whose JSON is no object"),
         pytest.param(http_answer({"message": "why"}, 302), 502, "why", id="redirect not followed"),
