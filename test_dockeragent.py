@@ -1635,6 +1635,20 @@ def test_container_that_nobody_has_looked_at_is_started_by_no_limited_key(
         policed.engine.remove(name)
 
 
+@pytest.mark.parametrize("state", [None, {}, {"StartedAt": None}])
+def test_container_that_may_never_have_run_is_started_by_no_limited_key(
+    fake_engine, tmp_path, state
+):
+    entry = {"name": "ci", "key": "ci", "allow": ["operate"], "containers": ["web"]}
+    found = {"Id": "c1", "Name": "/web", "Config": {"Labels": {"dockeragent.key": "ci"}}}
+    for name in ("web", "c1"):
+        fake_engine.script[f"GET /containers/{name}/json"] = http_answer({**found, "State": state})
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=keys_file(tmp_path, entry)) as agent:
+        reply = agent.post("/api/v1/containers/web/start", key="ci")
+    assert_envelope(reply, 403, "what has never run")
+    assert fake_engine.changes() == []
+
+
 def test_slow_create_of_a_key_holds_up_no_other_key(fake_engine, tmp_path):
     """Nor does one of its name that fails let anybody start it."""
     identity, began, release = "1" * 64, threading.Event(), threading.Event()
@@ -5679,6 +5693,7 @@ def test_bad_auth_is_refused_and_not_repeated(fakes, path, auth):
         ([b'{"status":"Downloading"}\n'], False, 502, ""),
         ([b'{"status":"Downloading"}\n<html>\n'], True, 502, "JSON"),
         ([b'{"status":"a"}\n["no object"]\n'], True, 502, "shape"),
+        ([b'{"errorDetail":{"message":7}}'], True, 502, "shape"),
         ([b'{"status":"a"}\n', b'{"error":"%b"}' % (b"a" * 2**20)], True, 502, "too long"),
         ([b'{"error":"%b"}\n' % (b"a" * 2**20), b'{"status":"a"}\n'], True, 502, "too long"),
         ([b'{"error":"%b"}' % (b"unexpected status " * 50_000)], True, 502, "unexpected status"),
@@ -6275,6 +6290,30 @@ def test_volume_that_is_not_there_is_no_other_whose_name_begins_so(fakes):
     fake.requests()
     assert_envelope(agent.delete("/api/v1/volumes/web"), 404, "no such volume")
     assert fake.changes() == []
+
+
+def test_volumes_are_removed_one_at_a_time(fakes):
+    """Else the second of two removals of web would find it, and podman remove web-data."""
+    fake, agent = fakes
+    second = threading.Thread(target=agent.delete, args=("/api/v1/volumes/b",))
+    order = []
+
+    def find(sock: socket.socket) -> None:
+        order.append("found")
+        sock.sendall(http_answer({}))
+
+    def remove(sock: socket.socket) -> None:
+        if not second.ident:
+            second.start()
+            time.sleep(0.3)  # until it would look for its own
+        order.append("removed")
+        sock.sendall(NO_CONTENT)
+
+    for name in "ab":
+        fake.script.update({f"GET /volumes/{name}": find, f"DELETE /volumes/{name}": remove})
+    assert agent.delete("/api/v1/volumes/a").status == 200
+    second.join(WAIT)
+    assert order == ["found", "removed"] * 2
 
 
 # --------------------------------------------------------------------------------------------------
