@@ -4098,6 +4098,11 @@ def test_options_that_are_none_do_not_pass_for_no_options(options):
         da.decode_response(json.dumps({"Driver": "local", "Options": options}).encode())
 
 
+def test_word_that_could_be_sent_to_nobody_is_the_engines_fault():
+    with pytest.raises(da.EngineError, match="Image is not of the expected shape"):
+        da.decode_response(b'{"Image": "\\ud800"}')
+
+
 def test_timeout_of_the_containers_own_is_bounded(fakes):
     fake_engine, fake_agent = fakes
     config = {"Id": "c1", "Config": {"StopTimeout": 3_000_000}}
