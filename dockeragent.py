@@ -3349,10 +3349,8 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
     """Raise EngineError (502) for a value of another shape; a member that is null is removed."""
     if isinstance(shape, re.Pattern):
         is_right = isinstance(value, str) and shape.fullmatch(value) is not None
-    elif isinstance(shape, type):  # by type(): to Python, a boolean is an integer
-        is_right = type(value) is shape
     else:
-        is_right = isinstance(value, type(shape))
+        is_right = isinstance(value, shape if isinstance(shape, type) else type(shape))
     if not is_right:
         raise EngineError(502, f"{BROKEN}: {name} is not of the expected shape")
     if isinstance(shape, list):
