@@ -2891,24 +2891,23 @@ FAILURES = (OSError, http.client.HTTPException, OverflowError)
 # What is read of the objects in the Engine's responses, whatever they describe: each member's type
 # or pattern, [its items' shape] or {its members}, with "*" for any name. A member may be missing.
 ID = re.compile("[a-zA-Z0-9][a-zA-Z0-9_.:-]*")
-WORDS = re.compile(r"[^\ud800-\udfff]*")  # a lone surrogate could not be sent to anybody
-WORDS_BY_NAME = {"*": WORDS}
-STATE = {"Running": bool, "Status": WORDS, "StartedAt": WORDS, "Health": {"Status": WORDS}}
-CONFIG = {"Labels": WORDS_BY_NAME, "Image": WORDS, "Tty": bool, "StopTimeout": int, "Volumes": {}}
-CONFIG["Healthcheck"] = {"Test": [WORDS], "Interval": int, "StartInterval": int}
-CONFIG["StopSignal"] = WORDS
-HOST_CONFIG = {"AutoRemove": bool, "RestartPolicy": {"Name": WORDS, "MaximumRetryCount": int}}
+TEXTS = {"*": str}
+STATE = {"Running": bool, "Status": str, "StartedAt": str, "Health": {"Status": str}}
+CONFIG = {"Labels": TEXTS, "Image": str, "Tty": bool, "StopTimeout": int, "Volumes": {}}
+CONFIG["Healthcheck"] = {"Test": [str], "Interval": int, "StartInterval": int}
+CONFIG["StopSignal"] = str
+HOST_CONFIG = {"AutoRemove": bool, "RestartPolicy": {"Name": str, "MaximumRetryCount": int}}
 OBJECT = {"Id": ID, "State": STATE, "Config": CONFIG, "HostConfig": HOST_CONFIG, "timeNano": int}
-OBJECT.update(dict.fromkeys("Name Image ImageID Driver Type status error".split(), WORDS))
-OBJECT.update(Names=[WORDS], Warnings=[WORDS], RepoTags=[WORDS], RepoDigests=[WORDS])
-OBJECT.update(Labels=WORDS_BY_NAME, Options=WORDS_BY_NAME, Metadata={}, progressDetail={})
-OBJECT["Mounts"] = [{"Type": WORDS, "Name": WORDS, "Destination": WORDS, "RW": bool}]
-OBJECT["Volumes"] = [{"Name": WORDS, "Labels": WORDS_BY_NAME}]
-OBJECT.update(Actor={"ID": WORDS, "Attributes": WORDS_BY_NAME}, errorDetail={"message": WORDS})
-OBJECT["NetworkSettings"] = {"Networks": {"*": {"NetworkID": WORDS}}}
-OBJECT.update(IPAM={"Config": [{"Subnet": WORDS}]}, Ports=[{}])
+OBJECT.update(dict.fromkeys("Name Image ImageID Driver Type status error".split(), str))
+OBJECT.update(Names=[str], Warnings=[str], RepoTags=[str], RepoDigests=[str])
+OBJECT.update(Labels=TEXTS, Options=TEXTS, Metadata={}, progressDetail={})
+OBJECT["Mounts"] = [{"Type": str, "Name": str, "Destination": str, "RW": bool}]
+OBJECT["Volumes"] = [{"Name": str, "Labels": TEXTS}]
+OBJECT.update(Actor={"ID": str, "Attributes": TEXTS}, errorDetail={"message": str})
+OBJECT["NetworkSettings"] = {"Networks": {"*": {"NetworkID": str}}}
+OBJECT.update(IPAM={"Config": [{"Subnet": str}]}, Ports=[{}])
 # In a list of containers their state is a word.
-OBJECTS = [{**OBJECT, "State": WORDS, "Status": WORDS, "Size": int, "Created": int}]
+OBJECTS = [{**OBJECT, "State": str, "Status": str, "Size": int, "Created": int}]
 
 
 class Call(NamedTuple):
@@ -3318,7 +3317,7 @@ def engine_failure(error: Exception) -> EngineError:
 def engine_error(status: int, body: bytes) -> EngineError:
     """Return the error for a refusal of the Engine, whose body is {"message": ...}."""
     try:
-        message = decode_response(body, {"message": WORDS})["message"]
+        message = decode_response(body, {"message": str})["message"]
     except EngineError:
         # As a proxy in between sends it, and the Engine itself of a version it no longer knows.
         return EngineError(502, f"{BROKEN}: status {status} with {body[:200]!r}")
@@ -5892,8 +5891,9 @@ def delete_network(request: Request, agent: Agent) -> Response:
 def delete_volume(request: Request, agent: Agent) -> Response:
     request.target.update(volume=request.name)
     lock = agent.engine.key_locks.setdefault(request.key.name, threading.Lock())
+    busy = "a volume is being removed or a container created; try again later"
     # One at a time, and only what is there: podman would remove another, whose name begins so.
-    with in_use_by(request.key), hold(lock, CALL_TIMEOUT, "another volume is being removed"):
+    with in_use_by(request.key), hold(lock, CALL_TIMEOUT, busy):
         for method in "GET", "DELETE":
             agent.engine.call(method, f"/volumes/{quote(request.name, safe='')}")
     return Response({"message": "volume removed"})
@@ -5901,7 +5901,7 @@ def delete_volume(request: Request, agent: Agent) -> Response:
 
 def write_file(request: Request, agent: Agent) -> Response:
     body = request.body
-    content = text = body.pop("content", "").encode()  # pop: a write that waits holds it once
+    content = text = body.pop("content", "").encode()  # pop: a copy less while the write waits
     if body.get("encoding") == "base64":
         with contextlib.suppress(binascii.Error):
             content = base64.b64decode(text)
