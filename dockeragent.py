@@ -2956,20 +2956,20 @@ class EngineResponse(http.client.HTTPResponse):
     """A response of the Engine; the body comes in one piece or in several."""
 
     def __init__(self, stream: EngineStream, pool: Pool | None) -> None:
-        """Read the head. Raises FAILURES, ClientGone and Stopping.
-
-        pool: where `close` leaves the connection if that can take another request.
-        """
+        """pool: where `close` leaves the connection if that can take another request."""
         sock: Any = stream
-        no_headers: Any = None
         super().__init__(sock)
         self._stream, self._pool = stream, pool
         self._is_done, self._last_read = False, 0.0
+
+    def read_head(self) -> None:
+        """Read the status and the headers. Raises FAILURES, ClientGone and Stopping."""
+        no_headers: Any = None
         self.begin()
         while self.status < 200 and self.status != 101:  # interim: RFC 9110 section 15.2
             self.headers = no_headers  # so that `begin` reads the next head
             self.begin()
-        if stream.has_ended:  # http.client takes a truncated head for a complete one
+        if self._stream.has_ended:  # http.client takes a truncated head for a complete one
             raise ConnectionResetError("it disconnected")
         self._is_done = self.length == 0
         self.until_end = not self.chunked and self.length is None
@@ -3041,6 +3041,7 @@ def exchange(
     """Send a request; return its response. Raises FAILURES, ClientGone and Stopping."""
     connection = http.client.HTTPConnection("docker")
     connection.sock = stream = EngineStream(sock, deadline, call.interrupts)
+    response = EngineResponse(stream, pool)
     try:
         if call.http10:
             connection.send(f"{call.method} {target} HTTP/1.0\r\nHost: docker\r\n\r\n".encode())
@@ -3053,9 +3054,10 @@ def exchange(
             for header in {**call.headers, **headers}.items():
                 connection.putheader(*header)
             connection.endheaders(data or None)
-        return EngineResponse(stream, pool)
+        response.read_head()
+        return response
     except (*FAILURES, ClientGone, Stopping):
-        sock.close()
+        response.close()
         raise
 
 
