@@ -137,7 +137,7 @@ GATE_INTERVAL = 0.2  # seconds between two looks at a new container
 MAX_GATE = 3600  # seconds
 MAX_DEPLOYS = 25  # of one limited key at once
 LATE_CREATE = 5.0  # seconds after a start; by then most creates of a killed agent are done
-RETRY_PAUSES = (0.2, 2.0, 10.0)  # seconds before a step of a deploy that failed is tried again
+RETRY_TIME = 12.0  # seconds during which a step of a deploy that the Engine fails is repeated
 RECOVERY_INTERVAL = 2.0  # seconds before an Engine that did not respond is asked again
 MAX_PROGRESS = 1000  # events of a pull, queued for a client that does not read them
 FAILED_LINES = 50  # of a failed deploy's log, in the response
@@ -4690,11 +4690,12 @@ class Deployment:
         """Have the Engine do something to a container, again if it fails. Raises EngineError."""
         path = container_path(found.id, action)
         call = functools.partial(self.engine.call, "POST", path, **options)
-        for pause in RETRY_PAUSES:
+        deadline = time.monotonic() + RETRY_TIME
+        while time.monotonic() < deadline:
             with tolerate(500):  # the container has just exited, or containerd is being restarted
                 call()
                 return
-            time.sleep(pause)  # also while the agent is being stopped: its next start goes on
+            time.sleep(0.5)  # also while the agent is being stopped: its next start goes on
         call()
 
     def rename(self, found: Found, suffix: str) -> None:

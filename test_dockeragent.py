@@ -10237,6 +10237,21 @@ def test_step_that_the_engine_fails_is_repeated(fragile, engine, site, kind, num
     assert_settled(engine, site, old, kind)
 
 
+def test_old_container_that_the_engine_never_starts_keeps_its_name_and_policy(
+    fragile, engine, site
+):
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+    start = f"/containers/{old}/start"
+    proxy.harm_to = lambda method, target: fail_call if target.endswith(start) else None
+    reply = put(agent, site, BAD)
+    assert (reply.status, reply.json()["rolled_back"]) == (422, False)
+    assert "harm" in reply.json()["message"]
+    [(name, left)] = names_of(engine, site).items()
+    assert (name, left["Id"], left["State"]["Running"]) == (site, old, False)
+    assert left["HostConfig"]["RestartPolicy"]["Name"] == "always"
+
+
 def test_container_that_is_just_being_renamed_is_not_touched(pair):
     twice = [{"Id": "c" * 64, "Names": ["/renamed", "/renamed.next"]}]
     pair.engine.script["its own look"] = http_answer(twice)
@@ -11064,7 +11079,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 6_184
+LINES = 6_185
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
