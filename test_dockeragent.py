@@ -10238,12 +10238,16 @@ def test_step_that_the_engine_fails_is_repeated(fragile, engine, site, kind, num
 
 
 def test_old_container_that_the_engine_never_starts_keeps_its_name_and_policy(
-    fragile, engine, site
+    fragile, engine, site, monkeypatch
 ):
     proxy, agent = fragile
     old = put(agent, site, spec()).json()["id"]
     start = f"/containers/{old}/start"
-    proxy.harm_to = lambda method, target: fail_call if target.endswith(start) else None
+
+    def harm_to(_: str, target: str) -> Callable[..., None] | None:
+        return fail_call if target.endswith(start) else None
+
+    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
     reply = put(agent, site, BAD)
     assert (reply.status, reply.json()["rolled_back"]) == (422, False)
     assert "harm" in reply.json()["message"]
