@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2484, and a reviewer may stop there:
+stands first, up to line 2486, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -153,8 +153,8 @@ ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into 
 STREAM_START = b"retry: 3000\n"
 PING = b": ping\n"
 PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event stream's proxies awake
-# The Engine writes each log entry by itself. In a burst, a read this long after the one before
-# finds some 200 together, which takes a third off the time of the whole log.
+# The Engine writes each log entry by itself. In a burst, where a read did not have to wait so long,
+# a read this long after it finds some 200 together, which takes a third off the whole log's time.
 BURST_PAUSE = 0.0004  # seconds
 HEAD_WAIT = 1.0  # seconds for the Engine to refuse a log, before an event stream begins
 LOOK = NUMBERED + 1024  # entries at a log's end that are searched first for a line
@@ -1406,9 +1406,10 @@ def receive(
     """
     # Invariant: a peer that never stops sending is held to the deadline, too.
     while interrupts.wait_readable(sock, deadline) and time.monotonic() < deadline:
-        # A TLS socket can be readable with nothing in it for us.
-        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
+        try:
             return sock.recv(size)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            continue  # a TLS socket can be readable with nothing in it for us
     raise socket.timeout("timed out")
 
 
@@ -1419,9 +1420,10 @@ def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
     """
     while True:
         # Only TLS renegotiation, which is turned off, would have to read before it can send.
-        with contextlib.suppress(BlockingIOError, ssl.SSLWantWriteError):
+        try:
             return sock.send(data)
-        poll = select.poll()
+        except (BlockingIOError, ssl.SSLWantWriteError):
+            poll = select.poll()
         poll.register(sock, select.POLLOUT)
         if not poll.poll(max(0, math.ceil((deadline - time.monotonic()) * 1000))):
             raise socket.timeout("timed out")
@@ -2960,7 +2962,7 @@ class EngineResponse(http.client.HTTPResponse):
         sock: Any = stream
         super().__init__(sock)
         self._stream, self._pool = stream, pool
-        self._is_done, self._last_read = False, 0.0
+        self._is_done, self._is_burst, self._last_read = False, False, 0.0
 
     def read_head(self) -> None:
         """Read the status and the headers. Raises FAILURES, ClientGone and Stopping."""
@@ -2981,20 +2983,20 @@ class EngineResponse(http.client.HTTPResponse):
         """
         if self._is_done:
             return b""
-        if self.until_end and (pause := self._last_read + BURST_PAUSE - time.monotonic()) > 0:
+        if self._is_burst and (pause := self._last_read + BURST_PAUSE - time.monotonic()) > 0:
             time.sleep(pause)
         try:
-            self._stream.deadline = deadline
+            asked, self._stream.deadline = time.monotonic(), deadline
             try:
                 self.fp.peek(1)  # waits, so that no time runs out in the middle of a chunk
             except socket.timeout:
                 return None
-            self._stream.deadline = time.monotonic() + CALL_TIMEOUT
-            part = self._read_part()
+            self._last_read = time.monotonic()
+            self._is_burst = self.until_end and self._last_read - asked < BURST_PAUSE
+            self._stream.deadline = self._last_read + CALL_TIMEOUT
+            return self._read_part()
         except FAILURES as error:
             raise engine_failure(error) from error
-        self._last_read = time.monotonic()
-        return part
 
     def _read_part(self) -> bytes:
         """Return the next bytes of the body. Raises FAILURES."""
