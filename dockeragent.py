@@ -4548,16 +4548,19 @@ def log_ending(found: Json | None, started: Any) -> Ending | None:
     """
     if found is None:
         return "end", {"reason": "removed", "exit_code": None}
-    state = found["State"]
+    state, status = found["State"], found["State"].get("Status")
     exit_code = state.get("ExitCode")
-    is_another = state.get("Running") and state.get("StartedAt") != started
-    if state.get("Restarting") or is_another:
-        exit_code = exit_code if state.get("Restarting") else None
+    # podman: "stopping" still runs; "stopped" has ended, and its restart policy is not applied yet.
+    is_running = state.get("Running") or status == "stopping"
+    restarts = restart_policy(found.get("HostConfig", {})) != NO_RESTART
+    is_restarting = state.get("Restarting") or (status == "stopped" and restarts)
+    if is_restarting or (is_running and state.get("StartedAt") != started):
+        exit_code = exit_code if is_restarting else None
         return "restart", {"exit_code": exit_code, "restart_count": found.get("RestartCount")}
-    if state.get("Running"):
+    if is_running:
         return None
     reasons = {"removing": "removed", "dead": "removed", "created": "created"}
-    reason = reasons.get(state.get("Status"), "exited")
+    reason = reasons.get(status, "exited")
     return "end", {"reason": reason, "exit_code": None if reason == "created" else exit_code}
 
 

@@ -8189,14 +8189,19 @@ def test_new_lines_come_at_once_and_shutdown_is_told(engine):
 
 
 def log_of(
-    fake: FakeEngine, answer: bytes | Callable[[socket.socket], None], *inspected: Any
+    fake: FakeEngine,
+    answer: bytes | Callable[[socket.socket], None],
+    *inspected: Any,
+    policy: str = "always",
 ) -> None:
     """Script container x: its log, and the answers to each inspect (the last one for good)."""
     answers = list(inspected) or [{"Running": True}]
+    host_config = {"RestartPolicy": {"Name": policy, "MaximumRetryCount": 0}}
 
     def inspect(sock: socket.socket) -> None:
         state = answers.pop(0) if len(answers) > 1 else answers[0]
         body = {"Id": "x", "Config": {"Tty": False}, "State": state, "RestartCount": 3}
+        body["HostConfig"] = host_config
         sock.sendall(
             http_answer({"message": "no such container: x"}, 404)
             if state is None
@@ -8308,6 +8313,9 @@ REMOVED = {"reason": "removed", "exit_code": None}
 CREATED = {"reason": "created", "exit_code": None}
 BACKOFF = {"Running": True, "Restarting": True, "ExitCode": 7}
 AGAIN = {"Running": True, "StartedAt": "2026-02-21T11:00:00Z"}
+# podman's: a process was told to end, and it ended, but the restart policy is not applied yet.
+STOPPING = {"Running": False, "ExitCode": 0, "Status": "stopping"}
+DIED = {"Running": False, "ExitCode": 7, "Status": "stopped"}
 # fmt: off
 ENDINGS = cases(
     ("exited", RUNNING, EXITED, "", "end", {"reason": "exited", "exit_code": 7}),
@@ -8317,7 +8325,9 @@ ENDINGS = cases(
     ("about to run again", RUNNING, BACKOFF, "", "restart", {"exit_code": 7, "restart_count": 3}),
     ("waits to run again", BACKOFF, BACKOFF, "", "restart", {"exit_code": 7, "restart_count": 3}),
     ("runs again", RUNNING, AGAIN, "", "restart", {"exit_code": None, "restart_count": 3}),
+    ("podman is about to", RUNNING, DIED, "", "restart", {"exit_code": 7, "restart_count": 3}),
     ("log of a running container ends", RUNNING, RUNNING, "", "error", None),
+    ("log of a container that podman stops ends", STOPPING, STOPPING, "", "error", None),
     ("until has come", RUNNING, RUNNING, "until=1s", "end", {"reason": "until", "exit_code": None}),
     ("until has not come", RUNNING, RUNNING, "until=9999999999", "error", None),
 )
@@ -8331,6 +8341,12 @@ def test_end_says_why(fake_agent, fake_engine, before, after, query, kind, data)
     assert [event.data for event in events[:-1]] == ["one"]
     assert events[-1].type == kind
     assert data is None or json.loads(events[-1].data) == data
+
+
+def test_container_that_podman_stopped_does_not_run_again_without_a_policy(fake_agent, fake_engine):
+    log_of(fake_engine, chunked_answer(FIRST), RUNNING, DIED, policy="no")
+    _, end = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+    assert (end.type, json.loads(end.data)) == ("end", {"reason": "exited", "exit_code": 7})
 
 
 @pytest.mark.parametrize("status", [404, 409])
