@@ -4412,7 +4412,10 @@ class LogCursor:
             tail = WHOLE
         query: dict[str, Any] = {"stdout": 1, "stderr": 1, "timestamps": 1, "follow": follow}
         query["tail"] = tail[0] if tail != WHOLE else "all"
-        for name, moment in (("since", self._since), ("until", source.until)):
+        since = self._since
+        if source.engine.is_podman:  # its stamps have no fractions: of each, it is asked for all
+            since -= since % 10**9
+        for name, moment in (("since", since), ("until", source.until)):
             if moment:
                 query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
         path = container_path(source.container, "logs")

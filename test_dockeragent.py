@@ -57,6 +57,7 @@ KEY = "0123456789abcdef0123456789abcdef"
 ENGINE_HOST = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
 IMAGE = "busybox:test"
 LABEL = "dockeragent-test-" + secrets.token_hex(4)  # of what this run makes
+PODMAN = "Api-Version: 1.41\r\nLibpod-Api-Version: 5.4.2\r\n"  # the head of its ping
 WAIT = 10.0  # seconds before a test that waits for something fails
 MIB = 1024 * 1024
 
@@ -4897,8 +4898,7 @@ def test_field_that_the_engine_does_not_know_is_refused(fake_engine, version, fi
 
 @pytest.mark.parametrize("path", ["/t,source=/etc", '/t"', "/t\nsource=/etc"])
 def test_path_becomes_no_option_of_a_mount_of_podmans(fake_engine, path):
-    libpod = "Api-Version: 1.41\r\nLibpod-Api-Version: 4.3.1\r\n"
-    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=libpod)
+    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=PODMAN)
     with Agent(DOCKER_HOST=fake_engine.url) as agent:
         for mount in {"source": "/a", "target": path}, {"source": path, "target": "/a"}:
             reply = agent.post("/api/v1/containers", volume(**mount))
@@ -8713,20 +8713,20 @@ FORGING = [b"plain", b"10:00:00Z GET / 200", b"\r\revent:Z forged", b"2026-02-21
 
 
 @pytest.mark.parametrize("stamp", [b"2026-02-21T10:00:00Z", b"2026-02-21T11:00:00.0000000+01:00"])
-def test_podmans_stamps_are_matched_in_full(fake_agent, fake_engine, stamp):
+def test_podmans_stamps_are_matched_in_full(fake_engine, stamp):
     stored_frames(fake_engine, [frame(1, text + b"\n", stamp) for text in FORGING], EXITED)
-    extra = "Api-Version: 1.41\r\nLibpod-API-Version: 4.3.1\r\n"
-    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=extra)
+    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=PODMAN)
     lines = [text.decode() for text in FORGING]
-    assert read_lines(fake_agent, "x") == lines
-    events = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
-    assert [event.data for event in events[:-1]] == [line.replace("\r", "\n") for line in lines]
-    ids = [f"1771668000.000000000-{n}" for n in range(1, 5)]
-    assert [event.id for event in events[:-1]] == ids
-    for index in range(4):
-        path = logs_path("x", f"last_event_id={ids[index]}")
-        assert fake_agent.get(path).json()["lines"] == lines[index + 1 :]
-        assert read_lines(fake_agent, "x", f"tail={index}") == lines[4 - index :]
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        assert read_lines(agent, "x") == lines
+        events = parse_events(agent.get(logs_path("x", "follow=1")).body)
+        assert [event.data for event in events[:-1]] == [line.replace("\r", "\n") for line in lines]
+        ids = [f"1771668000.000000000-{n}" for n in range(1, 5)]
+        assert [event.id for event in events[:-1]] == ids
+        for index in range(4):
+            path = logs_path("x", f"last_event_id={ids[index]}")
+            assert agent.get(path).json()["lines"] == lines[index + 1 :]
+            assert read_lines(agent, "x", f"tail={index}") == lines[4 - index :]
 
 
 @pytest.mark.parametrize("query", ["follow=1", "follow=1&tail=5"])
@@ -8739,13 +8739,27 @@ def test_line_begun_while_a_container_restarts_is_not_cut_off(fake_agent, fake_e
 def test_podman_is_not_asked_for_a_tail(fake_engine):
     """It joins the first entry of a line to the line before, in the last entries but not in all."""
     stored_frames(fake_engine, [frame(1, b"%d\n" % n) for n in range(9)], EXITED)
-    extra = "Api-Version: 1.41\r\nLibpod-API-Version: 4.3.1\r\n"
-    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=extra)
+    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=PODMAN)
     with Agent(DOCKER_HOST=fake_engine.url) as agent:
         for query in ("tail=2", "follow=1&tail=2", "last_event_id=1771668000.000000001-7"):
             assert b"7" in agent.get(logs_path("x", query)).body
     asked = [request.target for request in fake_engine.requests() if "/logs?" in request.target]
     assert asked and {re.search("tail=([a-z0-9]+)", target)[1] for target in asked} == {"all"}
+
+
+def test_podman_is_asked_for_whole_seconds(fake_engine):
+    """Its stamps have no fractions: a line would have another number in a log cut within one."""
+    frames = [frame(1, b"%d\n" % n, b"2026-02-21T10:00:00Z") for n in range(3)]
+    stored_frames(fake_engine, frames, EXITED)
+    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=PODMAN)
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        reply = agent.get(logs_path("x", "since=1771668000.5&until=1771668001.5"))
+    assert reply.json()["lines"] == ["0", "1", "2"]
+    asked = [
+        parse_qs(request.target) for request in fake_engine.requests() if "until" in request[1]
+    ]
+    assert {query["since"][0] for query in asked} == {"1771668000.000000000"}
+    assert {query["until"][0] for query in asked} == {"1771668001.500000000"}
 
 
 def test_stream_begins_before_the_engine_answers(fake_agent, fake_engine):
