@@ -5400,7 +5400,9 @@ def engine_events(engine: Engine, query: Json, until: float, request: Request) -
         for message in json_lines(response):
             if message is None:
                 yield PING
-            elif message is not LINE_TOO_LONG and (data := event_data(message, request.key)):
+            elif message is LINE_TOO_LONG or message["timeNano"] > until:
+                continue
+            elif data := event_data(message, request.key):
                 number = number + 1 if message["timeNano"] == last else 1
                 last = message["timeNano"]
                 # Invariant: JSON has no line ends in it, so no label or name can forge a field.
@@ -5810,6 +5812,9 @@ def events(request: Request, agent: Agent) -> Response:
     if filters := {theirs: [asked[ours]] for ours, theirs in names.items() if ours in asked}:
         query["filters"] = json.dumps(filters)
     agent.engine.version(time.monotonic() + CALL_TIMEOUT)  # if the Engine is away: a status, 503
+    if agent.engine.is_podman and until < time.time_ns():
+        del query["until"]  # podman would stop at once, whatever it has read by then
+        query["stream"] = 0
     return event_stream(engine_events(agent.engine, query, until, request))
 
 

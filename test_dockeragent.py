@@ -9536,6 +9536,20 @@ def test_events_query_is_the_engines(fakes, query, headers, asked):
     assert (path, found) == ("/events", asked)
 
 
+def test_podmans_past_events_come_whole(fake_engine):
+    """It stops reading what it has as soon as `until` has come."""
+    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=PODMAN)
+    moments = [1_000_000_000, 2_000_000_000, 2_000_000_001]
+    lines = [json_line(raw_event(moment)) for moment in moments]
+    fake_engine.script["GET /events"] = chunked_answer(*lines)
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        *events, end = parse_events(agent.get(f"{EVENTS}?since=1&until=2").body)
+    assert [event.id for event in events] == ["1000000000-1", "2000000000-1"]
+    assert end.type == "end"
+    asked = parse_qs(fake_engine.requests()[-1].target.partition("?")[2])
+    assert asked == {"since": ["1.000000000"], "stream": ["0"]}
+
+
 @pytest.mark.parametrize(
     "query, headers, word",
     cases(
