@@ -5791,7 +5791,11 @@ def stats(request: Request, agent: Agent) -> Response:
     engine, container = agent.engine, found["Id"]
     if request.query.get("follow"):
         return event_stream(stats_events(engine, container, request.interrupts))
-    raw = engine.json("GET", container_path(container, "stats"), {"stream": "false"})
+    call = ("GET", container_path(container, "stats"), {"stream": "false"})
+    raw = engine.json(*call)
+    if engine.is_podman:  # its sample has none before it
+        time.sleep(1)
+        raw = {**engine.json(*call), "precpu_stats": raw.get("cpu_stats")}
     if str(raw.get("read", "")) < NO_TIME:  # it has stopped meanwhile
         raise stopped
     return Response(stats_sample(raw))

@@ -9250,6 +9250,18 @@ def test_stats_are_computed_as_docker_stats_does(fakes, changes, shown):
     assert fake.requests()[-1].target == "/containers/c1/stats?stream=false"
 
 
+def test_podmans_sample_is_compared_with_one_before(fake_engine):
+    """Its own has none before it: all CPU time since the boot would count, as 0.0 %."""
+    no_sample = {"cpu_usage": {"total_usage": 0}}
+    earlier = raw_stats(cpu_stats=cpu_stats(1000, 4000), precpu_stats=no_sample)
+    samples = [earlier, raw_stats(precpu_stats=no_sample)]
+    fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=PODMAN)
+    fake_engine.script[INSPECT] = http_answer(RUNS)
+    fake_engine.script[RAW_STATS] = lambda sock: sock.sendall(http_answer(samples.pop(0)))
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        assert agent.get(STATS).json() == SHOWN_STATS
+
+
 @pytest.mark.parametrize(
     "changes",
     cases(
