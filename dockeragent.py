@@ -4192,8 +4192,10 @@ class LogReading:
         self.kept: collections.deque[Line] = collections.deque()
         self.close = response.close
         self._source, self._response, self._tail = source, response, tail
-        self._demultiplexer = TtyDemultiplexer() if source.tty else Demultiplexer()
-        self._assembler = LineAssembler(tail[1], is_podman=source.engine.is_podman)
+        is_podman = source.engine.is_podman
+        is_raw = source.tty and not is_podman
+        self._demultiplexer = TtyDemultiplexer() if is_raw else Demultiplexer()
+        self._assembler = LineAssembler(tail[1], is_podman=is_podman)
 
     def __iter__(self) -> Iterator[list[Line]]:
         """Yield lines, [] at times, until the response ends. Raises EngineError."""
@@ -4419,6 +4421,8 @@ class LogCursor:
             if moment:
                 query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
         path = container_path(source.container, "logs")
+        if source.tty and source.engine.is_podman:  # whose own API has frames on a terminal, too
+            path = "/libpod" + path
         # As HTTP/1.0 it is quicker, but a response that was cut short looks complete.
         response = source.engine.open(
             "GET", path, query, http10=http10, seconds=seconds, interrupts=source.interrupts

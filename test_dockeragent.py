@@ -8762,6 +8762,22 @@ def test_podman_is_asked_for_whole_seconds(fake_engine):
     assert {query["until"][0] for query in asked} == {"1771668001.500000000"}
 
 
+@pytest.mark.parametrize("query", ["follow=1", "follow=0"])
+def test_podmans_log_of_a_terminal_is_read_in_frames(fake_engine, query):
+    """Its own API has them. Without, nothing tells its stamps in a long line from the text."""
+    pieces = [b"x" * 2048, b"x" * 4095, b"y\r\n", b"2026-02-21T10:00:00Z z\r\n"]
+    frames = [frame(1, piece, b"2026-02-21T10:00:00Z") for piece in pieces]
+    found = {"Id": "x", "Config": {"Tty": True}, "State": EXITED}
+    fake_engine.script = {
+        "GET /_ping": http_answer(b"OK", extra=PODMAN),
+        "GET /containers/x/json": http_answer(found),
+        "GET /libpod/containers/x/logs": plain_answer(*frames),
+    }
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+        lines = lines_in(agent.get(logs_path("x", query)))
+    assert lines == ["x" * 6143 + "y", "2026-02-21T10:00:00Z z"]
+
+
 def test_stream_begins_before_the_engine_answers(fake_agent, fake_engine):
     """podman 4.3 sends no head while a log is empty."""
     log_of(fake_engine, lambda sock: sock.recv(1), RUNNING)
