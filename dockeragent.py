@@ -280,7 +280,7 @@ KINDS |= {list: "array", dict: "object"}
 BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 KEYWORDS = "type description example properties required names values items pattern maxLength raw"
 KEYWORDS += " minimum maximum zero check"
-KEYWORDS += " place convert since"  # not for `validate`: `engine_fields` reads them
+KEYWORDS += " place convert since"  # not for `validate`: `fill` reads them
 # Names of docker run, compose and the Engine, without - and _, that difflib does not match to ours.
 OTHER_NAMES = dict.fromkeys(("binds", "mount", "mounts", "tmpfs"), "volumes")
 OTHER_NAMES.update(environment="env", containername="name", rm="auto_remove", test="cmd")
@@ -2615,18 +2615,6 @@ def engine_ports(ports: list[Json]) -> Json:
     return bindings
 
 
-def engine_mount(volume: Json) -> Json:
-    """Return one of the Engine's Mounts. Not Binds: no colon in a path can become an option."""
-    mount: Json = {"Type": volume["type"], "Source": volume.get("source", "")}
-    mount.update(Target=volume["target"], ReadOnly=volume.get("read_only", False))
-    if volume.get("non_recursive"):  # set by the policy, never by a client
-        mount["BindOptions"] = {"NonRecursive": True}
-    if {"size_mb", "mode"} & volume.keys():  # a tmpfs; podman reads options without a mode as 0000
-        size, mode = volume.get("size_mb", 0) * 2**20, int(volume.get("mode", "0"), 8)
-        mount["TmpfsOptions"] = {"SizeBytes": size, "Mode": mode}
-    return mount
-
-
 def engine_endpoint(networks: list[Json]) -> Json:
     """Return the first network's endpoint: before API 1.44 a create takes no more than one.
 
@@ -2659,7 +2647,7 @@ def absent(why: str) -> Schema:
     return {"type": "nothing", "description": f"left out: {why}"}
 
 
-def at(place: str, schema: Schema, convert: Any = lambda value: value, since: int = 0) -> Schema:
+def at(place: str, schema: Schema, convert: Any = None, since: int = 0) -> Schema:
     """Return a row of CREATE: its place in the Engine's request, its value there, its first API."""
     return {**schema, "place": place, "convert": convert, "since": since}
 
@@ -2708,6 +2696,8 @@ SYSCTLS = map_of(SYSCTL, STRING, {"net.core.somaxconn": "1024"})
 SHARED = f"host|container:{CONTAINER}"  # the host's or another container's namespace
 IPC_RULE = "host, none, private, shareable or container:ID"
 
+MODE = string_schema("0*[1-7][0-7]{0,3}", "an octal mode from 1 to 7777", 15, "1777")
+
 PORTS = object_schema(
     "container_port",
     {"container_port": 80, "host_port": 8080},
@@ -2717,22 +2707,23 @@ PORTS = object_schema(
     protocol=one_of("tcp", "udp", "sctp"),
     host_ip=IP,
 )
-VOLUMES = object_schema(
-    "target",
-    {"source": "/data", "target": "/data"},
-    check_volume,
-    source=string_schema("(?s:.+)", "a path or a volume's name"),
-    target=string_schema(r"/+[^/](?s:.*)", "an absolute path other than /"),
-    read_only=BOOLEAN,
-    type=one_of("bind", "volume", "tmpfs"),
-    size_mb=integer_schema(0, MAX_MEGABYTES),
-    mode=string_schema("0*[1-7][0-7]{0,3}", "an octal mode from 1 to 7777", 15, "1777"),
-)
 JOINED = object_schema("name", name=NETWORK_NAME, aliases=array_of(HOST_NAME))
 JOINED.update({**NETWORK_NAME, "type": "string|object"})
 JOINED["check"] = lambda n, path: {"aliases": [], **(n if isinstance(n, dict) else {"name": n})}
 
 # Each field of a create is one row: its place in the Engine's request is below its parent's.
+VOLUMES = object_schema(
+    "target",
+    {"source": "/data", "target": "/data"},
+    check_volume,
+    source=at("Source", string_schema("(?s:.+)", "a path or a volume's name")),
+    target=at("Target", string_schema(r"/+[^/](?s:.*)", "an absolute path other than /")),
+    read_only=at("ReadOnly", BOOLEAN),
+    type=at("Type", one_of("bind", "volume", "tmpfs")),
+    size_mb=at("TmpfsOptions.SizeBytes", integer_schema(0, MAX_MEGABYTES), times(2**20)),
+    mode=at("TmpfsOptions.Mode", MODE, functools.partial(int, base=8)),
+    non_recursive=at("BindOptions.NonRecursive", absent("the policy alone sets it"), since=40),
+)
 RESTART_POLICY = object_schema(
     "name",
     {"name": "always"},
@@ -2784,7 +2775,8 @@ CREATE = object_schema(
     user=at("User", string_schema(r"[^\s:]+(:[^\s:]+)?", "user or user:group", 255, "1000:1000")),
     hostname=at("Hostname", HOST_NAME),
     ports=at("HostConfig.PortBindings", array_of(PORTS), engine_ports),
-    volumes=at("HostConfig.Mounts", array_of(VOLUMES), lambda v: [*map(engine_mount, v)], since=25),
+    # Not Binds: no colon in a path can become an option.
+    volumes=at("HostConfig.Mounts", array_of(VOLUMES), since=25),
     networks=at("NetworkingConfig.EndpointsConfig", array_of(JOINED), engine_endpoint),
     network_mode=at("HostConfig.NetworkMode", NETWORK_MODE),
     restart_policy=at("HostConfig.RestartPolicy", RESTART_POLICY),
@@ -3451,21 +3443,29 @@ def agent_labels(key: Key, **values: str) -> dict[str, str]:
     return {OWN_LABELS + name: value for name, value in labels.items()}
 
 
-def engine_fields(
-    schema: Schema, body: Json, version: int, place: str = "", path: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """Yield where each field goes in the Engine's request, below place, and its value there.
+def fill(request: Json, schema: Schema, body: Json, version: int, path: str = "") -> Json:
+    """Put the fields of a checked body into the Engine's request, and return it.
 
     version: of the API in use, 41 for 1.41. Raises ApiError (400) for a field that it lacks.
     """
     for name, value in body.items():
-        row = schema["properties"].get(name, {})
-        if row.get("since", 0) > version:
-            refuse(path + name, f"needs Engine API 1.{row['since']}; 1.{version} is in use")
-        if row.get("properties"):
-            yield from engine_fields(row, value, version, f"{row['place']}.", f"{path}{name}.")
-        elif "place" in row:
-            yield place + row["place"], row["convert"](value)
+        row, here = schema["properties"].get(name, {}), f"{path}{name}"
+        if "place" not in row:
+            continue
+        if row["since"] > version:
+            refuse(here, f"needs Engine API 1.{row['since']}; 1.{version} is in use")
+        *folders, last = row["place"].split(".")
+        place = functools.reduce(lambda above, part: above.setdefault(part, {}), folders, request)
+        items = row.get("items", {})
+        if row["convert"]:
+            value = row["convert"](value)
+        elif row.get("properties"):
+            value = fill(place.get(last, {}), row, value, version, f"{here}.")
+        elif items.get("properties"):
+            value = [fill({}, items, v, version, f"{here}[{i}].") for i, v in enumerate(value)]
+        # Two fields of ours may be one list of the Engine's: SecurityOpt.
+        place[last] = place.get(last, []) + value if isinstance(value, list) else value
+    return request
 
 
 def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
@@ -3480,14 +3480,7 @@ def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
         paths = volume.get("source", "") + volume["target"]
         if engine.is_podman and re.search("[,\"'\n\r]", paths):
             refuse(f"volumes[{index}]", "must have no comma, quote or line break for podman")
-        if version < 40 and volume.get("non_recursive"):
-            refuse(f"volumes[{index}]", f"a limited key's bind needs API 1.40, not 1.{version}")
-    request: Json = {"query": {}, "HostConfig": {}}
-    for place, value in engine_fields(CREATE, body, version):
-        *folders, last = place.split(".")
-        target = functools.reduce(lambda above, name: above.setdefault(name, {}), folders, request)
-        # Two fields of ours may be one list of the Engine's: SecurityOpt.
-        target[last] = target.get(last, []) + value if isinstance(value, list) else value
+    request = fill({"query": {}, "HostConfig": {}}, CREATE, body, version)
     # What the Engine wants to be told twice.
     request["ExposedPorts"] = {port: {} for port in request["HostConfig"].get("PortBindings", ())}
     for network in body.get("networks", [])[:1]:

@@ -2517,7 +2517,7 @@ PORT_PATH = "ports[0].container_port: "
         ("size of a bind", volume(source="/a", size_mb=1, **ANON), "volumes[0].size_mb: "),
         ("mode of a volume", volume(source="ab", mode="700", **ANON), "volumes[0].mode: "),
         ("mode 0, which is none", volume(type="tmpfs", mode="0", **ANON), "volumes[0].mode: "),
-        ("what the policy sets", volume(source="/a", non_recursive=False, **ANON), "is unknown"),
+        ("what the policy sets", volume(source="/a", non_recursive=False, **ANON), "left out"),
         ("network twice in two forms", image(networks=["a", {"name": "a"}]), "networks: "),
         ("network beside host", image(networks=["a"], network_mode="host"), "networks: "),
         ("host among networks", image(networks=["a", "host"]), "networks: "),
@@ -11238,6 +11238,8 @@ def test_readme_and_help_have_every_variable_and_its_default() -> None:
 def field_names(schema: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for name, rule in schema.get("properties", {}).items():
         path = f"{prefix}{name}"
+        if rule["type"] == "nothing":
+            continue
         nested = rule["items"] if rule["type"] == "array" else rule
         if nested.get("properties"):
             yield from field_names(nested, path + ("[]." if nested is not rule else "."))
