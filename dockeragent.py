@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2486, and a reviewer may stop there:
+stands first, up to line 2484, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -918,9 +918,9 @@ def parse_range(text: str, path: str) -> tuple[int, int]:
 
 def parse_expiry(text: str, path: str) -> float:
     try:
-        return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
-    except ValueError as error:
-        refuse(path, str(error))
+        return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
+    except ValueError:
+        refuse(path, "must be a time such as 2027-06-30T00:00:00Z")
 
 
 def full_pattern(pattern: str, path: str) -> str:
@@ -964,7 +964,6 @@ ABSOLUTE_PATH = r"(?:/(?!\.\.?(?:/|\Z))[^/*:\0]+)+"
 PATHS = array_of(string_schema(ABSOLUTE_PATH, "like /srv/web.d: no *, :, /./, /../ or last /"))
 # The host part stands in full: ghcr.io* would be ghcr.io.evil.com too.
 IMAGE_PATTERN = r"\*|[^*\s]*/[^*\s]*\*?|[^*./\s]+\*?|[^*/\s]+(:[^*/\s]*\*?)?"
-EXPIRY = r"(?a:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d))"
 PORT_RANGE = string_schema("[0-9]{1,5}(-[0-9]{1,5})?", "8000 or 8000-8099")
 LIMITS = {"memory_mb": integer_schema(6, MAX_MEGABYTES), "pids": integer_schema(1, 2**22)}
 LIMITS["cpus"] = integer_schema(0.01, 10**6, kind="integer|number")
@@ -974,7 +973,7 @@ KEY_ENTRY = object_schema(
     name=string_schema(KEY_NAME, KEY_NAME_RULE),
     sha256=string_schema("[0-9a-f]{64}", "64 digits of 0-9 and a-f; see new-key"),
     master=BOOLEAN,
-    expires={**string_schema(EXPIRY, "a time such as 2027-06-30T00:00:00Z"), "check": parse_expiry},
+    expires={**string_schema(), "check": parse_expiry},
     allow=array_of(one_of(*DECISIONS), ["read", "logs"]),
     images=array_of({**string_schema(IMAGE_PATTERN, "like ghcr.io/a/*"), "check": full_pattern}),
     **dict.fromkeys(("containers", "networks", "volumes"), NAMES),
@@ -1079,8 +1078,7 @@ def forbidden_place(path: str, values: Json) -> str:
     """Return the forbidden place that path lies in or contains, "" if there is none."""
     root = os.path.realpath(values["host_root"]).rstrip("/")
     # The agent's own secrets and sockets are forbidden, too.
-    names = "api_key_file", "keys_file", "tls_cert_file", "tls_key_file", "tls_client_ca_file"
-    paths = [values[name] for name in (*names, "docker_cert_path")]
+    paths = [values[name] for name in values if name.endswith(("_file", "_path"))]
     paths += [values["docker_host"].path, values["listen_addr"].path]
     paths.append(os.path.expanduser(DOCKER_FOLDER))
     # abspath leaves two slashes at the beginning as they are.
@@ -3088,8 +3086,8 @@ def start_thread(work: Callable[..., object], *arguments: Any) -> None:
         raise OSError(errno.EAGAIN, "no more threads can be started") from error
 
 
-def resolve(address: Address, deadline: float) -> list[Any]:
-    """Return what getaddrinfo() does, but by deadline (monotonic). Raises OSError."""
+def connect_tcp(address: Address, deadline: float) -> socket.socket:
+    """Connect to the first of a host's addresses that accepts. Raises OSError."""
     found: queue.Queue[Any] = queue.Queue()
 
     def look_up() -> None:
@@ -3106,12 +3104,7 @@ def resolve(address: Address, deadline: float) -> list[Any]:
         raise socket.timeout("its name is not resolved in time") from None
     if isinstance(result, str):
         raise OSError(result)
-    return list(result)
-
-
-def connect_tcp(address: Address, deadline: float) -> socket.socket:
-    """Connect to the first address that accepts it; all share the time. Raises OSError."""
-    *others, last = [there[:2] for *_, there in resolve(address, deadline)]
+    *others, last = [there[:2] for *_, there in result]  # all share the time
     for left, there in zip(range(len(others) + 1, 1, -1), others):
         patience = max(0.001, (deadline - time.monotonic()) / left)
         with contextlib.suppress(OSError):
@@ -3198,20 +3191,17 @@ class Engine:
             try:
                 told, problem = self._health
                 if time.monotonic() - told >= HEALTH_CACHE:
-                    problem = self._find_problem()
+                    problem = ""
+                    try:
+                        self._ping(time.monotonic() + PING_TIMEOUT)
+                    except EngineError as error:
+                        problem = error.message
                     # Invariant: counted from its end, or each of those who have waited for one ping
                     # would send another, one after the other.
                     self._health = time.monotonic(), problem
             finally:
                 self._health_lock.release()
         return problem
-
-    def _find_problem(self) -> str:
-        try:
-            self._ping(time.monotonic() + PING_TIMEOUT)
-        except EngineError as error:
-            return error.message
-        return ""
 
     @contextlib.contextmanager
     def reserve(self, ids: Collection[str], *, removes: bool = False) -> Iterator[None]:
@@ -3394,8 +3384,7 @@ def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[
 
 # Our fields and the Engine's, in a list.
 LIST_FIELDS = {"id": "Id", "names": "Names", "image": "Image", "image_id": "ImageID"}
-LIST_FIELDS.update(command="Command", created="Created", state="State", status="Status")
-LIST_FIELDS.update(ports="Ports", labels="Labels")
+LIST_FIELDS |= {n.lower(): n for n in "Command Created State Status Ports Labels".split()}
 PORT_FIELDS = {"ip": "IP", "private_port": "PrivatePort", "public_port": "PublicPort"}
 PORT_FIELDS["type"] = "Type"
 NamedEvent = tuple[str, Any]  # what an operation tells as it goes on: the event's name and data
@@ -3488,13 +3477,9 @@ def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
     return request.pop("query"), request
 
 
-def image_path(image: str) -> str:
-    return f"/images/{quote(image)}/json"
-
-
 def find_image(engine: Engine, image: str) -> Json:
     """Return an inspected image, {} if there is none. Raises EngineError."""
-    return engine.ask(image_path(image)) or {}
+    return engine.ask(f"/images/{quote(image)}/json") or {}
 
 
 def find_containers(engine: Engine, **filters: str) -> list[Json]:
@@ -3637,7 +3622,7 @@ def pull_events(
         response = engine.open("POST", "/images/create", *how)
     except EngineError as error:
         raise pull_error(error.status, error.message) from error
-    digest: str | None = None
+    digest = tag if ":" in tag else None
     with response:
         for word in json_lines(response, PULL_SILENCE):
             if word is None:
@@ -3652,7 +3637,7 @@ def pull_events(
     # With the tag that was pulled, also if the body names none.
     full = image if image.endswith((f":{tag}", f"@{tag}")) else f"{name}:{tag}"
     if not digest:
-        digest = tag if ":" in tag else find_digest(engine.json("GET", image_path(full)), name)
+        digest = find_digest(engine.json("GET", f"/images/{quote(full)}/json"), name)
     yield "done", {"image": full, "digest": digest}
 
 
@@ -4913,7 +4898,7 @@ class Deployment:
                 # Invariant: what a client does not read is bounded; all other events are few.
                 if kind == "progress" and self.told.qsize() < MAX_PROGRESS:
                     self.told.put((kind, data))
-        return self.engine.json("GET", image_path(name))
+        return self.engine.json("GET", f"/images/{quote(name)}/json")
 
     def find_old(self, image: Json, *, adopt: bool) -> Found | None:
         """Return the container that has the name. Raises ApiError (409) if it must stay."""
