@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2484, and a reviewer may stop there:
+stands first, up to line 2485, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -316,7 +316,8 @@ class NotJson(str):
 def validate(schema: Schema, value: Any, path: str = "") -> Any:
     """Return value in the one form that all code after this sees. Raises ApiError (400).
 
-    Members that are null are left out; a schema's `check` may change a value, or refuse it.
+    Members that are null are left out; a schema's `check` may change a value, or refuse it, also by
+    a ValueError.
     """
     example = f", such as {json.dumps(schema['example'])}" if schema.get("example") else ""
     rule = f"must be {schema['description']}{example}"
@@ -336,7 +337,10 @@ def validate(schema: Schema, value: Any, path: str = "") -> Any:
         if not (low <= value <= high or (value == 0 and schema["zero"])):
             refuse(path, rule)
     check = schema.get("check")
-    return check(value, path) if check else value
+    try:
+        return check(value, path) if check else value
+    except ValueError as error:
+        refuse(path, f"{rule}: {error}")
 
 
 def validate_string(schema: Schema, value: str, path: str, rule: str) -> None:
@@ -917,10 +921,7 @@ def parse_range(text: str, path: str) -> tuple[int, int]:
 
 
 def parse_expiry(text: str, path: str) -> float:
-    try:
-        return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
-    except ValueError:
-        refuse(path, "must be a time such as 2027-06-30T00:00:00Z")
+    return datetime.datetime.strptime(text, "%Y-%m-%dT%H:%M:%S%z").timestamp()
 
 
 def full_pattern(pattern: str, path: str) -> str:
@@ -973,7 +974,7 @@ KEY_ENTRY = object_schema(
     name=string_schema(KEY_NAME, KEY_NAME_RULE),
     sha256=string_schema("[0-9a-f]{64}", "64 digits of 0-9 and a-f; see new-key"),
     master=BOOLEAN,
-    expires={**string_schema(), "check": parse_expiry},
+    expires={**string_schema(TEXT, "a time such as 2027-06-30T00:00:00Z"), "check": parse_expiry},
     allow=array_of(one_of(*DECISIONS), ["read", "logs"]),
     images=array_of({**string_schema(IMAGE_PATTERN, "like ghcr.io/a/*"), "check": full_pattern}),
     **dict.fromkeys(("containers", "networks", "volumes"), NAMES),
@@ -2513,20 +2514,6 @@ def check_port(port: str | int, path: str, least: int = 1) -> int:
     return int(port or 0)
 
 
-def check_ip(address: str, path: str, also: str | None = None) -> str:
-    if address != also and ("%" in address or parse_ip(address) is None):
-        refuse(path, "must be an IPv4 or IPv6 address" + (f", or {also}" if also else ""))
-    return address
-
-
-def check_subnet(subnet: str, path: str) -> str:
-    try:
-        ipaddress.ip_network(subnet)
-    except ValueError as error:
-        refuse(path, f"must be a subnet, such as 172.30.0.0/16: {error}")
-    return subnet
-
-
 def check_volume(volume: Json, path: str) -> Json:
     """Return volume with its type, and a bind's source without a slash at its end."""
     source = volume.get("source", "")
@@ -2668,8 +2655,10 @@ LABEL = string_schema(rf"(?s:(?!{re.escape(OWN_LABELS)}).*)", OWN_LABEL_RULE, MA
 LABELS = map_of(LABEL, STRING, {"com.example.team": "web"})
 HOST_PATTERN = "[a-zA-Z0-9_]([a-zA-Z0-9_.-]*[a-zA-Z0-9_])?"
 HOST_NAME = string_schema(HOST_PATTERN, "letters, digits, '.', '-' and '_'", 64)
-IP = {**string_schema(TEXT, "an IP address", 45, "10.0.0.5"), "check": check_ip}
-HOST_IP = {**IP, "check": functools.partial(check_ip, also="host-gateway")}
+IP = string_schema("[^%]+", "an IPv4 or IPv6 address", 45, "10.0.0.5")
+IP["check"] = lambda ip, path: ipaddress.ip_address(ip) and ip
+HOST_IP = {**IP, "description": "an IPv4 or IPv6 address, or host-gateway"}
+HOST_IP["check"] = lambda ip, path: ip if ip == "host-gateway" else IP["check"](ip, path)
 HOSTS = map_of(HOST_NAME, HOST_IP, {"db": "10.0.0.5"})
 NAME_END = f"not end in {', '.join(HELPER_NAMES)}, which deploys use"
 NAME_PATTERN = f"(?!.*{HELPER_NAME.pattern})[a-zA-Z0-9][a-zA-Z0-9_.-]+"
@@ -2839,7 +2828,7 @@ WITHOUT_TAG = string_schema(REPOSITORY, "a repository without a tag", 255, "ghcr
 PRUNE = object_schema("", repository=WITHOUT_TAG, keep=integer_schema(0, 1000), dry_run=BOOLEAN)
 IMAGE_QUERY = object_schema("image", image=ANY_IMAGE)
 SUBNET = string_schema("[0-9a-fA-F.:]+/[0-9]{1,3}", "a subnet", 64, "172.30.0.0/16")
-SUBNET["check"] = check_subnet
+SUBNET["check"] = lambda subnet, path: str(ipaddress.ip_network(subnet))
 NEW_NETWORK = object_schema(
     "name", {"name": "front"}, name=NETWORK_NAME, internal=BOOLEAN, subnet=SUBNET, labels=LABELS
 )
