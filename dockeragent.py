@@ -4569,10 +4569,11 @@ class Journal(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A container, as inspected and with its journal."""
+    """A container and its image, as inspected, and its journal."""
 
     id: str
     container: Json
+    image: Json  # {} if it was removed
     journal: Journal
 
 
@@ -4643,20 +4644,17 @@ class Deployment:
     def inspect(self, container: str) -> Json:
         return self.engine.json("GET", container_path(container, "json"))
 
-    def find(self, container: str, image: Json | None = None) -> Found:
-        """Return a container by its id or name. image: one that is at hand, as inspected."""
+    def find(self, container: str) -> Found:
+        """Return a container by its id or name."""
         inspected = self.inspect(container)
+        image = find_image(self.engine, inspected["Image"])
         labels = config_of(inspected, "Labels")
         own = {name: text for name, text in labels.items() if name.startswith(OWN_LABELS)}
-        journal = read_journal(own)
-        if journal.name:
-            if not image or image.get("Id") != inspected.get("Image"):
-                image = find_image(self.engine, inspected["Image"])
-            # Invariant: no image can pass for a deploy. A container that the agent did not create
-            # has its image's labels with this prefix, and no others.
-            if own.items() <= config_of(image, "Labels").items():
-                journal = NO_JOURNAL
-        return Found(inspected["Id"], inspected, journal)
+        # Invariant: no image can pass for a deploy. A container that the agent did not create has
+        # its image's labels with this prefix, and no others.
+        is_deployed = not own.items() <= config_of(image, "Labels").items()
+        journal = read_journal(own) if is_deployed else NO_JOURNAL
+        return Found(inspected["Id"], inspected, image, journal)
 
     def settle(self, error: ApiError) -> None:
         """Give an Engine that has not answered time to do what it was asked all the same."""
@@ -4853,15 +4851,14 @@ class Deployment:
         body = request.body
         Deployment(self.engine, self.name, self.stopping).recover()
         image = self.get_image(body, auth, request.interrupts._replace(client=None))
-        old = self.find_old(image, adopt=request.query.get("adopt", False))
+        old = self.find_old(adopt=request.query.get("adopt", False))
         spec = {field: value for field, value in body.items() if field not in ("deploy", "pull")}
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         if old and (old.journal.spec, old.container["Image"]) == (digest, image["Id"]):
             running = old.container["State"].get("Status") == "running"
             if running and health_of(old.container) != "unhealthy":
-                return self.answer(self.describe(old, image), None, changed=False)
-        replaced = self.describe(old, image) if old else None
-        new, shown = self.create(request, digest, image, old)
+                return self.answer(old, image, changed=False, replaced=None)
+        new = self.create(request, digest, old)
         request.target.update(id=new.id)
         try:
             if old:
@@ -4874,7 +4871,8 @@ class Deployment:
             self.is_unfinished = True  # it was committed, but the old container may be left
             self.warnings.append(error.message)
         self.told.put(("step", {"step": "done"}))
-        return self.answer(shown, replaced, changed=True)
+        replaced = self.describe(old, image) if old else None
+        return self.answer(new, image, changed=True, replaced=replaced)
 
     def get_image(self, body: Json, auth: str, interrupts: Interrupts) -> Json:
         """Return the inspected image, pulled if the body says so. Raises EngineError."""
@@ -4889,11 +4887,11 @@ class Deployment:
                     self.told.put((kind, data))
         return self.engine.json("GET", f"/images/{quote(name)}/json")
 
-    def find_old(self, image: Json, *, adopt: bool) -> Found | None:
+    def find_old(self, *, adopt: bool) -> Found | None:
         """Return the container that has the name. Raises ApiError (409) if it must stay."""
         old, ids = None, self.look()  # not by its name, which may begin the ids of others
         with tolerate(404):  # it is just being created, or removed
-            old = self.find(ids[""], image) if "" in ids else None
+            old = self.find(ids[""]) if "" in ids else None
         if not old:
             return None
         if old.id == own_container():
@@ -4905,10 +4903,8 @@ class Deployment:
             raise ApiError(409, f"{self.name} was not deployed by this agent; {rule}")
         return old
 
-    def create(
-        self, request: Request, digest: str, image: Json, old: Found | None
-    ) -> tuple[Found, Json]:
-        """Return the new container, created beside the old one, and how it is told of."""
+    def create(self, request: Request, digest: str, old: Found | None) -> Found:
+        """Return the new container, created beside the old one."""
         key, body = request.key, request.body
         look_up_networks(self.engine, body)
         query, container = engine_container(self.engine, body)
@@ -4929,10 +4925,9 @@ class Deployment:
         try:
             made = send_create(self.engine, key, query, container)
             connect_networks(self.engine, made["Id"], body)
-            new = self.find(made["Id"], image)
+            new = self.find(made["Id"])
             if new.journal != journal:
                 raise ApiError(409, f"the image must not carry labels that begin with {OWN_LABELS}")
-            shown = self.describe(new, image)  # now: after the commit nothing may fail
             if self.stopping.is_set():
                 raise Stopping(503, "the agent is being stopped; try again later")
         except ApiError as error:
@@ -4945,7 +4940,7 @@ class Deployment:
                 self.is_unfinished = False
             raise
         self.warnings += made.get("Warnings", [])
-        return new, shown
+        return new
 
     def carry_volumes(self, old: Found, mounts: list[Json]) -> list[Json]:
         """Return mounts, with the old container's anonymous volumes at their targets."""
@@ -5000,19 +4995,19 @@ class Deployment:
             known["logs"] = last_lines(self.engine, new.id, tty, FAILED_LINES)
         return known
 
-    def answer(self, shown: Json, replaced: Json | None, *, changed: bool) -> Json:
-        shown.update(name=self.name, changed=changed, replaced=replaced)
-        return {**shown, "gate": self.passed or None, "warnings": self.warnings}
+    def answer(self, found: Found, image: Json, **members: Any) -> Json:
+        answer = {**self.describe(found, image), "name": self.name, **members}
+        return {**answer, "gate": self.passed or None, "warnings": self.warnings}
 
     def describe(self, found: Found, image: Json) -> Json:
         """Return a container's id, image and image digest; image: what the tag names now."""
+        # Without a call: after the commit nothing may fail.
         reference = found.container["Config"].get("Image", "")
-        own = found.container["Image"]
         repository, _ = split_image(reference)
-        current = image if image.get("Id") == own else find_image(self.engine, own)
-        digest = find_digest(current, repository)
+        digest = find_digest(found.image, repository)
         if not digest and find_digest(image, repository) == image.get("Id"):
-            digest = own  # containerd's store: ids are digests, and go without names if a tag moves
+            # containerd's store: ids are digests, and go without names if a tag moves
+            digest = found.container["Image"]
         by_digest = f"{repository}@{digest}" if digest else None
         return {"id": found.id, "image": reference, "image_digest": by_digest}
 
