@@ -4776,8 +4776,11 @@ class Deployment:
 
     def revive(self, old: Found, policy: Json, *, running: bool) -> None:
         """Give the old container back its policy and its run. That it does not start is told."""
-        self.set_restart(old, policy)
+        has_policy = restart_policy(old.container["HostConfig"]) == policy != NO_RESTART
+        if has_policy and old.container["State"]["Running"]:
+            return  # Its policy is "no" from before its first stop to after its last.
         self.stop(old)  # again: the first stop may still be under way in the Engine
+        self.set_restart(old, policy)
         if running:
             try:
                 self.post(old, "start", seconds=START_TIMEOUT)

@@ -10164,7 +10164,7 @@ def put_steps(agent: Agent, name: str, body: Any) -> list[tuple[str, Any]]:
 GOOD, BAD = spec(env=["NEW=1"]), spec("sh", "-c", "echo broken; exit 3")
 # The calls of a deploy that change something, in their order.
 SWAPPING = ["create", "update", "stop", "rename", "rename", "start"]
-BACK = ["stop", "rename", "rename", "update", "stop", "start", "DELETE"]
+BACK = ["stop", "rename", "rename", "stop", "update", "start", "DELETE"]
 CALLS = {"good": [*SWAPPING, "update", "stop", "rename", "DELETE"], "bad": [*SWAPPING, *BACK]}
 EACH_CALL = [(kind, number) for kind, calls in CALLS.items() for number in range(len(calls))]
 
@@ -10310,6 +10310,22 @@ def test_step_that_the_engine_fails_is_repeated(fragile, engine, site, kind, num
     assert_settled(engine, site, old, kind)
 
 
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_container_that_no_deploy_has_stopped_runs_on(engine, site, tmp_path, is_killed):
+    """As on a full disk, on which nothing that was stopped starts again."""
+    update = CALLS["good"].index("update")
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
+        if is_killed:
+            old = deploy_and_crash(proxy, site, "good", update, after=False)
+        with Agent(DOCKER_HOST=proxy.url) as agent:
+            if not is_killed:
+                old = put(agent, site, spec()).json()["id"]
+                proxy.arm(update, refuse_call)
+                assert put(agent, site, GOOD).json()["rolled_back"]
+            until(lambda: names_of(engine, site).keys() == {site}, "the rollback")
+    assert engine.inspect(old)["State"]["FinishedAt"] == da.NEVER_STARTED
+
+
 def test_old_container_that_the_engine_never_starts_keeps_its_name_and_policy(
     fragile, engine, site, monkeypatch
 ):
@@ -10338,7 +10354,7 @@ def test_container_that_is_just_being_renamed_is_not_touched(pair):
 
 @pytest.mark.parametrize(
     "kind, number",
-    [("good", number) for number in range(8)] + [("bad", number) for number in (6, 8, 10, 11)],
+    [("good", number) for number in range(8)] + [("bad", number) for number in (6, 8, 9, 10, 11)],
 )
 def test_call_that_the_engine_does_late_is_waited_for(engine, fragile, site, kind, number):
     proxy, agent = fragile
