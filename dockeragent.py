@@ -5136,43 +5136,6 @@ RUN_LOG = {"driver": "json-file", "max_size_mb": 2**20}
 RunPart = Union[list[Line], Json]  # lines, or at last how the run ended
 
 
-def run_stream(
-    engine: Engine,
-    live: set[str],
-    request: Request,
-    pulling: contextlib.AbstractContextManager[Callable[[], object]],
-    *,
-    events: bool,
-) -> Stream:
-    """Yield the response of a run. live: gets the run's token for as long as it lasts.
-
-    The first piece comes once the container has started: until then an error is a status. However
-    the stream ends, the container is removed first. Raises ApiError or ClientGone.
-    """
-    body, token = request.body, secrets.token_hex(16)
-    labels = {**body.get("labels", {}), RUN_LABEL: token}
-    log = body.get("log", {})
-    if log.get("driver", "json-file") in ("json-file", "local"):
-        log = {**RUN_LOG, **log}
-    body = {**body, "labels": labels, "log": log}
-    with contextlib.ExitStack() as removal:
-        pull = removal.enter_context(pulling)
-        live.add(token)
-        removal.callback(live.discard, token)
-        # By its label, which it has even if the response with its id was lost.
-        removal.callback(remove_run, engine, token)
-        container = create_container(engine, request.key, body, pull)["Id"]
-        request.target.update(id=container)
-        connect_networks(engine, container, body)
-        start_container(engine, container)
-        deadline = time.monotonic() + body.get("timeout", RUN_TIMEOUT)
-        client = request.interrupts._replace(stop=None)  # being stopped, the run has time to end
-        tty = body.get("tty", False)
-        source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, client)
-        parts = run_parts(source, deadline, request.interrupts.stop, removal)
-        yield from with_ending(run_events(parts)) if events else run_document(parts)
-
-
 def run_parts(
     source: LogSource, deadline: float, stop: socket.socket | None, removal: contextlib.ExitStack
 ) -> Iterator[RunPart]:
@@ -5543,33 +5506,30 @@ def health(request: Request, agent: Agent) -> Response:
     return Response({"status": status, "docker": docker, "timestamp": now}, code)
 
 
-@contextlib.contextmanager
-def pull_to_create(request: Request, agent: Agent) -> Iterator[Callable[[], object]]:
-    """Give a function that pulls the body's image. No deploy of the name begins meanwhile.
+def start_new(request: Request, agent: Agent, body: Json, held: contextlib.ExitStack) -> Json:
+    """Create and start a container; return {"Id", "Warnings"}. Raises ApiError.
 
-    Raises ApiError (400, 409).
+    No deploy of its name begins before `held` is closed.
     """
-    body = request.body
+    engine, auth = agent.engine, registry_auth(request)
     request.target.update(name=body.get("name", ""), image=body["image"])
-    auth = registry_auth(request)
+    if "name" in body:
+        held.enter_context(agent.deploys.changing(body["name"]))
     interrupts = request.interrupts._replace(stop=None)
-    with contextlib.ExitStack() as held:
-        if "name" in body:
-            held.enter_context(agent.deploys.changing(body["name"]))
-        yield functools.partial(pull_image, agent.engine, body, auth, interrupts)
+    pull = functools.partial(pull_image, engine, body, auth, interrupts)
+    created = create_container(engine, request.key, body, pull)
+    request.target.update(id=created["Id"])
+    with removed_on_failure(engine, created["Id"]):
+        connect_networks(engine, created["Id"], body)
+        start_container(engine, created["Id"])
+    return created
 
 
 def create(request: Request, agent: Agent) -> Response:
-    engine, body = agent.engine, request.body
-    with pull_to_create(request, agent) as pull:
-        created = create_container(engine, request.key, body, pull)
-        identity: str = created["Id"]
-        request.target.update(id=identity)
-        with removed_on_failure(engine, identity):
-            connect_networks(engine, identity, body)
-            start_container(engine, identity)
-    answer = {"id": identity, "warnings": created.get("Warnings", [])}
-    return Response(answer, 201, {"Location": f"{API}/containers/{identity}"})
+    with contextlib.ExitStack() as held:
+        created = start_new(request, agent, request.body, held)
+    answer = {"id": created["Id"], "warnings": created.get("Warnings", [])}
+    return Response(answer, 201, {"Location": f"{API}/containers/{created['Id']}"})
 
 
 def registry_auth(request: Request) -> str:
@@ -5813,9 +5773,35 @@ def file_tree(request: Request, agent: Agent, path: str) -> Tree:
 
 
 def post_run(request: Request, agent: Agent) -> Response:
-    events, pulling = wants_events(request), pull_to_create(request, agent)
-    stream = run_stream(agent.engine, agent.runs, request, pulling, events=events)
-    return Response(stream=stream, headers=EVENT_HEADERS if events else {})
+    events = wants_events(request)
+    headers = EVENT_HEADERS if events else {}
+    return Response(stream=run_stream(request, agent, events=events), headers=headers)
+
+
+def run_stream(request: Request, agent: Agent, *, events: bool) -> Stream:
+    """Yield the response of a run.
+
+    The first piece comes once the container has started: until then an error is a status. However
+    the stream ends, the container is removed first. Raises ApiError or ClientGone.
+    """
+    engine, body, token = agent.engine, request.body, secrets.token_hex(16)
+    labels = {**body.get("labels", {}), RUN_LABEL: token}
+    log = body.get("log", {})
+    if log.get("driver", "json-file") in ("json-file", "local"):
+        log = {**RUN_LOG, **log}
+    body = {**body, "labels": labels, "log": log}
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as removal:
+        agent.runs.add(token)
+        removal.callback(agent.runs.discard, token)
+        # By its label, which it has even if the response with its id was lost.
+        removal.callback(remove_run, engine, token)
+        container = start_new(request, agent, body, held)["Id"]
+        deadline = time.monotonic() + body.get("timeout", RUN_TIMEOUT)
+        client = request.interrupts._replace(stop=None)  # being stopped, the run has time to end
+        tty = body.get("tty", False)
+        source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, client)
+        parts = run_parts(source, deadline, request.interrupts.stop, removal)
+        yield from with_ending(run_events(parts)) if events else run_document(parts)
 
 
 def list_covered(
