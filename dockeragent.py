@@ -5790,6 +5790,8 @@ def run_stream(request: Request, agent: Agent, *, events: bool) -> Stream:
     if log.get("driver", "json-file") in ("json-file", "local"):
         log = {**RUN_LOG, **log}
     body = {**body, "labels": labels, "log": log}
+    # Else the removal would wait for an Engine that is away.
+    engine.version(time.monotonic() + CALL_TIMEOUT, refresh=True)
     with contextlib.ExitStack() as held, contextlib.ExitStack() as removal:
         agent.runs.add(token)
         removal.callback(agent.runs.discard, token)

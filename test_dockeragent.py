@@ -8901,6 +8901,11 @@ def test_run_that_does_not_start_is_a_status_and_leaves_nothing(
     assert runs_left(engine) == []
 
 
+def test_run_does_not_wait_for_an_engine_that_is_away(tmp_path):
+    with Agent(DOCKER_HOST=f"unix://{tmp_path}/none.sock") as alone:
+        assert_envelope(alone.post("/api/v1/run", RUN), 503, "not reachable")
+
+
 def test_name_that_is_taken_keeps_its_container(agent, engine, name):
     taken = engine.call(
         "POST", f"/containers/create?name={name}", {"Image": IMAGE, "Cmd": ["true"]}
