@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2485, and a reviewer may stop there:
+stands first, up to line 2486, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -2356,11 +2356,12 @@ def wanted_attributes(now: os.stat_result, write: FileWrite) -> Attributes:
 def set_attributes(descriptor: int, wanted: Attributes) -> None:
     """Give an open file its owner and mode. Raises OSError, also if it does not take them."""
     uid, gid, mode = wanted
-    if attributes(os.fstat(descriptor))[:2] != (uid, gid):
-        os.fchown(descriptor, uid, gid)
-    # After the owner: fchown clears the set-id bits. By descriptor, so the umask has no say.
-    if attributes(os.fstat(descriptor)) != wanted:
-        os.fchmod(descriptor, mode)
+    with if_supported():  # to a user namespace, an owner that is not in its map is invalid
+        if attributes(os.fstat(descriptor))[:2] != (uid, gid):
+            os.fchown(descriptor, uid, gid)
+        # After the owner: fchown clears the set-id bits. By descriptor, so the umask has no say.
+        if attributes(os.fstat(descriptor)) != wanted:
+            os.fchmod(descriptor, mode)
     # Some filesystems ignore both calls; so does the kernel a set-group-id bit without CAP_FSETID.
     if attributes(os.fstat(descriptor)) != wanted:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))

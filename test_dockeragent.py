@@ -6816,13 +6816,13 @@ def test_read_only_mount(tree_agent, tree, path, atomic):
 class FakeFilesystem:
     """A filesystem as seen from /dev/fuse: one folder of files whose mode is 0755, owner 0:0.
 
-    It has no hard links, no unnamed files and no attributes. To set another owner or mode is
-    refused, as vfat does; with quiet it is ignored. While it is frozen, writes wait.
+    It has no hard links, no unnamed files and no attributes. To set another owner or mode fails
+    with the error `fixed`, as on vfat; with 0 it is ignored. While it is frozen, writes wait.
     The messages are those of linux/fuse.h, version 7.31.
     """
 
-    def __init__(self, where: Path, quiet: bool = False) -> None:
-        self.where, self.quiet, self.frozen = where, quiet, False
+    def __init__(self, where: Path, fixed: int) -> None:
+        self.where, self.fixed, self.frozen = where, fixed, False
         self.refusal = 0  # the error of each write
         self.names: dict[bytes, int] = {}
         self.contents: dict[int, bytearray] = {}
@@ -6896,8 +6896,8 @@ class FakeFilesystem:
             return b""
         if kind == 4:  # setattr: mode is bit 0, owner and group are bits 1 and 2, size is bit 3
             which, size = struct.unpack_from("<L12xQ", body)
-            if which & 7 and not self.quiet:
-                raise PermissionError(errno.EPERM, "")
+            if which & 7 and self.fixed:
+                raise OSError(self.fixed, "")
             if which & 8:
                 self.contents[node] = self.contents[node][:size].ljust(size, b"\0")
         if kind in (3, 4):  # getattr
@@ -6917,11 +6917,11 @@ class FakeFilesystem:
         raise OSError(errno.ENOSYS, "")
 
 
-@pytest.fixture(params=[False, True], ids=["refuses", "ignores"])
+@pytest.fixture(params=[errno.EPERM, errno.EINVAL, errno.ENOSYS, 0], ids=errno.errorcode.get)
 def one_mode(tree: Path, request: pytest.FixtureRequest) -> Iterator[FakeFilesystem]:
-    """A filesystem of one mode at /fat that refuses, or ignores, another one."""
+    """A filesystem of one mode at /fat that fails to set another one, or ignores it (0)."""
     try:
-        fake = FakeFilesystem(tree / "host/fat", quiet=request.param)
+        fake = FakeFilesystem(tree / "host/fat", request.param)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"mounting FUSE takes root: {error}")
     with fake:
@@ -6952,7 +6952,7 @@ def test_filesystem_of_one_mode(tree_agent, one_mode, asked, status, atomic):
     assert one_mode.files() == {}
 
 
-@pytest.mark.parametrize("one_mode", [False], ids=["refuses"], indirect=True)
+@pytest.mark.parametrize("one_mode", [errno.EPERM], ids=["refuses"], indirect=True)
 @pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
 @pytest.mark.parametrize("refusal, status", [("EAGAIN", 409), ("EIO", 500), ("ENOSPC", 507)])
 def test_write_that_fails_is_an_answer(tree_agent, one_mode, refusal, status, atomic):
@@ -6973,7 +6973,7 @@ def test_folder_that_is_put_in_a_files_place_meanwhile_is_409(tree):
     assert [*folder.glob(".dockeragent-*")] == [] and (folder / "taken/inside").is_dir()
 
 
-@pytest.mark.parametrize("one_mode", [False], ids=["frozen"], indirect=True)
+@pytest.mark.parametrize("one_mode", [errno.EPERM], ids=["frozen"], indirect=True)
 def test_frozen_filesystem_holds_up_requests_to_itself_alone(tree_agent, tree, one_mode):
     """The one test that takes the agent's 30 s: the first write hangs, the others are refused."""
     assert write(tree_agent, "/fat/f", "old").status == 201
