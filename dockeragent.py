@@ -5740,7 +5740,7 @@ def events(request: Request, agent: Agent) -> Response:
     names = {"type": "type", "action": "event", "container": "container"}
     if filters := {theirs: [asked[ours]] for ours, theirs in names.items() if ours in asked}:
         query["filters"] = json.dumps(filters)
-    agent.engine.version(time.monotonic() + CALL_TIMEOUT)  # if the Engine is away: a status, 503
+    agent.engine.call("GET", "/_ping")  # if the Engine is away: a status, 503
     if agent.engine.is_podman and until < time.time_ns():
         del query["until"]  # podman would stop at once, whatever it has read by then
         query["stream"] = 0

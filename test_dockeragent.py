@@ -9661,8 +9661,10 @@ def test_events_of_an_engine_that_refuses_or_is_away(fakes, tmp_path):
     fake.script["GET /events"] = http_answer({"message": "no"}, 400)
     (event,) = parse_events(agent.get(EVENTS).body)
     assert (event.type, json.loads(event.data)["status"]) == ("error", 400)
-    with Agent(DOCKER_HOST=f"unix://{tmp_path}/none.sock") as alone:
-        assert_envelope(alone.get(EVENTS), 503)
+    for version in "", "1.41":
+        away = {"DOCKER_HOST": f"unix://{tmp_path}/none.sock", "DOCKER_API_VERSION": version}
+        with Agent(**away) as alone:
+            assert_envelope(alone.get(EVENTS), 503)
 
 
 FORGED = "x\r\n\nid: 9-9\nevent: end\rdata: {}\u2028\r\r"
