@@ -10773,9 +10773,8 @@ def test_container_that_is_listed_and_not_yet_there_is_not_replaced(pair):
 
 
 def test_what_is_told_of_a_new_container_is_known_before_it_is_started(pair):
-    """The tag was moved meanwhile, so its image has to be asked for once more."""
+    """The tag was moved meanwhile, so its image has to be asked for."""
     identity, image = "d" * 64, "sha256:" + "b" * 64
-    answers = [http_answer({"Id": image}), http_answer({"message": "harm"}, 500)]
     find = f"GET /containers/{identity}/json"
 
     def created(sock: socket.socket) -> None:
@@ -10786,9 +10785,8 @@ def test_what_is_told_of_a_new_container_is_known_before_it_is_started(pair):
 
     pair.engine.script["its own look"] = http_answer([])
     pair.engine.script["GET /images/a/json"] = http_answer({"Id": "sha256:" + "a" * 64})
-    pair.engine.script[f"GET /images/{quote(image)}/json"] = lambda sock: sock.sendall(
-        answers.pop(0)
-    )
+    failed = http_answer({"message": "harm"}, 500)
+    pair.engine.script[f"GET /images/{quote(image)}/json"] = failed
     pair.engine.script["POST /containers/create"] = created
     reply = put(pair.agent, "moved", spec(image="a"))
     assert (reply.status, reply.json()["message"]) == (500, "harm")
