@@ -5768,12 +5768,6 @@ def file_tree(request: Request, agent: Agent, path: str) -> Tree:
     return Tree(agent.host_root, agent.file_locks, request.folder)
 
 
-def post_run(request: Request, agent: Agent) -> Response:
-    events = wants_events(request)
-    headers = EVENT_HEADERS if events else {}
-    return Response(stream=run_stream(request, agent, events=events), headers=headers)
-
-
 def run_stream(request: Request, agent: Agent, *, events: bool) -> Stream:
     """Yield the response of a run.
 
@@ -5800,6 +5794,12 @@ def run_stream(request: Request, agent: Agent, *, events: bool) -> Stream:
         source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, client)
         parts = run_parts(source, deadline, request.interrupts.stop, removal)
         yield from with_ending(run_events(parts)) if events else run_document(parts)
+
+
+def post_run(request: Request, agent: Agent) -> Response:
+    events = wants_events(request)
+    headers = EVENT_HEADERS if events else {}
+    return Response(stream=run_stream(request, agent, events=events), headers=headers)
 
 
 def list_covered(
