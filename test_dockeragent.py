@@ -4915,7 +4915,7 @@ def test_bridge_and_tmpfs_are_told_as_docker_run_tells_them(fakes):
     fake.requests()
     assert_envelope(agent.post("/api/v1/containers", body), 409, "seen")
     sent = json.loads(fake.changes()[0].body)
-    mount = {"Type": "tmpfs", "Source": "", "Target": "/t", "ReadOnly": False}
+    mount = {"Type": "tmpfs", "Target": "/t"}
     assert sent["HostConfig"] == {"Mounts": [mount], "NetworkMode": "bridge"}
     assert sent["NetworkingConfig"] == {"EndpointsConfig": {}}
 
