@@ -3526,23 +3526,27 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
 def create_container(engine: Engine, key: Key, body: Json, pull: Callable[[], object]) -> Json:
     """Create a container, without starting it; return {"Id", "Warnings"}.
 
-    pull: pulls the body's image.
+    pull: pulls the body's image; called when the body's own `pull` says so, as in docker run.
     """
     query, container = engine_container(engine, body)
-    if needs_pull(engine, body, "missing"):
+    rule = body.get("pull", "missing")
+    if rule == "always":
         pull()
+    try:
+        return send_create(engine, key, query, container)
+    except EngineError as error:
+        if error.status != 404 or rule != "missing" or has_image(engine, body):
+            raise
+    pull()
     return send_create(engine, key, query, container)
 
 
-def needs_pull(engine: Engine, body: Json, default: str) -> bool:
-    """Return whether the body's image is to be pulled. default: for a body without `pull`."""
-    rule = body.get("pull", default)
-    if rule != "missing":
-        return bool(rule == "always")
+def has_image(engine: Engine, body: Json) -> bool:
+    """Return whether the body's image is there, for its platform if it names one."""
     image = find_image(engine, body["image"])
     found = [image.get(name) for name in ("Os", "Architecture", "Variant")]
     wanted = body["platform"].split("/") if "platform" in body else []
-    return not image or found[: len(wanted)] != wanted
+    return bool(image) and found[: len(wanted)] == wanted
 
 
 @contextlib.contextmanager
@@ -4878,7 +4882,8 @@ class Deployment:
         """Return the inspected image, pulled if the body says so. Raises EngineError."""
         name = body["image"]
         is_fixed = "@" in name or re.fullmatch(IMAGE_ID, name)
-        if needs_pull(self.engine, body, "missing" if is_fixed else "always"):
+        pull = body.get("pull", "missing" if is_fixed else "always")
+        if pull == "always" or (pull == "missing" and not has_image(self.engine, body)):
             self.told.put(("step", {"step": "pull"}))
             for kind, data in pull_events(self.engine, body, auth, interrupts):
                 # Invariant: what a client does not read is bounded; all other events are few.

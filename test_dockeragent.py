@@ -4012,7 +4012,7 @@ def test_json_of_another_shape_is_no_bug_of_the_agent(fakes, asked, path, answer
     fake_engine.script[f"{asked} {path}"] = answer
     fake_engine.script[INSPECT] = http_answer(None)
     target = "/api/v1/containers" if "c1" not in path else f"{ONE}/stop"
-    body = {"image": "x", "pull": "never"} if path.endswith("create") else None
+    body = {"image": "x"} if path.endswith("create") else None
     assert_envelope(fake_agent.request(asked, target, body), 502)
 
 
@@ -4911,7 +4911,7 @@ def test_bridge_and_tmpfs_are_told_as_docker_run_tells_them(fakes):
     """podman has no network of that name, and takes an empty TmpfsOptions for a mode of 0000."""
     fake, agent = fakes
     fake.script["POST /containers/create"] = http_answer({"message": "seen"}, 409)
-    body = {**volume(type="tmpfs", target="/t"), "network_mode": "bridge", "pull": "never"}
+    body = {**volume(type="tmpfs", target="/t"), "network_mode": "bridge"}
     fake.requests()
     assert_envelope(agent.post("/api/v1/containers", body), 409, "seen")
     sent = json.loads(fake.changes()[0].body)
@@ -5553,6 +5553,15 @@ def test_create_pulls(agent, engine, registries, name, pull, here, status):
     engine.remove(name)
     forget(engine, image)
     assert not headers or headers["X-Registry-Auth"] not in json.dumps(agent.log)
+
+
+def test_image_that_is_here_is_not_pulled_however_its_platform_is_spelled(agent, engine, name):
+    """The Engine alone knows that AMD64, x86_64 and amd64/v1 are amd64."""
+    image = engine.call("GET", f"/images/{IMAGE}/json")[1]
+    platform = f"{image['Os']}/{image['Architecture'].upper()}"
+    body = {"image": IMAGE, "name": name, "cmd": ["true"], "platform": platform}
+    reply = agent.post("/api/v1/containers", body)
+    assert reply.status == 201, reply.body
 
 
 REGISTRY_BODIES = {
@@ -9036,7 +9045,6 @@ def run_of(fake: FakeEngine, log: bytes | Callable[[socket.socket], None]) -> li
         return respond
 
     fake.script = {
-        "GET /images/x/json": http_answer({"Id": "x"}),
         "POST /containers/create": note("create", http_answer({"Id": "x", "Warnings": []}, 201)),
         "POST /containers/x/start": note("start", NO_CONTENT),
         "GET /containers/x/logs": log,
