@@ -925,9 +925,9 @@ def parse_expiry(text: str, path: str) -> float:
 
 
 def full_pattern(pattern: str, path: str) -> str:
-    if pattern == "*" or not pattern.endswith("*"):
-        return pattern if pattern == "*" else full_reference(pattern)
-    return full_reference(pattern[:-1], tag="") + "*"
+    if not pattern.endswith("*"):
+        return full_reference(pattern)
+    return pattern if pattern == "*" else full_reference(pattern[:-1], tag="") + "*"
 
 
 parse_version = functools.partial(parse_text, r"(1\.[0-9]{1,3})?", "an API version such as 1.41")
