@@ -3914,8 +3914,11 @@ class Demultiplexer:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[Entry]:
-        """Return the complete entries. Raises EngineError, once those before it were returned."""
-        data, position = self._rest + data, 0
+        """Return the complete entries; b"": the end.
+
+        Raises EngineError, once the entries before it were returned.
+        """
+        is_end, data, position = not data, self._rest + data, 0
         entries: list[Entry] = []
         last = len(data) - FRAME_HEADER.size
         while position <= last:
@@ -3935,22 +3938,17 @@ class Demultiplexer:
                 entries.append((kind, payload))
             position = start + size
         self._rest = data[position:]
-        return entries
-
-    def end(self) -> list[Entry]:
-        """Return what is left at the end of the stream. Raises EngineError in mid-frame."""
-        if self._rest:
-            self.feed(b"")
+        if is_end and self._rest:
             raise EngineError(502, "the Engine broke off in the middle of a frame")
-        return []
+        return entries
 
 
 class TtyDemultiplexer(Demultiplexer):
     """Takes entries out of a terminal's log, which has no frames but each entry's stamp."""
 
     def feed(self, data: bytes) -> list[Entry]:
-        """Return the complete entries. Raises EngineError, once those before it were returned."""
-        data, position = self._rest + data, 0
+        """Return the complete entries; b"": the end, which ends a line without a newline, too."""
+        is_end, data, position = not data, self._rest + data, 0
         entries: list[Entry] = []
         stamp_at = re.compile(LOG_STAMP).match
         while position < len(data):
@@ -3962,12 +3960,11 @@ class TtyDemultiplexer(Demultiplexer):
                 words = data[:end].decode(errors="replace").strip() or "it has no timestamps"
                 raise LogDamaged(502, f"the Engine failed to read the log: {words}")
             # An entry of a long line ends where the very same stamp is put in again: after
-            # ENTRY_SIZE bytes of the container's, each of which the Engine may have made U+FFFD.
+            # ENTRY_SIZE bytes of the container's, or more where the Engine put U+FFFD for one.
             # Invariant: only a stamp to the nanosecond, which no container can know beforehand.
-            cut, again = stamp.end() + ENTRY_SIZE, -1
-            latest = cut + 2 * ENTRY_SIZE + len(stamp[0])
+            again = -1
             if len(stamp[0]) == STAMP_SIZE + 1:
-                again = data.find(stamp[0], cut, min(end or latest, latest))
+                again = data.find(stamp[0], stamp.end() + ENTRY_SIZE, end or len(data))
             if again >= 0:
                 end = again
             elif not end:
@@ -3977,12 +3974,7 @@ class TtyDemultiplexer(Demultiplexer):
             entries.append((1, data[position:end]))
             position = end
         self._rest = data[position:]
-        return entries
-
-    def end(self) -> list[Entry]:
-        """Return what is left at the end of the stream: a line with no newline."""
-        self.feed(b"")
-        return [(1, self._rest)] if self._rest else []
+        return [(1, self._rest)] if is_end and self._rest else entries
 
 
 class LineAssembler:
@@ -4179,7 +4171,7 @@ class LogReading:
         data = self._response.read_part(deadline)
         if data is None:
             return None
-        entries = self._demultiplexer.feed(data) if data else self._demultiplexer.end()
+        entries = self._demultiplexer.feed(data)
         lines = self._assembler.feed(entries)
         self.entries += len(entries)
         if entries:

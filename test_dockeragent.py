@@ -8596,7 +8596,7 @@ def frames_in_pieces(data: bytes, size: int) -> tuple[list[Any], str]:
     try:
         for start in range(0, len(data), size):
             lines += assembler.feed(demultiplexer.feed(data[start : start + size]))
-        lines += assembler.feed(demultiplexer.end()) + assembler.end()
+        lines += assembler.feed(demultiplexer.feed(b"")) + assembler.end()
     except da.EngineError as error:
         return lines, error.message
     return lines, ""
