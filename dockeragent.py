@@ -3974,7 +3974,9 @@ class TtyDemultiplexer(Demultiplexer):
             entries.append((1, data[position:end]))
             position = end
         self._rest = data[position:]
-        return [(1, self._rest)] if is_end and self._rest else entries
+        if is_end and self._rest:
+            entries.append((1, self._rest))
+        return entries
 
 
 class LineAssembler:
@@ -4260,15 +4262,13 @@ class LogCursor:
         with tolerate(504):  # podman 4.3 may begin its response later, but refuses at once
             self._reading((0, None), seconds=HEAD_WAIT).close()
         yield []
-        if ending:
-            self.ending = ending
-            yield from self.read(wanted, numbered=True)
-            return
-        with tolerate(404, 409):  # it is removed, or being removed while it still runs
-            if wanted is not None:
-                yield self._tail(wanted, NUMBERED, unfinished=False) or []
-            elif not self.last:
-                yield from self._find()
+        if not ending:
+            with tolerate(404, 409):  # it is removed, or being removed while it still runs
+                if wanted is not None:
+                    yield self._tail(wanted, NUMBERED, unfinished=False) or []
+                elif not self.last:
+                    yield from self._find()
+            wanted = None  # they are handed out
         while not (ending or self._seconds_left() <= 0):
             ending = log_ending(None, started)  # unless the Engine still has it
             with tolerate(404, 409):
@@ -4279,7 +4279,7 @@ class LogCursor:
                     raise EngineError(502, message)
         self.ending = ending or ("end", {"reason": "until", "exit_code": None})
         with tolerate(404, 409):
-            yield from self._stored()
+            yield from self.read(wanted, numbered=True)
 
     def _stored(self) -> Iterator[list[Line]]:
         """Yield the lines after `last` that the log has by now, [] at times. Raises EngineError."""

@@ -8376,6 +8376,19 @@ def test_container_removed_at_the_end_is_no_failure(fake_agent, fake_engine, sta
     assert (events[-1].type, json.loads(events[-1].data)["exit_code"]) == ("end", 7)
 
 
+@pytest.mark.parametrize("query", [[], ["tail=1"], ["last_event_id=1.000000000-1"]])
+def test_stopped_container_removed_while_its_log_is_asked_for_is_no_failure(
+    fake_agent, fake_engine, query
+):
+    def log(sock: socket.socket) -> None:
+        is_first = "tail=0" in fake_engine.requests()[-1].target
+        sock.sendall(plain_answer() if is_first else http_answer({"message": "x"}, 409))
+
+    log_of(fake_engine, log, EXITED)
+    (end,) = parse_events(fake_agent.get(logs_path("x", "follow=1", *query)).body)
+    assert (end.type, end.data) == ("end", '{"reason":"exited","exit_code":7}')
+
+
 @pytest.mark.parametrize("status", [404, 409])
 @pytest.mark.parametrize(
     "shown, query",
