@@ -3165,8 +3165,7 @@ class Engine:
 
     def version(self, deadline: float, refresh: bool = False) -> str:
         """Return the API version in use, such as "1.41"; refresh: ask anew. Raises EngineError."""
-        is_old = time.monotonic() - self._asked > VERSION_KEPT and not self._pinned
-        if refresh or is_old:
+        if refresh or time.monotonic() - self._asked > VERSION_KEPT:
             self._ping(deadline)
         return self._pinned or self._version
 
@@ -5737,7 +5736,8 @@ def events(request: Request, agent: Agent) -> Response:
     names = {"type": "type", "action": "event", "container": "container"}
     if filters := {theirs: [asked[ours]] for ours, theirs in names.items() if ours in asked}:
         query["filters"] = json.dumps(filters)
-    agent.engine.call("GET", "/_ping")  # if the Engine is away: a status, 503
+    # If the Engine is away: a status, 503.
+    agent.engine.version(time.monotonic() + CALL_TIMEOUT, refresh=True)
     if agent.engine.is_podman and until < time.time_ns():
         del query["until"]  # podman would stop at once, whatever it has read by then
         query["stream"] = 0

@@ -8770,6 +8770,15 @@ def test_podman_is_not_asked_for_a_tail(fake_engine):
     assert asked and {re.search("tail=([a-z0-9]+)", target)[1] for target in asked} == {"all"}
 
 
+def test_podman_that_comes_later_is_known_with_a_pinned_version_too(fake_engine):
+    stored_frames(fake_engine, [frame(1, b"%d\n" % n) for n in range(9)], EXITED)
+    fake_engine.script["GET /_ping"] = http_answer({"message": "no"}, 500)
+    with Agent(DOCKER_HOST=fake_engine.url, DOCKER_API_VERSION="1.41") as agent:
+        fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=PODMAN)
+        assert b"7" in agent.get(logs_path("x", "tail=2")).body
+    assert not any("tail=2" in request.target for request in fake_engine.requests())
+
+
 def test_podman_is_asked_for_whole_seconds(fake_engine):
     """Its stamps have no fractions: a line would have another number in a log cut within one."""
     frames = [frame(1, b"%d\n" % n, b"2026-02-21T10:00:00Z") for n in range(3)]
