@@ -4897,6 +4897,19 @@ def test_field_that_the_engine_does_not_know_is_refused(fake_engine, version, fi
     assert fake_engine.requests() == []
 
 
+def test_bind_of_a_limited_key_needs_an_engine_that_leaves_out_what_is_below(fake_engine, tmp_path):
+    fake_engine.script["GET /_ping"] = ping("1.39")
+    fake_engine.script["GET /images/docker.io/library/a%3Alatest/json"] = http_answer({"Id": "i"})
+    entry = {"name": "ci", "key": "ci", "allow": ["create"], "containers": ["web"]}
+    entry.update(images=["a"], cache=True, binds=["/srv/a"])
+    mounts = [{"source": "/srv/a", "target": "/a"}]
+    body = {"image": "a", "name": "web", "network_mode": "none", "volumes": mounts}
+    with Agent(DOCKER_HOST=fake_engine.url, KEYS_FILE=keys_file(tmp_path, entry)) as agent:
+        reply = agent.post("/api/v1/containers", body, key="ci")
+    assert_envelope(reply, 400, "volumes[0].non_recursive: needs Engine API 1.40")
+    assert fake_engine.changes() == []
+
+
 @pytest.mark.parametrize("path", ["/t,source=/etc", '/t"', "/t\nsource=/etc"])
 def test_path_becomes_no_option_of_a_mount_of_podmans(fake_engine, path):
     fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=PODMAN)
