@@ -4808,8 +4808,8 @@ LOCAL = {"host_ip": "127.0.0.1"}
         ),
         (
             "hosts",
-            {"extra_hosts": {"db": "10.0.0.5", "six": "fd00::1"}},
-            {f"{HOST}ExtraHosts": ["db:10.0.0.5", "six:fd00::1"]},
+            {"extra_hosts": {"db": "10.0.0.5", "six": "fd00::1", "up": "host-gateway"}},
+            {f"{HOST}ExtraHosts": ["db:10.0.0.5", "six:fd00::1", "up:host-gateway"]},
             "10.0.0.5 db",
         ),
         ("name server", {"dns": ["10.0.0.2"]}, {f"{HOST}Dns": ["10.0.0.2"]}, "nameserver 10.0.0.2"),
