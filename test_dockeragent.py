@@ -3575,6 +3575,16 @@ def test_https_with_events_and_a_large_upload(pki, fake_engine):
     assert fake_engine.requests() == []
 
 
+def test_large_response_over_tls_waits_for_its_reader(pki, fake_engine):
+    found = {"Id": "x", "Config": {"Env": ["x" * 16 * MIB]}}
+    fake_engine.script["GET /containers/x/json"] = http_answer(found)
+    with pki.agent(fake_engine) as agent, pki.connect(agent) as sock:
+        sock.sendall(message("GET /api/v1/containers/x", LAST))
+        time.sleep(1)  # until no buffer takes any more
+        (reply,) = split_replies(read_to_end(sock))
+    assert (reply.status, json.loads(reply.body)) == (200, found)
+
+
 def test_client_without_a_certificate_of_the_ca_gets_no_answer(pki, fake_engine):
     fake_engine.script["GET /containers/json"] = http_answer([])
     data = message("GET /api/v1/containers", LAST)
