@@ -10236,10 +10236,12 @@ def settled(engine: RealEngine, site: str) -> Any:
     return found.keys() == {site} and found[site]["State"]["Running"] and found[site]
 
 
-def assert_settled(engine: RealEngine, site: str, old: str, kind: str) -> None:
+def assert_settled(
+    engine: RealEngine, site: str, old: str, kind: str, policy: str = "always"
+) -> None:
     """One container runs, with the restart policy asked for; the old one if the new one is bad."""
     current = until(lambda: settled(engine, site), "one container that runs")
-    assert current["HostConfig"]["RestartPolicy"]["Name"] == "always"
+    assert current["HostConfig"]["RestartPolicy"]["Name"] == policy
     assert kind == "good" or current["Id"] == old
 
 
@@ -11158,8 +11160,12 @@ def test_recovery_waits_for_the_engine(engine, site, tmp_path):
         assert until(lambda: agent.lines("recovery"), "a log line")[0]["container"] == site
 
 
-def test_stop_that_outlasts_the_agent_does_not_end_the_old_container(engine, site, tmp_path):
+@pytest.mark.parametrize("policy, number", [("always", 2), ("no", 1)])
+def test_stop_that_outlasts_the_agent_does_not_end_the_old_container(
+    engine, site, tmp_path, policy, number
+):
     stubborn = spec("sh", "-c", "trap '' TERM; while :; do sleep 0.05; done", stop_timeout=2)
+    stubborn["restart_policy"] = {"name": policy}
     with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
         with Agent(DOCKER_HOST=proxy.url) as agent:
             old = put(agent, site, stubborn).json()["id"]
@@ -11169,12 +11175,12 @@ def test_stop_that_outlasts_the_agent_does_not_end_the_old_container(engine, sit
                 time.sleep(0.3)  # until the Engine has begun
                 crash(agent)(forward, sock)
 
-            proxy.arm(2, kill_while_it_stops)
+            proxy.arm(number, kill_while_it_stops)
             with pytest.raises((OSError, http.client.HTTPException)):
                 put(agent, site, GOOD)
         with Agent(DOCKER_HOST=proxy.url) as agent:
             until(lambda: agent.lines("recovery"), "the recovery")
-            assert_settled(engine, site, old, "bad")
+            assert_settled(engine, site, old, "bad", policy)
             finished = engine.inspect(old)["State"]["FinishedAt"]
     assert finished > "0002"  # the first stop came to its end
 
