@@ -153,8 +153,8 @@ ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into 
 STREAM_START = b"retry: 3000\n"
 PING = b": ping\n"
 PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event stream's proxies awake
-# The Engine writes each log entry by itself. In a burst, where a read did not have to wait so long,
-# a read this long after it finds some 200 together, which takes a third off the whole log's time.
+# The Engine writes each log entry by itself. After a read that waited less than this, the next one
+# comes this much later: it finds some 200 together, which takes a third off a whole log's time.
 BURST_PAUSE = 0.0004  # seconds
 HEAD_WAIT = 1.0  # seconds for the Engine to refuse a log, before an event stream begins
 LOOK = NUMBERED + 1024  # entries at a log's end that are searched first for a line
