@@ -8345,7 +8345,7 @@ RUNNING = {"Running": True, "StartedAt": "2026-02-21T10:00:00Z"}
 REMOVED = {"reason": "removed", "exit_code": None}
 CREATED = {"reason": "created", "exit_code": None}
 BACKOFF = {"Running": True, "Restarting": True, "ExitCode": 7}
-AGAIN = {"Running": True, "StartedAt": "2026-02-21T11:00:00Z"}
+AGAIN = {"Running": True, "StartedAt": "2026-02-21T11:00:00Z", "ExitCode": 0}
 # podman's: a process was told to end, and it ended, but the restart policy is not applied yet.
 STOPPING = {"Running": False, "ExitCode": 0, "Status": "stopping"}
 DIED = {"Running": False, "ExitCode": 7, "Status": "stopped"}
