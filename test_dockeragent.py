@@ -9632,10 +9632,13 @@ def test_podmans_past_events_come_whole(fake_engine):
     fake_engine.script["GET /events"] = chunked_answer(*lines)
     with Agent(DOCKER_HOST=fake_engine.url) as agent:
         *events, end = parse_events(agent.get(f"{EVENTS}?since=1&until=2").body)
+        past = parse_qs(fake_engine.requests()[-1].target.partition("?")[2])
+        agent.get(f"{EVENTS}?until=9000000000")
+        future = parse_qs(fake_engine.requests()[-1].target.partition("?")[2])
     assert [event.id for event in events] == ["1000000000-1", "2000000000-1"]
     assert end.type == "end"
-    asked = parse_qs(fake_engine.requests()[-1].target.partition("?")[2])
-    assert asked == {"since": ["1.000000000"], "stream": ["0"]}
+    assert past == {"since": ["1.000000000"], "stream": ["0"]}
+    assert future == {"until": ["9000000000.000000000"]}
 
 
 @pytest.mark.parametrize(
