@@ -9037,6 +9037,12 @@ def test_what_a_killed_agent_left_goes_when_the_next_starts(engine, seconds):
     forget(engine, own)
 
 
+def test_run_that_outlasts_the_agents_second_look_for_left_ones_goes_on(engine):
+    body = {**RUN, "cmd": ["sleep", str(da.LATE_CREATE + 2)]}
+    with Agent() as agent:
+        assert agent.post("/api/v1/run", body).json() == {"lines": [], "exit_code": 0}
+
+
 @ACCEPTS
 def test_stop_of_the_agent_lets_a_short_run_end_and_kills_a_long_one(engine, accept):
     replies: dict[str, Any] = {}
