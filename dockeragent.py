@@ -5498,8 +5498,8 @@ def health(request: Request, agent: Agent) -> Response:
     return Response({"status": status, "docker": docker, "timestamp": now}, code)
 
 
-def start_new(request: Request, agent: Agent, body: Json, held: contextlib.ExitStack) -> Json:
-    """Create and start a container; return {"Id", "Warnings"}. Raises ApiError.
+def create_new(request: Request, agent: Agent, body: Json, held: contextlib.ExitStack) -> Json:
+    """Create a container; return {"Id", "Warnings"}. Raises ApiError.
 
     No deploy of its name begins before `held` is closed.
     """
@@ -5511,15 +5511,15 @@ def start_new(request: Request, agent: Agent, body: Json, held: contextlib.ExitS
     pull = functools.partial(pull_image, engine, body, auth, interrupts)
     created = create_container(engine, request.key, body, pull)
     request.target.update(id=created["Id"])
-    with removed_on_failure(engine, created["Id"]):
-        connect_networks(engine, created["Id"], body)
-        start_container(engine, created["Id"])
     return created
 
 
 def create(request: Request, agent: Agent) -> Response:
     with contextlib.ExitStack() as held:
-        created = start_new(request, agent, request.body, held)
+        created = create_new(request, agent, request.body, held)
+        with removed_on_failure(agent.engine, created["Id"]):
+            connect_networks(agent.engine, created["Id"], request.body)
+            start_container(agent.engine, created["Id"])
     answer = {"id": created["Id"], "warnings": created.get("Warnings", [])}
     return Response(answer, 201, {"Location": f"{API}/containers/{created['Id']}"})
 
@@ -5784,7 +5784,9 @@ def run_stream(request: Request, agent: Agent, *, events: bool) -> Stream:
         removal.callback(agent.runs.discard, token)
         # By its label, which it has even if the response with its id was lost.
         removal.callback(remove_run, engine, token)
-        container = start_new(request, agent, body, held)["Id"]
+        container = create_new(request, agent, body, held)["Id"]
+        connect_networks(engine, container, body)
+        start_container(engine, container)
         deadline = time.monotonic() + body.get("timeout", RUN_TIMEOUT)
         client = request.interrupts._replace(stop=None)  # being stopped, the run has time to end
         tty = body.get("tty", False)

@@ -9156,6 +9156,18 @@ def test_removal_is_tried_again_until_the_engine_is_back(fake_agent, fake_engine
     assert (done, answers) == (["create", "start"], [])
 
 
+def test_run_that_did_not_start_is_not_called_left_behind_once_it_is_removed(
+    fake_agent, fake_engine
+):
+    run_of(fake_engine, b"")
+    fake_engine.script["POST /containers/x/start"] = http_answer({"message": "no port"}, 500)
+    answers = [http_answer({"message": "busy"}, 500), NO_CONTENT]
+    fake_engine.script["DELETE /containers/x"] = lambda sock: sock.sendall(answers.pop(0))
+    reply = fake_agent.post("/api/v1/run", {"image": "x"})
+    assert_envelope(reply, 500)
+    assert (reply.json()["message"], answers) == ("no port", [])
+
+
 # --------------------------------------------------------------------------------------------------
 # Sight: stats, events, metrics
 # --------------------------------------------------------------------------------------------------
