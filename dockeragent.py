@@ -3553,12 +3553,12 @@ def removed_on_failure(engine: Engine, container: str) -> Iterator[None]:
     """Remove a new container, of this id, if what is done within fails."""
     try:
         yield
-    except (ApiError, ClientGone) as error:
+    except ApiError as error:
         try:
             remove_container(engine, container)
         except EngineError as left:
             message = f"{error}; and container {container[:12]} is left behind: {left.message}"
-            raise EngineError(getattr(error, "status", 500), message) from error
+            raise EngineError(error.status, message) from error
         raise
 
 
