@@ -4251,6 +4251,21 @@ def test_connection_is_kept_once_for_another_request(answer, kept):
     assert [sock for _, sock in pool] == [ours] * kept
 
 
+def test_chunk_that_has_begun_is_read_past_the_deadline():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.sendall(HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n")
+        response = da.exchange(ours, da.Call("GET", "/"), "/", time.monotonic() + WAIT)
+        assert response.read_part(time.monotonic()) is None
+        theirs.sendall(b"5\r\nabcde")
+        rest = threading.Timer(1, theirs.sendall, [b"\r\n"])
+        rest.start()
+        assert until(lambda: response.read_part(time.monotonic() + 0.5), "the chunk") == b"abcde"
+        rest.join()
+        response.close()
+
+
 def test_response_that_does_not_come_is_closed_at_once(monkeypatch):
     """Left to the garbage collector, its file may be closed before it, which Python reports."""
     reports: list[Any] = []
