@@ -3960,10 +3960,8 @@ class TtyDemultiplexer(Demultiplexer):
                 raise LogDamaged(502, f"the Engine failed to read the log: {words}")
             # An entry of a long line ends where the very same stamp is put in again: after
             # ENTRY_SIZE bytes of the container's, or more where the Engine put U+FFFD for one.
-            # Invariant: only a stamp to the nanosecond, which no container can know beforehand.
-            again = -1
-            if len(stamp[0]) == STAMP_SIZE + 1:
-                again = data.find(stamp[0], stamp.end() + ENTRY_SIZE, end or len(data))
+            # Invariant: a stamp is to the nanosecond, so that no container can know it beforehand.
+            again = data.find(stamp[0], stamp.end() + ENTRY_SIZE, end or len(data))
             if again >= 0:
                 end = again
             elif not end:

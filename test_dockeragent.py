@@ -8452,6 +8452,17 @@ def test_container_removed_while_it_is_followed_is_no_failure(
     assert (end.type, end.data) == ("end", '{"reason":"removed","exit_code":null}')
 
 
+@pytest.mark.parametrize("zone", [b"Z", b"+01:00"])
+def test_stamps_of_entries_are_taken_out_of_a_terminals_long_line(fake_agent, fake_engine, zone):
+    """The log driver local of Docker 20.10 has stamps in the host's time zone."""
+    stamp = b"2026-02-21T10:00:00.000000001%b " % zone
+    entries = [stamp + b"x" * 20_000, b"y" * 70_000, b"z\r\n"]
+    log_of(fake_engine, plain_answer(*[stamp + entry for entry in entries]))
+    terminal = {"Id": "x", "Config": {"Tty": True}, "State": EXITED}
+    fake_engine.script["GET /containers/x/json"] = http_answer(terminal)
+    assert read_lines(fake_agent, "x") == as_lines(b"".join(entries))
+
+
 @pytest.mark.parametrize("garbage", [b"garbage", b"2026-02-21T10:00:00.000000001Z a\r\n2026-0"])
 def test_garbage_on_a_terminal_never_looks_whole(fake_agent, fake_engine, garbage):
     log_of(fake_engine, chunked_answer(garbage), EXITED)
@@ -8836,7 +8847,7 @@ def test_podman_is_asked_for_whole_seconds(fake_engine):
 def test_podmans_log_of_a_terminal_is_read_in_frames(fake_engine, query):
     """Its own API has them. Without, nothing tells its stamps in a long line from the text."""
     pieces = [b"x" * 2048, b"x" * 4095, b"y\r\n", b"2026-02-21T10:00:00Z z\r\n"]
-    frames = [frame(1, piece, b"2026-02-21T10:00:00Z") for piece in pieces]
+    frames = [frame(1, piece, b"2026-02-21T10:00:0%dZ" % n) for n, piece in enumerate(pieces)]
     found = {"Id": "x", "Config": {"Tty": True}, "State": EXITED}
     fake_engine.script = {
         "GET /_ping": http_answer(b"OK", extra=PODMAN),
