@@ -4427,6 +4427,21 @@ print(da.Engine(da.parse_engine("tcp://engine:2375"), None).problem())
     assert "its name is not resolved in time" in in_child(code)
 
 
+@pytest.mark.parametrize("hosts", [("127.0.0.2", "127.0.0.3"), ("127.0.0.3", "127.0.0.2")])
+def test_each_address_of_a_host_is_tried(monkeypatch, hosts):
+    look_up = socket.getaddrinfo
+
+    def several(host: str, *arguments: Any, **options: Any) -> list[Any]:
+        names = {"engine": hosts}.get(host, [host])
+        return [found for name in names for found in look_up(name, *arguments, **options)]
+
+    with socket.create_server(("127.0.0.2", 0)) as server:
+        monkeypatch.setattr(socket, "getaddrinfo", several)
+        address = da.parse_engine(f"tcp://engine:{server.getsockname()[1]}")
+        with da.connect_tcp(address, time.monotonic() + WAIT) as sock:
+            assert sock.getpeername() == server.getsockname()
+
+
 def test_host_that_is_no_name_is_told_at_once():
     code = 'print(da.Engine(da.parse_engine("tcp://a..b:2375"), None).problem())'
     assert "idna" in in_child(code)
@@ -8461,6 +8476,13 @@ def test_stamps_of_entries_are_taken_out_of_a_terminals_long_line(fake_agent, fa
     terminal = {"Id": "x", "Config": {"Tty": True}, "State": EXITED}
     fake_engine.script["GET /containers/x/json"] = http_answer(terminal)
     assert read_lines(fake_agent, "x") == as_lines(b"".join(entries))
+
+
+def test_no_more_than_a_mebibyte_of_a_terminals_line_is_held():
+    stamp, demultiplexer = b"2026-02-21T10:00:00.000000001Z ", da.TtyDemultiplexer()
+    begun = stamp + b"x" * (MIB + 1)
+    assert demultiplexer.feed(begun) == [(1, begun)]
+    assert demultiplexer.feed(b"y\n") == [(1, stamp + b"y\n")]
 
 
 @pytest.mark.parametrize("garbage", [b"garbage", b"2026-02-21T10:00:00.000000001Z a\r\n2026-0"])
