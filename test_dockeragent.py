@@ -9073,12 +9073,12 @@ def test_what_a_killed_agent_left_goes_when_the_next_starts(engine, seconds):
         agent.process.wait()
         for sock in socks:
             sock.close()
-    # The Engine may still be working for the agent that was killed; see `announce`.
+    # The Engine may still be working for the agent that was killed, and create one more later.
     time.sleep(1)
     left = {row["Id"] for row in runs_left(engine)} - bystanders
     with Agent() as agent:
         until(lambda: {row["Id"] for row in runs_left(engine)} <= bystanders, "the removals")
-        until(lambda: {line["target"]["id"] for line in agent.lines(REMOVED)} == left, "the log")
+        until(lambda: {line["target"]["id"] for line in agent.lines(REMOVED)} >= left, "the log")
     for bystander in bystanders:
         assert engine.inspect(bystander)["State"]["Running"]
         engine.remove(bystander)
