@@ -316,8 +316,7 @@ class NotJson(str):
 def validate(schema: Schema, value: Any, path: str = "") -> Any:
     """Return value in the one form that all code after this sees. Raises ApiError (400).
 
-    Members that are null are left out; a schema's `check` may change a value, or refuse it, also by
-    a ValueError.
+    Members that are null are left out; a `check` may change a value, or raise ValueError, too.
     """
     example = f", such as {json.dumps(schema['example'])}" if schema.get("example") else ""
     rule = f"must be {schema['description']}{example}"
@@ -965,6 +964,7 @@ ABSOLUTE_PATH = r"(?:/(?!\.\.?(?:/|\Z))[^/*:\0]+)+"
 PATHS = array_of(string_schema(ABSOLUTE_PATH, "like /srv/web.d: no *, :, /./, /../ or last /"))
 # The host part stands in full: ghcr.io* would be ghcr.io.evil.com too.
 IMAGE_PATTERN = r"\*|[^*\s]*/[^*\s]*\*?|[^*./\s]+\*?|[^*/\s]+(:[^*/\s]*\*?)?"
+EXPIRY = r"(?a:\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(Z|[+-]\d\d:\d\d))"
 PORT_RANGE = string_schema("[0-9]{1,5}(-[0-9]{1,5})?", "8000 or 8000-8099")
 LIMITS = {"memory_mb": integer_schema(6, MAX_MEGABYTES), "pids": integer_schema(1, 2**22)}
 LIMITS["cpus"] = integer_schema(0.01, 10**6, kind="integer|number")
@@ -974,7 +974,7 @@ KEY_ENTRY = object_schema(
     name=string_schema(KEY_NAME, KEY_NAME_RULE),
     sha256=string_schema("[0-9a-f]{64}", "64 digits of 0-9 and a-f; see new-key"),
     master=BOOLEAN,
-    expires={**string_schema(TEXT, "a time such as 2027-06-30T00:00:00Z"), "check": parse_expiry},
+    expires={**string_schema(EXPIRY, "a time such as 2027-06-30T00:00:00Z"), "check": parse_expiry},
     allow=array_of(one_of(*DECISIONS), ["read", "logs"]),
     images=array_of({**string_schema(IMAGE_PATTERN, "like ghcr.io/a/*"), "check": full_pattern}),
     **dict.fromkeys(("containers", "networks", "volumes"), NAMES),
@@ -2683,7 +2683,6 @@ SYSCTL = string_schema("[a-zA-Z0-9_./-]+", "a sysctl")
 SYSCTLS = map_of(SYSCTL, STRING, {"net.core.somaxconn": "1024"})
 SHARED = f"host|container:{CONTAINER}"  # the host's or another container's namespace
 IPC_RULE = "host, none, private, shareable or container:ID"
-
 MODE = string_schema("0*[1-7][0-7]{0,3}", "an octal mode from 1 to 7777", 15, "1777")
 
 PORTS = object_schema(
@@ -3913,10 +3912,7 @@ class Demultiplexer:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[Entry]:
-        """Return the complete entries; b"": the end.
-
-        Raises EngineError, once the entries before it were returned.
-        """
+        """Return the complete entries; b"": the end. Raises EngineError, after those before it."""
         is_end, data, position = not data, self._rest + data, 0
         entries: list[Entry] = []
         last = len(data) - FRAME_HEADER.size
@@ -3960,9 +3956,9 @@ class TtyDemultiplexer(Demultiplexer):
                 raise LogDamaged(502, f"the Engine failed to read the log: {words}")
             # An entry of a long line ends where the very same stamp is put in again: after
             # ENTRY_SIZE bytes of the container's, or more where the Engine put U+FFFD for one.
-            # Invariant: a stamp is to the nanosecond, so that no container can know it beforehand.
+            # Invariant: only a stamp to the nanosecond, which no container can know beforehand.
             again = data.find(stamp[0], stamp.end() + ENTRY_SIZE, end or len(data))
-            if again >= 0:
+            if again >= 0 and len(stamp[2] or b"") == 9:
                 end = again
             elif not end:
                 if len(data) - position <= MAX_LINE:
@@ -4634,10 +4630,11 @@ class Deployment:
     def inspect(self, container: str) -> Json:
         return self.engine.json("GET", container_path(container, "json"))
 
-    def find(self, container: str) -> Found:
-        """Return a container by its id or name."""
+    def find(self, container: str, image: Json | None = None) -> Found:
+        """Return a container by its id or name. image: one that is at hand, as inspected."""
         inspected = self.inspect(container)
-        image = find_image(self.engine, inspected["Image"])
+        if not image or image.get("Id") != inspected["Image"]:
+            image = find_image(self.engine, inspected["Image"])
         labels = config_of(inspected, "Labels")
         own = {name: text for name, text in labels.items() if name.startswith(OWN_LABELS)}
         # Invariant: no image can pass for a deploy. A container that the agent did not create has
@@ -4844,14 +4841,14 @@ class Deployment:
         body = request.body
         Deployment(self.engine, self.name, self.stopping).recover()
         image = self.get_image(body, auth, request.interrupts._replace(client=None))
-        old = self.find_old(adopt=request.query.get("adopt", False))
+        old = self.find_old(image, adopt=request.query.get("adopt", False))
         spec = {field: value for field, value in body.items() if field not in ("deploy", "pull")}
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         if old and (old.journal.spec, old.container["Image"]) == (digest, image["Id"]):
             running = old.container["State"].get("Status") == "running"
             if running and health_of(old.container) != "unhealthy":
                 return self.answer(old, image, changed=False, replaced=None)
-        new = self.create(request, digest, old)
+        new = self.create(request, digest, image, old)
         request.target.update(id=new.id)
         try:
             if old:
@@ -4880,11 +4877,11 @@ class Deployment:
                     self.told.put((kind, data))
         return self.engine.json("GET", f"/images/{quote(name)}/json")
 
-    def find_old(self, *, adopt: bool) -> Found | None:
+    def find_old(self, image: Json, *, adopt: bool) -> Found | None:
         """Return the container that has the name. Raises ApiError (409) if it must stay."""
         old, ids = None, self.look()  # not by its name, which may begin the ids of others
         with tolerate(404):  # it is just being created, or removed
-            old = self.find(ids[""]) if "" in ids else None
+            old = self.find(ids[""], image) if "" in ids else None
         if not old:
             return None
         if old.id == own_container():
@@ -4896,7 +4893,7 @@ class Deployment:
             raise ApiError(409, f"{self.name} was not deployed by this agent; {rule}")
         return old
 
-    def create(self, request: Request, digest: str, old: Found | None) -> Found:
+    def create(self, request: Request, digest: str, image: Json, old: Found | None) -> Found:
         """Return the new container, created beside the old one."""
         key, body = request.key, request.body
         look_up_networks(self.engine, body)
@@ -4918,7 +4915,7 @@ class Deployment:
         try:
             made = send_create(self.engine, key, query, container)
             connect_networks(self.engine, made["Id"], body)
-            new = self.find(made["Id"])
+            new = self.find(made["Id"], image)
             if new.journal != journal:
                 raise ApiError(409, f"the image must not carry labels that begin with {OWN_LABELS}")
             if self.stopping.is_set():
