@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2486, and a reviewer may stop there:
+stands first, up to line 2482, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1330,17 +1330,6 @@ class RateLimiter:
 Fields = dict[str, list[str]]  # header values by lower-case name
 
 
-def parse_fields(block: bytes) -> Fields:
-    """Return the values in header lines by lower-case name (RFC 9112, 5). Raises ApiError."""
-    if not FIELD_BLOCK.fullmatch(block):
-        raise ApiError(400, "a header line is not of the form Name: value")
-    fields: Fields = {}
-    for line in block.decode("latin-1").split("\r\n")[:-1]:
-        name, _, value = line.partition(":")
-        fields.setdefault(name.lower(), []).append(value.strip(" \t"))
-    return fields
-
-
 def body_length(fields: Fields) -> int | None:
     """Return the length of a request's body in bytes; None if it is chunked (RFC 9112 section 6).
 
@@ -1736,17 +1725,24 @@ class Connection(socketserver.BaseRequestHandler):
             self.receive_more()
 
     def take_fields(self, limit: int, status: int, what: str) -> Fields:
-        """Take header lines and the CRLF before them from the buffer. Raises ApiError."""
+        """Take header lines and the CRLF before them (RFC 9112 section 5). Raises ApiError."""
         block = self.take(len(self.receive_until(b"\r\n\r\n", limit, status, what)) + 4)[2:-2]
         if block.count(b"\n") > MAX_FIELDS:
             raise ApiError(431, f"there are more than {MAX_FIELDS} headers")
-        return parse_fields(block)
+        # Invariant: header lines are matched by the grammar before any other code sees them.
+        if not FIELD_BLOCK.fullmatch(block):
+            raise ApiError(400, "a header line is not of the form Name: value")
+        fields: Fields = {}
+        for line in block.decode("latin-1").split("\r\n")[:-1]:
+            name, _, value = line.partition(":")
+            fields.setdefault(name.lower(), []).append(value.strip(" \t"))
+        return fields
 
     def read_head(self, request: Request) -> None:
         """Take the next request's head from the buffer. Raises ApiError."""
         self.deadline, self.interrupts = time.monotonic() + HEAD_TIMEOUT, self.until_stop
         line = self.receive_until(b"\r\n", MAX_REQUEST_LINE, 414, "request line is")
-        # Invariant: the head is matched by the grammar before any other code sees it.
+        # Invariant: the line is matched by the grammar before any other code sees it.
         if not REQUEST_LINE.fullmatch(line):
             raise ApiError(400, "the request line is not of the form: GET /path HTTP/1.1")
         request.method, request.path, version = line.decode().split(" ")
