@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2482, and a reviewer may stop there:
+stands first, up to line 2478, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -988,10 +988,9 @@ KEYS = object_schema("keys", keys=array_of(KEY_ENTRY))
 
 
 def describe(error: Exception) -> str:
-    """Return one line for an error, without the number Python puts before an OSError's text."""
+    """Return one line for an error; for an OSError, without its number and its file."""
     if isinstance(error, OSError) and error.strerror:
-        name = f"{os.fsdecode(error.filename)}: " if error.filename else ""
-        return name + (getattr(error, "reason", None) or error.strerror)
+        return getattr(error, "reason", None) or error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -1034,25 +1033,24 @@ def config_warnings(values: Json) -> Iterator[str]:
 def load_keys(values: Json) -> tuple[Key, ...]:
     """Return the keys. Raises ConfigError, without any key in it."""
     key, path = os.fsencode(values["api_key"]), values["api_key_file"]
+    variable = "API_KEY_FILE" if path else "API_KEY"
     if key and path:
-        raise ConfigError("API_KEY_FILE: set this or API_KEY, not both")
+        raise ConfigError(f"{variable}: set this or API_KEY, not both")
     if path:
-        key = read_file("API_KEY_FILE", path).removesuffix(b"\n")
+        with config_errors(variable, path):
+            key = read_file(path).removesuffix(b"\n")
         if not key:
-            raise ConfigError(f"API_KEY_FILE: {path} has no key in it")
+            raise ConfigError(f"{variable}: {path} has no key in it")
     if re.search(rb"[\x00-\x1f\x7f]", key) or key != key.strip(b" "):
-        name = "API_KEY_FILE" if path else "API_KEY"
-        raise ConfigError(f"{name}: remove control characters and outer spaces from the key")
-    values["api_key"] = key
+        raise ConfigError(f"{variable}: remove control characters and outer spaces from the key")
+    values["api_key"] = key  # `config_warnings` looks at its length
     keys = [Key("master", hashlib.sha256(key).digest(), master=True)] if key else []
     if path := values["keys_file"]:
-        try:
-            keys += parse_keys(read_file("KEYS_FILE", path), values)
+        with config_errors("KEYS_FILE", path):
+            keys += parse_keys(read_file(path), values)
             for field in "name", "digest":
                 if len({getattr(key, field) for key in keys}) < len(keys):
                     refuse("keys", f"two have the same {field}")
-        except ApiError as error:
-            raise ConfigError(f"KEYS_FILE: {path}: {error.message}") from error
     if not keys:
         raise ConfigError("API_KEY: is required; try API_KEY=$(openssl rand -hex 32)")
     return tuple(keys)
@@ -1098,12 +1096,12 @@ def host_path(path: str, root: str) -> str:
     return str(real[len(root) :] or "/") if f"{real}/".startswith(f"{root}/") else real
 
 
-def read_file(variable: str, path: str) -> bytes:
-    """Return a small file's content. Raises ConfigError."""
-    with config_errors(variable, path) as file:
+def read_file(path: str) -> bytes:
+    """Return a small file's content. Raises OSError or ValueError."""
+    with open(path, "rb") as file:
         content = file.read(MAX_BODY + 1)
     if len(content) > MAX_BODY:
-        raise ConfigError(f"{variable}: {path} is too large")
+        raise ValueError("the file is too large")
     return content
 
 
@@ -1112,9 +1110,9 @@ def serve_tls(values: Json) -> ssl.SSLContext | None:
     names = "TLS_CERT_FILE", "TLS_KEY_FILE", "TLS_CLIENT_CA_FILE"
     files = [(name, values[name.lower()]) for name in names]
     given = [name for name, path in files if path]
-    missing = [name for name in names[:2] if name not in given]
-    if given and missing:
-        raise ConfigError(f"{missing[0]}: is required with {given[0]}")
+    for name in names[:2]:
+        if given and name not in given:
+            raise ConfigError(f"{name}: is required with {given[0]}")
     return tls_context(ssl.PROTOCOL_TLS_SERVER, *files) if given else None
 
 
@@ -1158,14 +1156,12 @@ def tls_context(protocol: Any, *files: tuple[str, str]) -> ssl.SSLContext:
 
 
 @contextlib.contextmanager
-def config_errors(variable: str, path: str) -> Iterator[io.BufferedReader]:
-    """Open a file; turn an OSError while it is used into a ConfigError that names the variable."""
+def config_errors(variable: str, value: object) -> Iterator[None]:
+    """Turn an error into a ConfigError that names the variable and its value."""
     try:
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        message = f"{variable}: {path} cannot be used: {error.strerror or error}"
-        raise ConfigError(message) from error
+        yield
+    except (OSError, ValueError, ApiError) as error:
+        raise ConfigError(f"{variable}: {value}: {describe(error)}") from error
 
 
 def refuse_password() -> str:
@@ -6070,10 +6066,8 @@ def run(config: Config) -> int:
     address, log = config.listen_addr, Log(config.log_level)
     # A bug in a thread without a request, such as a deploy's.
     threading.excepthook = lambda bug: log("error", "bug", traceback=describe_bug(bug.exc_value))
-    try:
+    with config_errors("LISTEN_ADDR", address):
         listener = listen(address)
-    except OSError as error:
-        raise ConfigError(f"LISTEN_ADDR: {address}: {describe(error)}") from error
     if not address.path:
         address = address._replace(port=listener.getsockname()[1])
     for line in config.warnings:
