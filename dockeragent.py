@@ -12,12 +12,12 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2478, and a reviewer may stop there:
+stands first, up to line 2482, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
-    A, what a client without a key reaches: Logging, Rate limiter, Sockets, HTTP handler, Server
-       (between them, for a client with a key: Requests)
+    A, what a client without a key reaches: Logging, Rate limiter, Sockets, Requests (its bodies
+       with a key only), HTTP handler, Server
     C, what touches the host's files: Files
 
 Nothing up to there names what comes after it: Server is handed the table of routes, and `decide`
@@ -95,7 +95,7 @@ MAX_TRAILER = 8 * 1024  # bytes; trailer fields are checked and dropped
 MAX_DEPTH = 32  # nested arrays and objects; the decoder recurses on the C stack
 MAX_VALUES = 200_000  # in one JSON text, roughly; 3 bytes of it may take 100 in memory
 MAX_DIGITS = 20  # of one JSON number; int() of thousands of digits is quadratic
-MAX_MEGABYTES = 2**25  # 32 TiB: 64 MiB or more that are meant in bytes are refused
+MAX_MEGABYTES = 2**25  # 32 TiB; refuses a size over 32 MiB that was written in bytes
 HEAD_TIMEOUT = 10.0  # and for the TLS handshake
 BODY_TIMEOUT = 60.0
 IDLE_TIMEOUT = 75.0  # between two requests of one connection
@@ -109,7 +109,7 @@ STREAM_BUFFER = 128 * 1024  # bytes of SO_SNDBUF: what the kernel holds for a st
 SHORT_KEY = 32  # characters; a warning for a shorter one, which might be guessed
 MAX_MESSAGE = 2000  # characters of an error's message; it may repeat what a client sent
 MAX_LINGERING_REFUSALS = 32  # connections left open for a moment so that their 503 is read
-DESCRIPTORS_KEPT = 64  # for those, the listener, the log, files and idle connections to the Engine
+DESCRIPTORS_KEPT = 64  # for refusals, the listener, the log, files, idle connections to the Engine
 
 RATE_WINDOW = 60.0  # seconds
 MAX_CLIENTS = 10_000  # windows kept; past it the least recently used is forgotten
@@ -141,7 +141,7 @@ RETRY_TIME = 12.0  # seconds during which a step of a deploy that the Engine fai
 RECOVERY_INTERVAL = 2.0  # seconds before an Engine that did not respond is asked again
 MAX_PROGRESS = 1000  # events of a pull, queued for a client that does not read them
 FAILED_LINES = 50  # of a failed deploy's log, in the response
-HEALTH_KEPT = 4.0  # seconds; /health answers with so old a result while the Engine is asked anew
+HEALTH_KEPT = 4.0  # seconds; /health gives no older result while it waits for a new one
 METRICS_TIMEOUT = 5.0  # for the list of containers; shorter than a scrape's own timeout
 
 MAX_LINE = 1024 * 1024  # bytes of one log line; the rest becomes the next line
@@ -179,7 +179,7 @@ HOST_VALUE = re.compile(
 ABSOLUTE_FORM = re.compile(r"(?i)^https?://([^/?]*)")  # RFC 9112 section 3.2.2
 EMPTY_LINES = re.compile(rb"\A(?:\r\n)+")  # before a request: RFC 9112 section 2.2
 LONE_CONTROL = re.compile(rb"\n(?<!\r\n)|\r(?!\n|\Z)|\0")
-# The rest is compiled when first used, so that no start waits for it.
+# The patterns below are compiled when first used, so that no start waits for them.
 CHUNK_LINE = rb"([0-9A-Fa-f]{1,8})(?:[ \t]*;[\t -~\x80-\xff]*)?"
 HOP_PORT = r"^\[(.*)\](?::[0-9]+)?$|^([0-9.]+):[0-9]+$"  # [::1], [::1]:80 or 10.0.0.1:80
 REQUEST_ID = r"[A-Za-z0-9._-]{1,64}"
@@ -310,13 +310,13 @@ def refuse(path: str, rule: str) -> NoReturn:
 
 
 class NotJson(str):
-    """What is wrong with a value that Python's decoder lets through, until its path is known."""
+    """Stands for a wrong value, and says what is wrong; `validate` refuses it by its path."""
 
 
 def validate(schema: Schema, value: Any, path: str = "") -> Any:
     """Return value in the one form that all code after this sees. Raises ApiError (400).
 
-    Members that are null are left out; a `check` may change a value, or raise ValueError, too.
+    Members that are null are left out. A schema's `check` may change the value or raise ValueError.
     """
     example = f", such as {json.dumps(schema['example'])}" if schema.get("example") else ""
     rule = f"must be {schema['description']}{example}"
@@ -427,11 +427,12 @@ NO_MARKS = bytes(set(range(256)) - set(b"[{]},"))  # bytes that neither nest nor
 
 
 def decode_json(body: bytes) -> Any:
-    """Return the value of JSON (RFC 8259), NotJson for what `validate` refuses. Raises ApiError."""
+    """Return the value of JSON (RFC 8259), with NotJson for what is wrong. Raises ApiError."""
     if not body.strip(b" \t\r\n"):
         return NotJson("is empty")
-    # Invariant: the depth and the number of values are known before the decoder sees them: it
-    # recurses, and makes an object of each. Without escapes, every second part is a string.
+    # Invariant: the depth and the number of values are bounded before the decoder sees them: it
+    # recurses, and makes an object of each. Without escapes, what stands between two quotes is a
+    # string, so every second part is one.
     parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 2 * MAX_VALUES)
     marks = b"".join(parts[::2]).translate(None, NO_MARKS)
     if len(parts) // 2 + len(marks) > MAX_VALUES:
@@ -489,8 +490,8 @@ def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json
 def full_reference(image: str, tag: str = ":latest") -> str:
     """Return an image's reference in full: nginx is docker.io/library/nginx:latest.
 
-    tag: what is added if it has neither tag nor digest. The rules are the Engine's own, those of
-    distribution/reference (ParseNormalizedNamed, TagNameOnly): a look-alike host stays one.
+    tag: what is added if it has neither tag nor digest. Invariant: the rules are the Engine's own
+    (distribution/reference: ParseNormalizedNamed, TagNameOnly), so both mean the same registry.
     """
     host, slash, rest = image.partition("/")
     if not slash or not (re.search("[.:A-Z]", host) or host == "localhost"):
@@ -501,17 +502,12 @@ def full_reference(image: str, tag: str = ":latest") -> str:
     return f"{host}/{rest}{'' if has_tag else tag}"
 
 
-def config_of(inspected: Json | None, member: str) -> Json:
-    """Return a member of an inspected container's or image's configuration, {} for none."""
-    return ((inspected or {}).get("Config") or {}).get(member) or {}
-
-
 # --------------------------------------------------------------------------------------------------
 # Keys: what a key is and what its patterns cover, and the one place where keys are compared
 # --------------------------------------------------------------------------------------------------
 
 OWN_LABELS = "dockeragent."  # what the agent's own labels begin with: no client sets one
-HELPER_NAMES = (".next", ".prev", ".old")  # ends of names: a deploy's containers beside the first
+HELPER_NAMES = (".next", ".prev", ".old")  # how a deploy ends the names of its helper containers
 HELPER_NAME = re.compile(r"\.(?:next|prev|old)\Z")
 
 
@@ -588,10 +584,15 @@ def decide(request: Request, permission: str, ask: Ask) -> None:
         DECISIONS[permission](request, ask)
 
 
+def config_of(inspected: Json | None, member: str) -> Json:
+    """Return a member of an inspected container's or image's configuration, {} for none."""
+    return ((inspected or {}).get("Config") or {}).get(member) or {}
+
+
 def find_own(key: Key, name: str, ask: Ask) -> Json:
     """Return the inspect JSON of a container whose name is in scope, {} if there is none."""
     found = None
-    # 400 and 500: several ids begin with it, which this key must not learn.
+    # 400, 500: the ids of several containers begin with this name, which the key must not learn.
     with tolerate(400, 500):
         found = ask(f"/containers/{quote(name, safe='')}/json")
     # By its name alone: a label can be forged, and an id does not tell whose it is.
@@ -599,7 +600,7 @@ def find_own(key: Key, name: str, ask: Ask) -> Json:
 
 
 def decide_container(request: Request, ask: Ask) -> None:
-    """Let the request act on the full id of a container in scope. A list checks each row."""
+    """Let the request act on a container in scope, by its full id. A list checks its own rows."""
     if request.name:
         found = find_own(request.key, request.name, ask)
         if not found:  # another's, or none: the response is the same
@@ -691,9 +692,9 @@ def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
     else:
         key.permit(mode in ("", "none"), "network_mode", mode)
     networks = [] if mode else body.setdefault("networks", [{"name": "bridge", "aliases": []}])
-    names = [body["hostname"]] if "hostname" in body else []
+    aliases = [body["hostname"]] if "hostname" in body else []
     for network in networks:
-        names += network["aliases"]
+        aliases += network["aliases"]
         name = network["name"]
         # On the default bridge every container hears every other, so no pattern includes it.
         is_covered = name in key.networks if name == "bridge" else key.covers("networks", name)
@@ -703,10 +704,10 @@ def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
         if not found or found.get("Name") != name:
             raise ApiError(404, f"no such network: {name}")
         network["name"] = name if name == "bridge" else found["Id"]
-    key.permit(len(names) <= 32, "networks", "more than 32 aliases")  # which no other limit counts
+    key.permit(len(aliases) <= 32, "networks", "more than 32 aliases")
     # All containers on a network resolve them: one could be api.stripe.com, or another's container.
-    for name in names:
-        key.permit_name("containers", name, "hostname or alias")
+    for alias in aliases:
+        key.permit_name("containers", alias, "hostname or alias")
 
 
 def find_peer(key: Key, name: str, ask: Ask) -> str:
@@ -723,7 +724,7 @@ def find_peer(key: Key, name: str, ask: Ask) -> str:
 def restrict_numbers(key: Key, body: Json, ask: Ask) -> None:
     numbers = [port["host_port"] for port in body.get("ports", ())]
     key.permit(len(numbers) <= 32, "ports", "more than 32 of them")  # each may be a process
-    for number in numbers:
+    for number in numbers:  # 0: the Engine picks one, which takes any range
         is_listed = any(low <= number <= high or not number for low, high in key.ports)
         key.permit(is_listed, "ports", number or "one that the Engine picks")
     resources = body.setdefault("resources", {})
@@ -762,7 +763,7 @@ def restrict_rest(key: Key, body: Json, ask: Ask) -> None:
 MOST = {"stop_timeout": 120, "resources.cpu_shares": 1024}
 MOST.update({"log.max_size_mb": 100, "log.max_files": 10})
 RULES = (restrict_image, restrict_volumes, restrict_networks, restrict_numbers, restrict_rest)
-# What they look at, and then what is free. Any other field is for the master key.
+# What the rules look at, then what is free. Any other field is for the master key.
 LIMITED_FIELDS = set(
     "image pull volumes networks network_mode hostname ports labels resources log healthcheck"
     " stop_timeout cap_drop name cmd entrypoint env working_dir user init tty read_only dns"
@@ -772,7 +773,7 @@ LIMITED_FIELDS = set(
 
 
 def restrict_brought(key: Key, container: Json, image: Json) -> None:
-    """Empty the labels that an image brings into a create and the key may not set."""
+    """Empty the image's labels that the key may not set; refuse what else it may not bring."""
     labels, health = config_of(image, "Labels"), config_of(image, "Healthcheck")
     emptied = {name: "" for name in labels if not key.covers("labels", name)}
     container["Labels"] = {**emptied, **container["Labels"]}
@@ -783,7 +784,7 @@ def restrict_brought(key: Key, container: Json, image: Json) -> None:
 
 
 def check_created(key: Key, created: Json, container: Json, status: int = 409) -> None:
-    """Check what an image has brought, also once it was created: the tag may have been moved."""
+    """Check what the image brings, in the created container too: its tag may have been moved."""
     # The list of all containers has labels and commands in it, and fails past MAX_RESPONSE bytes.
     size = len(encode_json(created["Config"]))
     key.permit(size <= MAX_LIMITED_CONFIG, "size", f"more than {MAX_LIMITED_CONFIG} bytes", status)
@@ -1083,6 +1084,7 @@ def forbidden_place(path: str, values: Json) -> str:
     # abspath leaves two slashes at the beginning as they are.
     absolute = ["/" + os.path.abspath(path).lstrip("/") for path in paths if path]
     places: list[str] = FORBIDDEN_PATHS + absolute
+    # Invariant: each is compared as written, and by where its links lead: on the host, and here.
     for place in [*places, *(host_path(place, root) for place in places)]:
         for real in (path, host_path(path, root), host_path(root + path, root)):
             if os.path.commonpath([real, place]) in (real, place):
@@ -1121,11 +1123,11 @@ def engine_tls(values: Json) -> ssl.SSLContext | None:
     scheme, verify = values["docker_host"].scheme, values["docker_tls_verify"]
     if scheme != "https" and not (scheme == "tcp" and verify):
         return None
-    if not (verify or values["docker_cert_path"]):
+    if not (verify or values["docker_cert_path"]):  # https:// alone: the system's authorities
         return ssl.create_default_context()
     folder = values["docker_cert_path"] or os.path.expanduser(DOCKER_FOLDER)
     paths = [os.path.join(folder, name) for name in ("cert.pem", "key.pem", "ca.pem")]
-    if not any(map(os.path.exists, paths[:2])):
+    if not any(map(os.path.exists, paths[:2])):  # a client's certificate is optional
         paths[:2] = "", ""
     return tls_context(ssl.PROTOCOL_TLS_CLIENT, *(("DOCKER_CERT_PATH", path) for path in paths))
 
@@ -1143,7 +1145,7 @@ def tls_context(protocol: Any, *files: tuple[str, str]) -> ssl.SSLContext:
     # Renegotiation costs the server more than the client, so it would be a way to overload it.
     context.options |= ssl.OP_NO_RENEGOTIATION
     if cert[1]:
-        with config_errors(*cert):
+        with config_errors(*cert):  # by itself: below, an error would be taken for the key's
             ssl.SSLContext(protocol).load_verify_locations(cert[1])
         with config_errors(*key):
             context.load_cert_chain(cert[1], key[1], refuse_password)
@@ -1370,7 +1372,7 @@ class Interrupts(NamedTuple):
         if sock.fileno() in ready or not ready:
             return bool(ready)
         # The client has disconnected, or has shut down only its own half of the connection (as
-        # nc -N does) and still waits for the response. So it gets what comes soon.
+        # nc -N does) and still waits for the response, which it gets if that comes soon.
         patience = time.monotonic() + HALF_CLOSED
         is_readable = self._replace(client=None).wait_readable(sock, min(deadline, patience))
         if not is_readable and patience <= deadline:
@@ -1601,7 +1603,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.deadline = time.monotonic() + HEAD_TIMEOUT  # monotonic; for the next bytes received
         self.interrupts = self.until_stop  # what ends a wait for them early
         self.is_kept = True  # whether another request is read
-        self.has_answered = False  # so `finish` gives the client time to read the response
+        self.has_answered = False  # whether `finish` gives the client time to read a response
         self.sock.setblocking(False)
         if self.sock.family != socket.AF_UNIX:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1657,7 +1659,7 @@ class Connection(socketserver.BaseRequestHandler):
                 if not (data := receive(self.sock, self.deadline, self.until_stop)):
                     break
                 self.buffer += data
-        # Only a client that is still sending could have its response discarded.
+        # Only if there are bytes that nobody has read does the close discard the last response.
         self.has_answered = self.has_answered and NEVER.wait_readable(self.sock, 0)
         return False
 
@@ -1668,9 +1670,9 @@ class Connection(socketserver.BaseRequestHandler):
         try:
             try:
                 self.respond(request, self.answer(request))
-            except ApiError as refusal:
-                request.error = refusal.message
-                self.respond_error(request, refusal)
+            except ApiError as error:
+                request.error = error.message
+                self.respond_error(request, error)
         except ClientGone:
             self.is_kept = False
         except Exception as bug:
@@ -1791,6 +1793,7 @@ class Connection(socketserver.BaseRequestHandler):
         request.key.permit_name("allow", request.route.permission)
         request.query = decode_query(query, request.route.query, request.route.body)
         read_body(self, request, request.route)
+        # Invariant: before a rule allows this, the Engine is asked only what the rule must know.
         decide(request, request.route.permission, self.server.agent.engine.ask)
         return request.route.endpoint(request, self.server.agent)
 
@@ -1934,7 +1937,7 @@ class Server(http.server.ThreadingHTTPServer):
         return Slot(sock), client_address(address[0] if isinstance(address, tuple) else "", "", ())
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a thread for a connection, or refuse it, without blocking the next one."""
+        """Start a thread for a connection (request: its Slot), or refuse it without waiting."""
         # Invariant: never more slots than MAX_CONNECTIONS. Only this thread adds one.
         if len(self.slots) < self.config.max_connections or self._make_room():
             self.slots.add(request)
@@ -1991,7 +1994,7 @@ class Server(http.server.ThreadingHTTPServer):
             slot.key = key
         return True
 
-    def _refuse(self, request: socket.socket, client: str) -> None:
+    def _refuse(self, sock: socket.socket, client: str) -> None:
         """Send a 503 without waiting, and leave the connection open a moment so that it is read."""
         refused = Request(client, NEVER, self.slots)
         refused.status, refused.error = 503, "too many connections; try again later"
@@ -2003,16 +2006,16 @@ class Server(http.server.ThreadingHTTPServer):
             "Retry-After: 1\r\nConnection: close\r\n\r\n"
         )
         with contextlib.suppress(OSError):
-            request.setblocking(False)
+            sock.setblocking(False)
             if not self.config.server_tls:  # nothing can be sent before a handshake
-                request.send(head.encode() + body)
-            request.shutdown(socket.SHUT_WR)
-        self._refused.append((time.monotonic() + 1, request))
+                sock.send(head.encode() + body)
+            sock.shutdown(socket.SHUT_WR)
+        self._refused.append((time.monotonic() + 1, sock))
         self.log("warning", "request", **refused.end_fields(0))
         self.agent.metrics.observe(refused, 0)
 
     def service_actions(self) -> None:
-        """Close refused connections; also called twice a second."""
+        """Close refused connections. `serve_forever` calls this at least twice a second."""
         now = time.monotonic()
         while self._refused and (
             self._refused[0][0] < now or len(self._refused) > MAX_LINGERING_REFUSALS
@@ -2024,10 +2027,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def stop(self) -> None:
         """Stop accepting; wake the streams and the idle connections."""
-        if path := self.config.listen_addr.path:  # first: later it may be another server's
+        if path := self.config.listen_addr.path:  # first: later it may be the next agent's
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        with contextlib.suppress(OSError):  # so that it can be read, and serve_forever looks up
+        with contextlib.suppress(OSError):  # makes it readable, which wakes serve_forever
             self.socket.shutdown(socket.SHUT_RDWR)
         self.shutdown()
         self.socket.close()
@@ -2174,14 +2177,14 @@ class Walk(contextlib.ExitStack):
         # written through this descriptor, whatever takes its name meanwhile.
         found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._stack[-1])
         self.callback(os.close, found)
-        now = os.fstat(found)
-        if stat.S_ISLNK(now.st_mode):
+        info = os.fstat(found)
+        if stat.S_ISLNK(info.st_mode):
             status = 403 if self._is_limited else 400
             raise ApiError(status, "path: is a link; use the path of the file that it points at")
-        if not stat.S_ISREG(now.st_mode):
+        if not stat.S_ISREG(info.st_mode):
             raise ApiError(409, "path: there is something other than a regular file")
         # It may be a program with other rights, or a file outside (README: fs.protected_hardlinks).
-        if self._is_limited and (now.st_mode & 0o7000 or now.st_nlink > 1 or is_capable(found)):
+        if self._is_limited and (info.st_mode & 0o7000 or info.st_nlink > 1 or is_capable(found)):
             rule = "a mode above 0777, file capabilities or hard links"
             raise ApiError(403, f"path: a limited key may not use a file that has {rule}")
         return found
@@ -2326,22 +2329,22 @@ def try_write(tree: Tree, path: str, write: FileWrite) -> bool:
 
 
 def is_written(found: int, write: FileWrite) -> bool:
-    now = os.fstat(found)
-    if now.st_size != len(write.content) or attributes(now) != wanted_attributes(now, write):
+    info = os.fstat(found)
+    if info.st_size != len(write.content) or attributes(info) != wanted_attributes(info, write):
         return False
     # It may be writable and not readable, or under the lease of a container that mounts it.
     with contextlib.suppress(PermissionError, BlockingIOError):
-        return read_content(found, now.st_size) == write.content
+        return read_content(found, info.st_size) == write.content
     return False
 
 
-def attributes(now: os.stat_result) -> Attributes:
-    return now.st_uid, now.st_gid, stat.S_IMODE(now.st_mode)
+def attributes(info: os.stat_result) -> Attributes:
+    return info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)
 
 
-def wanted_attributes(now: os.stat_result, write: FileWrite) -> Attributes:
+def wanted_attributes(info: os.stat_result, write: FileWrite) -> Attributes:
     asked = (write.uid, write.gid, write.mode)
-    uid, gid, mode = (old if new is None else new for old, new in zip(attributes(now), asked))
+    uid, gid, mode = (old if new is None else new for old, new in zip(attributes(info), asked))
     return uid, gid, mode
 
 
@@ -2382,8 +2385,9 @@ def temporary_name(parent: int, name: bytes) -> Iterator[bytes]:
 
     It is made from the target's, so that the next write clears away what a killed agent leaves.
     """
-    # A temporary name in an append-only folder could not be removed again: there rmdir(2) raises
-    # EPERM. Elsewhere it leaves a file alone, but not an empty folder that has taken its place.
+    # In an append-only folder a temporary name could not be removed again. There rmdir(2) raises
+    # EPERM, before one is made; elsewhere it does nothing to a file. (An empty folder that has just
+    # taken the file's place is removed.)
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.rmdir(name, dir_fd=parent)
     temporary = b".dockeragent-%08x" % binascii.crc32(name)
@@ -2453,18 +2457,18 @@ def overwrite(found: int, write: FileWrite) -> None:
     """Write into the file that is there, keeping its inode. Raises OSError."""
     with open(reopen(found, os.O_WRONLY), "wb", buffering=0) as file:  # its end writes nothing
         descriptor = file.fileno()
-        now = os.fstat(descriptor)
-        wanted = wanted_attributes(now, write)
-        if now.st_mode & (stat.S_ISUID | stat.S_ISGID):
-            os.fchmod(descriptor, stat.S_IMODE(now.st_mode))  # fails if we could not set them again
+        info = os.fstat(descriptor)
+        wanted = wanted_attributes(info, write)
+        if info.st_mode & (stat.S_ISUID | stat.S_ISGID):
+            os.fchmod(descriptor, stat.S_IMODE(info.st_mode))  # fails if we cannot set them
         try:  # owner, mode and room are settled while the old content is still complete
             set_attributes(descriptor, wanted)
             with if_supported():
                 os.posix_fallocate(descriptor, 0, len(write.content))
         except OSError:
-            os.ftruncate(descriptor, now.st_size)
+            os.ftruncate(descriptor, info.st_size)
             with contextlib.suppress(OSError):
-                set_attributes(descriptor, attributes(now))
+                set_attributes(descriptor, attributes(info))
             raise
         left = memoryview(write.content)
         while left:
