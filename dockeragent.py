@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2482, and a reviewer may stop there:
+stands first, up to line 2483, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -261,6 +261,13 @@ def envelope(error: ApiError) -> Json:
     """Return the JSON object that is the response to every error."""
     head = {"error": PHRASES[error.status], "message": error.message, "status": error.status}
     return {**head, **error.members}
+
+
+def describe(error: Exception) -> str:
+    """Return one line for an error; for an OSError, without its number and its file."""
+    if isinstance(error, OSError) and error.strerror:
+        return getattr(error, "reason", None) or error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def encode_json(value: Any) -> bytes:
@@ -988,13 +995,6 @@ KEY_ENTRY = object_schema(
 KEYS = object_schema("keys", keys=array_of(KEY_ENTRY))
 
 
-def describe(error: Exception) -> str:
-    """Return one line for an error; for an OSError, without its number and its file."""
-    if isinstance(error, OSError) and error.strerror:
-        return getattr(error, "reason", None) or error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def load_config(environ: Mapping[str, str]) -> Config:
     """Parse the environment; an empty variable counts as unset. Raises ConfigError."""
     values: Json = {}
@@ -1325,29 +1325,6 @@ class RateLimiter:
 # Sockets: waits with a deadline
 # --------------------------------------------------------------------------------------------------
 
-Fields = dict[str, list[str]]  # header values by lower-case name
-
-
-def body_length(fields: Fields) -> int | None:
-    """Return the length of a request's body in bytes; None if it is chunked (RFC 9112 section 6).
-
-    Raises ApiError for framing that two parsers may read differently, which behind a proxy would
-    smuggle requests in (400), and for a coding other than chunked (501).
-    """
-    lengths, codings = fields.get("content-length", []), fields.get("transfer-encoding", [])
-    if len(lengths) + len(codings) > 1:
-        raise ApiError(400, "more than one Content-Length or Transfer-Encoding")
-    if codings:
-        if codings[0].lower() != "chunked":
-            raise ApiError(501, "Transfer-Encoding: only chunked is understood")
-        return None
-    if not lengths:
-        return 0
-    if not re.fullmatch("[0-9]+", lengths[0]):
-        raise ApiError(400, "Content-Length must be plain digits")
-    # 18 digits are past every limit here; int() of thousands would take its time.
-    return int(lengths[0].lstrip("0")[:18] or "0")
-
 
 class Interrupts(NamedTuple):
     """What ends a wait early: the client disconnecting, or the agent stopping."""
@@ -1420,6 +1397,9 @@ def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
+Fields = dict[str, list[str]]  # header values by lower-case name
+
+
 class Request:
     """One request and its outcome; Connection.answer sets the attributes in this order."""
 
@@ -1470,11 +1450,6 @@ class Request:
         fields = {**self.log_fields(), "latency_ms": round(seconds * 1000, 3)}
         fields["bytes"] = max(0, self.sent)
         return {**fields, "error": self.error} if self.error else fields
-
-
-@functools.lru_cache(maxsize=1)
-def http_date(second: int) -> str:
-    return email.utils.formatdate(second, usegmt=True)
 
 
 class Response(NamedTuple):
@@ -1585,6 +1560,32 @@ def find_route(table: RouteTable, method: str, segments: list[str]) -> tuple[Rou
     if name is not None and not re.fullmatch(CONTAINER, name):
         raise ApiError(400, f"an id or name in the path is {NAME_RULE}")
     return methods[method], name or ""
+
+
+def body_length(fields: Fields) -> int | None:
+    """Return the length of a request's body in bytes; None if it is chunked (RFC 9112 section 6).
+
+    Raises ApiError for framing that two parsers may read differently, which behind a proxy would
+    smuggle requests in (400), and for a coding other than chunked (501).
+    """
+    lengths, codings = fields.get("content-length", []), fields.get("transfer-encoding", [])
+    if len(lengths) + len(codings) > 1:
+        raise ApiError(400, "more than one Content-Length or Transfer-Encoding")
+    if codings:
+        if codings[0].lower() != "chunked":
+            raise ApiError(501, "Transfer-Encoding: only chunked is understood")
+        return None
+    if not lengths:
+        return 0
+    if not re.fullmatch("[0-9]+", lengths[0]):
+        raise ApiError(400, "Content-Length must be plain digits")
+    # 18 digits are past every limit here; int() of thousands would take its time.
+    return int(lengths[0].lstrip("0")[:18] or "0")
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(second: int) -> str:
+    return email.utils.formatdate(second, usegmt=True)
 
 
 class Connection(socketserver.BaseRequestHandler):
