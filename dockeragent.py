@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2483, and a reviewer may stop there:
+stands first, up to line 2479, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1434,8 +1434,8 @@ class Request:
             raise ApiError(400, f"{name}: is given more than once")
         return values[0]
 
-    def log_fields(self) -> Json:
-        """Return the request's fields of a log line."""
+    def log_fields(self, seconds: float | None = None) -> Json:
+        """Return the request's fields of a log line. seconds: how long it took, at its end."""
         # Invariant: no path as sent, query, header or body is among them; the name in a path is,
         # of a client with a valid key.
         fields: Json = {"method": self.method[:16], "route": self.route.path if self.route else ""}
@@ -1443,12 +1443,8 @@ class Request:
         if self.key.name:
             asked = {"name": self.name} if self.name else {}  # of a request that was refused
             fields.update(key=self.key.name, target=self.target or asked)
-        return fields
-
-    def end_fields(self, seconds: float) -> Json:
-        """Return the fields of the log line at the request's end. seconds: how long it took."""
-        fields = {**self.log_fields(), "latency_ms": round(seconds * 1000, 3)}
-        fields["bytes"] = max(0, self.sent)
+        if seconds is not None:
+            fields.update(latency_ms=round(seconds * 1000, 3), bytes=max(0, self.sent))
         return {**fields, "error": self.error} if self.error else fields
 
 
@@ -1685,7 +1681,7 @@ class Connection(socketserver.BaseRequestHandler):
             self.slot.request, self.slot.is_streaming = None, False
         seconds = time.monotonic() - request.started
         level = "error" if request.status >= 500 else "info"
-        self.server.log(level, "request", **request.end_fields(seconds))
+        self.server.log(level, "request", **request.log_fields(seconds))
         self.server.agent.metrics.observe(request, seconds)
 
     def receive_more(self) -> None:
@@ -2012,7 +2008,7 @@ class Server(http.server.ThreadingHTTPServer):
                 sock.send(head.encode() + body)
             sock.shutdown(socket.SHUT_WR)
         self._refused.append((time.monotonic() + 1, sock))
-        self.log("warning", "request", **refused.end_fields(0))
+        self.log("warning", "request", **refused.log_fields(0))
         self.agent.metrics.observe(refused, 0)
 
     def service_actions(self) -> None:
@@ -6057,7 +6053,7 @@ def finish_requests(server: Server, agent: Agent, log: Log) -> int:
             deadline, status = 0, 1
     for request in filter(None, [slot.request for slot in list(server.slots)]):
         request.error = "cut off by the stop"
-        log("warning", "request", **request.end_fields(time.monotonic() - request.started))
+        log("warning", "request", **request.log_fields(time.monotonic() - request.started))
     return status
 
 
