@@ -131,7 +131,7 @@ MAX_RESPONSE = 64 * 1024 * 1024  # bytes of one response that is not a stream
 MAX_KEPT_BODY = 512 * 1024  # bytes; what a longer response decodes to is not cached
 MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
 IDLE_CONNECTION = 2.0  # seconds; the Engine may have closed one that was idle for longer
-VERSION_KEPT = 2.0  # seconds; the Engine may be upgraded between two requests
+VERSION_KEPT = 2.0  # seconds; later its version is asked for again: it may have been upgraded
 HEALTH_CACHE = 1.0  # seconds during which the Engine is not asked again
 GATE_INTERVAL = 0.2  # seconds between two looks at a new container
 MAX_GATE = 3600  # seconds
@@ -153,8 +153,8 @@ ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into 
 STREAM_START = b"retry: 3000\n"
 PING = b": ping\n"
 PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event stream's proxies awake
-# The Engine writes each log entry by itself. After a read that waited less than this, the next one
-# comes this much later: it finds some 200 together, which takes a third off a whole log's time.
+# The Engine writes each log entry by itself. After a read that waited less than this, the agent
+# waits this long: the next read finds some 200 entries, and a whole log takes a third less time.
 BURST_PAUSE = 0.0004  # seconds
 HEAD_WAIT = 1.0  # seconds for the Engine to refuse a log, before an event stream begins
 LOOK = NUMBERED + 1024  # entries at a log's end that are searched first for a line
@@ -643,7 +643,7 @@ def decide_file(request: Request, ask: Ask) -> None:
     folders = [f for f in request.key.files if f"/{'/'.join(parts)}".startswith(f"{f}/")]
     request.key.permit(folders and ".." not in parts, "files", path)
     request.folder = min(folders)  # the outermost: no link below it is followed
-    # A set-id file of root's in a folder that a container mounts is root in it.
+    # A set-id file of root's, in a folder that a container mounts, would make its processes root.
     request.key.permit(int(mode, 8) <= 0o777, "permission", mode)
 
 
@@ -721,7 +721,7 @@ def find_peer(key: Key, name: str, ask: Ask) -> str:
     """Return the id of a container whose network a limited key may share."""
     found = find_own(key, name, ask)
     image = ask(f"/images/{quote(found['Image'], safe='')}/json") if found else None
-    # One made with more rights may be on any network. A label that its image brings proves nothing.
+    # One that a master key made may be on any network. A label of its image proves nothing.
     maker = config_of(found, "Labels").get(KEY_LABEL)
     is_own = image and maker and maker != config_of(image, "Labels").get(KEY_LABEL)
     key.permit(is_own, "network_mode", f"container:{name}")
@@ -2424,8 +2424,8 @@ def replace(parent: int, name: bytes, found: int | None, write: FileWrite) -> No
         wanted = wanted_attributes(os.fstat(descriptor if found is None else found), write)
         set_attributes(descriptor, wanted)
         if found is not None:
-            copy_extended(descriptor, found)  # after the owner: changing it removes some
-            set_attributes(descriptor, wanted)
+            copy_extended(descriptor, found)  # after a change of owner, which removes some of them
+            set_attributes(descriptor, wanted)  # an access list has changed the mode
         with if_supported():
             os.fsync(descriptor)
         if not temporary:
@@ -2452,8 +2452,8 @@ def sync_folder(parent: int) -> None:
 
 def overwrite(found: int, write: FileWrite) -> None:
     """Write into the file that is there, keeping its inode. Raises OSError."""
-    with open(reopen(found, os.O_WRONLY), "wb", buffering=0) as file:  # its end writes nothing
-        descriptor = file.fileno()
+    with open(reopen(found, os.O_WRONLY), "wb", buffering=0) as file:
+        descriptor = file.fileno()  # unbuffered, so that closing it writes nothing
         info = os.fstat(descriptor)
         wanted = wanted_attributes(info, write)
         if info.st_mode & (stat.S_ISUID | stat.S_ISGID):
