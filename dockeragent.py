@@ -1176,10 +1176,10 @@ def refuse_password() -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def timestamp(now: float, timespec: str = "milliseconds") -> str:
-    """Return Unix seconds as RFC 3339 in UTC: "2026-02-21T10:00:00.000Z"."""
-    moment = datetime.datetime.fromtimestamp(now, datetime.timezone.utc)
-    return moment.isoformat(timespec=timespec).replace("+00:00", "Z")
+def timestamp(timespec: str = "milliseconds") -> str:
+    """Return the time as RFC 3339 in UTC: "2026-02-21T10:00:00.000Z"."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return now.isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 class Log:
@@ -1202,7 +1202,7 @@ class Log:
         """Write one line: time, level, msg and the fields."""
         if LEVELS[level] < self._rank:
             return
-        record = {"time": timestamp(time.time()), "level": level, "msg": msg, **fields}
+        record = {"time": timestamp(), "level": level, "msg": msg, **fields}
         with self._lock:
             if self._dropped:
                 record["dropped"] = self._dropped
@@ -5482,8 +5482,7 @@ def health(request: Request, agent: Agent) -> Response:
     request.error = agent.engine.problem()  # told by the log alone
     if request.error:
         code, status, docker = 503, "degraded", "unreachable"
-    now = timestamp(time.time(), "seconds")
-    return Response({"status": status, "docker": docker, "timestamp": now}, code)
+    return Response({"status": status, "docker": docker, "timestamp": timestamp("seconds")}, code)
 
 
 def create_new(request: Request, agent: Agent, body: Json, held: contextlib.ExitStack) -> Json:
@@ -6005,12 +6004,6 @@ def new_key(name: str) -> int:
     return 0
 
 
-def check(config: Config) -> int:
-    print_error(*(f"warning: {line}" for line in config.warnings))
-    print("ok")
-    return 0
-
-
 def start_up(log: Log, address: Address, agent: Agent) -> None:
     """Log where the agent listens; then clean up after a killed agent: its deploys, its runs."""
     problem = agent.engine.problem()
@@ -6129,8 +6122,11 @@ def main(argv: list[str] | None = None) -> int:
     unneeded = {"API_KEY": "-", "API_KEY_FILE": "", "KEYS_FILE": ""} if is_healthcheck else {}
     try:
         config = load_config({**os.environ, **unneeded})
-        command = healthcheck if is_healthcheck else check if arguments else run
-        return command(config)
+        if arguments == ["check"]:
+            print_error(*(f"warning: {line}" for line in config.warnings))
+            print("ok")
+            return 0
+        return healthcheck(config) if is_healthcheck else run(config)
     except ConfigError as error:
         print_error(*error.args)
         return 1 if is_healthcheck else 2
