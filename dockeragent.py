@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2479, and a reviewer may stop there:
+stands first, up to line 2480, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1082,20 +1082,21 @@ def forbidden_place(path: str, values: Json) -> str:
     paths += [values["docker_host"].path, values["listen_addr"].path]
     paths.append(os.path.expanduser(DOCKER_FOLDER))
     # abspath leaves two slashes at the beginning as they are.
-    absolute = ["/" + os.path.abspath(path).lstrip("/") for path in paths if path]
-    places: list[str] = FORBIDDEN_PATHS + absolute
-    # Invariant: each is compared as written, and by where its links lead: on the host, and here.
-    for place in [*places, *(host_path(place, root) for place in places)]:
-        for real in (path, host_path(path, root), host_path(root + path, root)):
-            if os.path.commonpath([real, place]) in (real, place):
-                return place
+    absolute: list[str] = ["/" + os.path.abspath(path).lstrip("/") for path in paths if path]
+    reals = list(real_paths(path, root))
+    for place in FORBIDDEN_PATHS + absolute:
+        # Invariant: both are compared as written, and by where links lead, here and on the host.
+        pairs = itertools.product(reals, real_paths(place, root))
+        if any(os.path.commonpath(pair) in pair for pair in pairs):
+            return place
     return ""
 
 
-def host_path(path: str, root: str) -> str:
-    """Return a path with its links resolved; below HOST_ROOT, as the host sees it."""
-    real = os.path.realpath(path)
-    return str(real[len(root) :] or "/") if f"{real}/".startswith(f"{root}/") else real
+def real_paths(path: str, root: str) -> Iterator[str]:
+    """Yield a path as written, and where its links lead: here, and on the host below root."""
+    yield path
+    for real in os.path.realpath(path), os.path.realpath(root + path):
+        yield (real[len(root) :] or "/") if f"{real}/".startswith(f"{root}/") else real
 
 
 def read_file(path: str) -> bytes:

@@ -933,8 +933,9 @@ def test_key_file_that_is_too_large_is_refused_by_name(tmp_path, variable):
 def test_path_of_a_key_is_resolved_as_the_host_sees_it(tmp_path):
     root = tmp_path / "host"
     build(root, ["dir srv/conf", "link srv/up ../run", "link srv/run /var/run", "dir run"])
+    build(root, ["dir var/lib", "dir data/docker", "link var/lib/docker /data/docker"])
     named = {**CONFIG, "host_root": str(root), "keys_file": str(root / "srv/conf/keys.json")}
-    for path in ("/srv/up", "/srv/run", "/srv/conf", "/srv"):
+    for path in ("/srv/up", "/srv/run", "/srv/conf", "/srv", "/data/docker/volumes"):
         for field in ("binds", "files"):
             text = json.dumps(one_key(**{field: [path]})).encode()
             with pytest.raises(da.ApiError, match=rf"keys\[0\].{field}: {path} would give away"):
