@@ -10,7 +10,7 @@ COPY dockeragent.py /dockeragent.py
 # drop the capabilities that are not needed, and how to run as another user.
 USER 0:0
 
-# For the reader; LISTEN_ADDR decides.
+# Documentation only: LISTEN_ADDR decides.
 EXPOSE 3000
 
 # Exec form: there is no shell. It asks /health, so it fails when the engine does not answer too.

@@ -141,7 +141,7 @@ RETRY_TIME = 12.0  # seconds during which a step of a deploy that the Engine fai
 RECOVERY_INTERVAL = 2.0  # seconds before an Engine that did not respond is asked again
 MAX_PROGRESS = 1000  # events of a pull, queued for a client that does not read them
 FAILED_LINES = 50  # of a failed deploy's log, in the response
-HEALTH_KEPT = 4.0  # seconds; /health gives no older result while it waits for a new one
+HEALTH_KEPT = 4.0  # seconds; up to this age /health gives the last result while the next is awaited
 METRICS_TIMEOUT = 5.0  # for the list of containers; shorter than a scrape's own timeout
 
 MAX_LINE = 1024 * 1024  # bytes of one log line; the rest becomes the next line
