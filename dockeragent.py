@@ -2973,6 +2973,7 @@ class EngineResponse(http.client.HTTPResponse):
 
     def _read_part(self) -> bytes:
         """Return the next bytes of the body. Raises FAILURES."""
+        self.fp.peek(1)  # fills the buffer: alone, the read would leave the chunk's line end
         part = self.read1(RECV_SIZE)
         if self.chunked and self.chunk_left == 0:
             # http.client would look for this line end only with the next chunk.
