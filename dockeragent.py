@@ -3516,24 +3516,6 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
     return created
 
 
-def create_container(engine: Engine, key: Key, body: Json, pull: Callable[[], object]) -> Json:
-    """Create a container, without starting it; return {"Id", "Warnings"}.
-
-    pull: pulls the body's image; called when the body's own `pull` says so, as in docker run.
-    """
-    query, container = engine_container(engine, body)
-    rule = body.get("pull", "missing")
-    if rule == "always":
-        pull()
-    try:
-        return send_create(engine, key, query, container)
-    except EngineError as error:
-        if error.status != 404 or rule != "missing" or has_image(engine, body):
-            raise
-    pull()
-    return send_create(engine, key, query, container)
-
-
 def has_image(engine: Engine, body: Json) -> bool:
     """Return whether the body's image is there, for its platform if it names one."""
     image = find_image(engine, body["image"])
@@ -5488,9 +5470,9 @@ def health(request: Request, agent: Agent) -> Response:
 
 
 def create_new(request: Request, agent: Agent, body: Json, held: contextlib.ExitStack) -> Json:
-    """Create a container; return {"Id", "Warnings"}. Raises ApiError.
+    """Create a container, without starting it; return {"Id", "Warnings"}. Raises ApiError.
 
-    No deploy of its name begins before `held` is closed.
+    Its image is pulled as in docker run. No deploy of its name begins before `held` is closed.
     """
     engine, auth = agent.engine, registry_auth(request)
     request.target.update(name=body.get("name", ""), image=body["image"])
@@ -5498,7 +5480,17 @@ def create_new(request: Request, agent: Agent, body: Json, held: contextlib.Exit
         held.enter_context(agent.deploys.changing(body["name"]))
     interrupts = request.interrupts._replace(stop=None)
     pull = functools.partial(pull_image, engine, body, auth, interrupts)
-    created = create_container(engine, request.key, body, pull)
+    query, container = engine_container(engine, body)
+    rule = body.get("pull", "missing")
+    if rule == "always":
+        pull()
+    try:
+        created = send_create(engine, request.key, query, container)
+    except EngineError as error:
+        if error.status != 404 or rule != "missing" or has_image(engine, body):
+            raise
+        pull()
+        created = send_create(engine, request.key, query, container)
     request.target.update(id=created["Id"])
     return created
 
