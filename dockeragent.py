@@ -5207,7 +5207,7 @@ NO_TIME = "0001-01-02"  # sorts after the year 1, which the Engine puts where it
 INACTIVE_FILES = ("total_inactive_file", "inactive_file")  # in cgroups v1, in cgroups v2
 NAMED_TYPES = ("container", "image", "network", "volume")  # of events; a key covers them by name
 COUNTED_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE")
-BUCKETS = ("0.005", "0.025", "0.1", "0.25", "1", "2.5", "10", "60", "+Inf")  # seconds
+BUCKETS = (0.005, 0.025, 0.1, 0.25, 1, 2.5, 10, 60, math.inf)  # seconds
 ESCAPED = str.maketrans({"\\": r"\\", '"': r"\"", "\n": r"\n"})  # in a label's value
 REQUESTS_TOTAL = "dockeragent_http_requests_total"
 REQUEST_SECONDS = "dockeragent_http_request_duration_seconds"
@@ -5331,7 +5331,6 @@ def event_data(message: Json, key: Key) -> Json | None:
     return {**shown, "id": identity, "name": name, "attributes": attributes}
 
 
-@functools.lru_cache(maxsize=4096)
 def series(metric: str, **labels: Any) -> str:
     """Return a metric with its labels in Prometheus's text format 0.0.4."""
     # Invariant: a label's value ends neither its quotes nor its line.
@@ -5339,41 +5338,42 @@ def series(metric: str, **labels: Any) -> str:
     return f"{metric}{{{','.join(pairs)}}}"
 
 
-@functools.lru_cache(maxsize=512)
-def request_series(method: str, route: str) -> tuple[list[tuple[float, str]], list[str]]:
-    """Return the histogram's buckets with their bounds, and the series of its sum and count."""
-    labels = {"method": method, "route": route}
-    buckets = [(float(b), series(f"{REQUEST_SECONDS}_bucket", **labels, le=b)) for b in BUCKETS]
-    return buckets, [series(f"{REQUEST_SECONDS}_{end}", **labels) for end in ("sum", "count")]
-
-
 class Metrics:
     """Counts the requests, by method, route and status, and their seconds."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._values: dict[str, float] = collections.defaultdict(float)
-        self._values[series("dockeragent_build_info", version=VERSION)] = 1
-        self._values["process_start_time_seconds"] = time.time()
-        self._values["dockeragent_rate_limited_total"] = 0
+        self._started = time.time()
+        self._requests: collections.Counter[tuple[str, str, int]] = collections.Counter()
+        # By method and route: the requests of each bucket alone, and then the sum of their seconds.
+        self._seconds: dict[tuple[str, str], list[float]] = {}
 
     def observe(self, request: Request, seconds: float) -> None:
         # Invariant: no label holds what a client sent, or a stranger could make endless series.
         method = request.method if request.method in COUNTED_METHODS else "other"
         route = request.route.path if request.route else "other"
-        total = series(REQUESTS_TOTAL, method=method, route=route, code=request.status)
-        buckets, names = request_series(method, route)
         with self._lock:
-            self._values["dockeragent_rate_limited_total"] += request.status == 429
-            self._values[total] += 1
-            for bound, bucket in buckets:
-                self._values[bucket] += seconds <= bound
-            for name, value in zip(names, (seconds, 1)):
-                self._values[name] += value
+            self._requests[method, route, request.status] += 1
+            counts = self._seconds.setdefault((method, route), [0] * (len(BUCKETS) + 1))
+            counts[bisect.bisect_left(BUCKETS, seconds)] += 1
+            counts[-1] += seconds
 
     def samples(self) -> dict[str, float]:
+        result = {series("dockeragent_build_info", version=VERSION): 1.0}
+        result["dockeragent_rate_limited_total"] = 0
+        result["process_start_time_seconds"] = self._started
+        result["process_cpu_seconds_total"] = time.process_time()
         with self._lock:
-            result = {**self._values, "process_cpu_seconds_total": time.process_time()}
+            for (method, route, code), count in self._requests.items():
+                result[series(REQUESTS_TOTAL, method=method, route=route, code=code)] = count
+                result["dockeragent_rate_limited_total"] += count * (code == 429)
+            for (method, route), (*counts, total) in self._seconds.items():
+                labels = {"method": method, "route": route}
+                for bound, below in zip(BUCKETS, itertools.accumulate(counts)):
+                    le = f"{bound:g}".replace("inf", "+Inf")
+                    result[series(f"{REQUEST_SECONDS}_bucket", **labels, le=le)] = below
+                result[series(f"{REQUEST_SECONDS}_sum", **labels)] = total
+                result[series(f"{REQUEST_SECONDS}_count", **labels)] = sum(counts)
         # proc(5), /proc/pid/statm. Suppressed: that no descriptor is free.
         with contextlib.suppress(OSError), open("/proc/self/statm", encoding="ascii") as file:
             pages = int(file.read().split()[1])
