@@ -3639,37 +3639,23 @@ def find_digest(image: Json, repository: str) -> str | None:
     return None
 
 
-def shape_list(body: bytes, key: Key, query: Json) -> bytes:
-    """Return our list of the Engine's: the rows that the key covers and the query asks for.
-
-    Filtered here, not by the Engine: by what the key may see, and with no regular expression.
-    """
-    # Invariant: nothing is kept of a large answer. __wrapped__ is the function without its cache.
-    shape = shape_rows if len(body) <= MAX_KEPT_BODY else shape_rows.__wrapped__
-    rows = shape(body, key.master)
-    is_whole = key.master and not {"label", "name"} & query.keys()
-    return b",".join([text for row, text in rows if is_whole or is_listed(row, key, query)])
-
-
 @functools.lru_cache(maxsize=4)
 def shape_rows(body: bytes, master: bool) -> list[tuple[Json, bytes]]:
     """Return our rows of the Engine's list, each also as JSON. They are kept: nothing changes one.
 
     Who asks for the list asks again and again, and the Engine's answer is mostly the same.
     """
-    rows = [shape_row(container, master) for container in decode_response(body, OBJECTS)]
-    return [(row, encode_json(row)) for row in rows]
-
-
-def shape_row(container: Json, master: bool) -> Json:
-    row: Json = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
-    row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
-    ports = row["ports"] or []
-    row["ports"] = [{ours: port.get(PORT_FIELDS[ours]) for ours in PORT_FIELDS} for port in ports]
-    if not master:
-        row["names"] = [f"/{own_name(row)}"]
-        row["labels"] = {k: v for k, v in row["labels"].items() if not k.startswith(OWN_LABELS)}
-    return row
+    rows = []
+    for container in decode_response(body, OBJECTS):
+        row: Json = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
+        row.update(id=container["Id"], names=row["names"] or [], labels=row["labels"] or {})
+        ports = row["ports"] or ()
+        row["ports"] = [{k: port.get(v) for k, v in PORT_FIELDS.items()} for port in ports]
+        if not master:
+            row["names"] = [f"/{own_name(row)}"]
+            row["labels"] = {k: v for k, v in row["labels"].items() if not k.startswith(OWN_LABELS)}
+        rows.append((row, encode_json(row)))
+    return rows
 
 
 def own_name(row: Json) -> str:
@@ -3792,41 +3778,6 @@ def read_networks(engine: Engine) -> list[Json]:
 def find_network(engine: Engine, name: str) -> Json | None:
     """Return the network of exactly this name; the Engine's own filter takes a part of it."""
     return next((row for row in read_networks(engine) if row["name"] == name), None)
-
-
-def create_network(engine: Engine, body: Json) -> tuple[Json, int]:
-    """Return the network of a name, and 201 if it was created, else 200. Raises ApiError."""
-    options: Json = {"Name": body["name"], "CheckDuplicate": True, "Labels": body.get("labels", {})}
-    options["Internal"] = body.get("internal", False)
-    if subnet := body.get("subnet"):
-        options.update(EnableIPv6=":" in subnet, IPAM={"Config": [{"Subnet": subnet}]})
-    with hold(engine.networking, CALL_TIMEOUT, "other networks are being created; try again later"):
-        if found := find_network(engine, body["name"]):
-            return found, 200
-        try:
-            engine.call("POST", "/networks/create", body=options)
-        except EngineError as error:
-            # Another client of the Engine's may have created it meanwhile.
-            if error.status == 409 and (found := find_network(engine, body["name"])):
-                return found, 200
-            raise
-    return find_network(engine, body["name"]) or {}, 201
-
-
-def remove_network(engine: Engine, name: str) -> None:
-    """Remove a network that no container uses. Raises ApiError (404, 409)."""
-    network = find_network(engine, name)
-    if not network:
-        raise ApiError(404, f"no such network: {name}")
-    names = network["id"], network["id"][:12], name
-    with engine.reserve(names, removes=True):
-        users = count_users(engine)
-        is_used = any(users["network", each] for each in names)
-        # The Engine minds only running containers; a stopped one could not start again. It never
-        # removes a predefined network, and says why.
-        if is_used and name not in ("bridge", "host", "none"):
-            raise ApiError(409, f"network {name} is used by a container")
-        engine.call("DELETE", f"/networks/{quote(network['id'], safe='')}")
 
 
 def read_volumes(engine: Engine) -> list[Json]:
@@ -5442,11 +5393,6 @@ def inspect_container(request: Request, agent: Agent) -> bytes:
     return body
 
 
-def find_container(request: Request, agent: Agent) -> Json:
-    found: Json = decode_response(inspect_container(request, agent))
-    return found
-
-
 @contextlib.contextmanager
 def found_to_change(request: Request, agent: Agent) -> Iterator[Json]:
     """Give the container in the path, of which no deploy begins meanwhile.
@@ -5456,7 +5402,7 @@ def found_to_change(request: Request, agent: Agent) -> Iterator[Json]:
     inspect_container(request, agent)  # for its name
     with agent.deploys.changing(request.target["name"]):
         # Anew: after a deploy or a recovery the name is another container's.
-        found = find_container(request, agent)
+        found = decode_response(inspect_container(request, agent))
         check_free(request.target["name"], agent.engine.unchecked, "created")
         yield found
 
@@ -5524,9 +5470,15 @@ def registry_auth(request: Request) -> str:
 
 
 def list_containers(request: Request, agent: Agent) -> Response:
-    stopped = int(request.query.get("all", False))
-    found = agent.engine.call("GET", f"/containers/json?all={stopped}")
-    return Response(b'{"containers":[%b]}\n' % shape_list(found, request.key, request.query))
+    query, key = request.query, request.key
+    body = agent.engine.call("GET", f"/containers/json?all={int(query.get('all', False))}")
+    # Invariant: nothing is kept of a large answer. __wrapped__ is the function without its cache.
+    shape = shape_rows if len(body) <= MAX_KEPT_BODY else shape_rows.__wrapped__
+    rows = shape(body, key.master)
+    # Filtered here, not by the Engine: by what the key may see, and with no regular expression.
+    is_whole = key.master and not {"label", "name"} & query.keys()
+    shown = [text for row, text in rows if is_whole or is_listed(row, key, query)]
+    return Response(b'{"containers":[%b]}\n' % b",".join(shown))
 
 
 def inspect(request: Request, agent: Agent) -> Response:
@@ -5616,7 +5568,7 @@ def logs(request: Request, agent: Agent) -> Response:
     if match := last_event_id(request, EVENT_ID):
         second, fraction, number = map(int, match.groups())
         last = stamp_from(second * 10**9 + fraction), number
-    found = find_container(request, agent)
+    found = decode_response(inspect_container(request, agent))
     tty = bool(found["Config"].get("Tty"))
     interrupts = request.interrupts if asked["follow"] else request.interrupts._replace(stop=None)
     source = LogSource(agent.engine, found["Id"], tty, kinds, since, until, interrupts)
@@ -5686,7 +5638,7 @@ def pull(request: Request, agent: Agent) -> Response:
 
 
 def stats(request: Request, agent: Agent) -> Response:
-    found = find_container(request, agent)
+    found = decode_response(inspect_container(request, agent))
     stopped = ApiError(409, f"container {request.target['name']} is not running")
     if not is_running(found):
         raise stopped
@@ -5830,14 +5782,43 @@ def prune(request: Request, agent: Agent) -> Response:
     return Response(prune_images(agent.engine, request.key, repository, keep, dry_run=dry_run))
 
 
-def post_network(request: Request, agent: Agent) -> Response:
-    request.target.update(network=request.body["name"])
-    return Response(*create_network(agent.engine, request.body))
+def create_network(request: Request, agent: Agent) -> Response:
+    """Return the network of a name with 201 if it was created, else 200. Raises ApiError."""
+    engine, body, name = agent.engine, request.body, request.body["name"]
+    request.target.update(network=name)
+    options: Json = {"Name": name, "CheckDuplicate": True, "Labels": body.get("labels", {})}
+    options["Internal"] = body.get("internal", False)
+    if subnet := body.get("subnet"):
+        options.update(EnableIPv6=":" in subnet, IPAM={"Config": [{"Subnet": subnet}]})
+    with hold(engine.networking, CALL_TIMEOUT, "other networks are being created; try again later"):
+        if found := find_network(engine, name):
+            return Response(found)
+        try:
+            engine.call("POST", "/networks/create", body=options)
+        except EngineError as error:
+            # Another client of the Engine's may have created it meanwhile.
+            if error.status == 409 and (found := find_network(engine, name)):
+                return Response(found)
+            raise
+    return Response(find_network(engine, name) or {}, 201)
 
 
-def delete_network(request: Request, agent: Agent) -> Response:
-    request.target.update(network=request.name)
-    remove_network(agent.engine, request.name)
+def remove_network(request: Request, agent: Agent) -> Response:
+    """Remove a network that no container uses. Raises ApiError (404, 409)."""
+    engine, name = agent.engine, request.name
+    request.target.update(network=name)
+    network = find_network(engine, name)
+    if not network:
+        raise ApiError(404, f"no such network: {name}")
+    names = network["id"], network["id"][:12], name
+    with engine.reserve(names, removes=True):
+        users = count_users(engine)
+        is_used = any(users["network", each] for each in names)
+        # The Engine minds only running containers; a stopped one could not start again. It never
+        # removes a predefined network, and says why.
+        if is_used and name not in ("bridge", "host", "none"):
+            raise ApiError(409, f"network {name} is used by a container")
+        engine.call("DELETE", f"/networks/{quote(network['id'], safe='')}")
     return Response({"message": "network removed"})
 
 
@@ -5909,8 +5890,8 @@ ROUTES = check_routes(
     Route("DELETE", f"{API}/images", remove_image, "images", query=IMAGE_QUERY),
     Route("POST", f"{API}/images/prune", prune, "images", body=PRUNE),
     Route("GET", f"{API}/networks", list_networks, "networks"),
-    Route("POST", f"{API}/networks", post_network, MASTER_ONLY, body=NEW_NETWORK),
-    Route("DELETE", f"{API}/networks/{{name}}", delete_network, MASTER_ONLY),
+    Route("POST", f"{API}/networks", create_network, MASTER_ONLY, body=NEW_NETWORK),
+    Route("DELETE", f"{API}/networks/{{name}}", remove_network, MASTER_ONLY),
     Route("GET", f"{API}/volumes", list_volumes, "volumes"),
     Route("DELETE", f"{API}/volumes/{{name}}", delete_volume, "volumes"),
     Route("POST", f"{API}/files", write_file, "files", body=FILE),

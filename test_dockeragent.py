@@ -5075,13 +5075,18 @@ def test_list_is_filtered_by_label_name_and_key(fake_engine, tmp_path, query, ke
 
 
 @pytest.mark.parametrize("size, is_kept", [(100, True), (600_000, False)])
-def test_rows_of_a_large_list_are_not_kept(size, is_kept):
+def test_rows_of_a_large_list_are_not_kept(fake_engine, size, is_kept):
     kept = da.shape_rows.cache_info
     da.shape_rows.cache_clear()
-    body = json.dumps([{"Id": "a", "Labels": {"a": "b" * size}}]).encode()
+    fake_engine.script[LIST] = http_answer([{"Id": "a", "Labels": {"a": "b" * size}}])
+    engine = da.Engine(da.parse_engine(fake_engine.url), None)
+    agent = da.Agent(engine, "/", {}, da.Metrics(), set(), None)
+    request = da.Request("", da.NEVER, ())
+    request.key = da.Key("master", master=True)
     for _ in range(2):
-        shown = da.shape_list(body, da.Key("master", master=True), {})
-        assert json.loads(shown)["labels"] == {"a": "b" * size}
+        shown = json.loads(da.list_containers(request, agent).body)["containers"]
+        assert shown[0]["labels"] == {"a": "b" * size}
+    engine.close()
     assert (kept().currsize, kept().hits) == (int(is_kept), int(is_kept))
 
 
