@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2480, and a reviewer may stop there:
+stands first, up to line 2483, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1177,10 +1177,11 @@ def refuse_password() -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def timestamp(timespec: str = "milliseconds") -> str:
-    """Return the time as RFC 3339 in UTC: "2026-02-21T10:00:00.000Z"."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return now.isoformat(timespec=timespec).replace("+00:00", "Z")
+@functools.lru_cache(maxsize=1)
+def utc_time(second: int) -> str:
+    """Return Unix seconds as RFC 3339 in UTC, without the Z: "2026-02-21T10:00:00"."""
+    moment = datetime.datetime.fromtimestamp(second, datetime.timezone.utc)
+    return moment.isoformat().replace("+00:00", "")
 
 
 class Log:
@@ -1203,7 +1204,9 @@ class Log:
         """Write one line: time, level, msg and the fields."""
         if LEVELS[level] < self._rank:
             return
-        record = {"time": timestamp(), "level": level, "msg": msg, **fields}
+        second, millisecond = divmod(time.time_ns() // 10**6, 1000)
+        moment = f"{utc_time(second)}.{millisecond:03d}Z"
+        record = {"time": moment, "level": level, "msg": msg, **fields}
         with self._lock:
             if self._dropped:
                 record["dropped"] = self._dropped
@@ -5412,7 +5415,8 @@ def health(request: Request, agent: Agent) -> Response:
     request.error = agent.engine.problem()  # told by the log alone
     if request.error:
         code, status, docker = 503, "degraded", "unreachable"
-    return Response({"status": status, "docker": docker, "timestamp": timestamp("seconds")}, code)
+    now = f"{utc_time(int(time.time()))}Z"
+    return Response({"status": status, "docker": docker, "timestamp": now}, code)
 
 
 def create_new(request: Request, agent: Agent, body: Json, held: contextlib.ExitStack) -> Json:
