@@ -2938,7 +2938,8 @@ class EngineResponse(http.client.HTTPResponse):
         sock: Any = stream
         super().__init__(sock)
         self._stream, self._pool = stream, pool
-        self._is_done, self._is_burst, self._last_read = False, False, 0.0
+        self._is_done = False
+        self._next_read = 0.0  # monotonic; the body is not read before
 
     def read_head(self) -> None:
         """Read the status and the headers. Raises FAILURES, ClientGone and Stopping."""
@@ -2959,7 +2960,7 @@ class EngineResponse(http.client.HTTPResponse):
         """
         if self._is_done:
             return b""
-        if self._is_burst and (pause := self._last_read + BURST_PAUSE - time.monotonic()) > 0:
+        if (pause := self._next_read - time.monotonic()) > 0:
             time.sleep(pause)
         try:
             asked, self._stream.deadline = time.monotonic(), deadline
@@ -2967,9 +2968,10 @@ class EngineResponse(http.client.HTTPResponse):
                 self.fp.peek(1)  # waits, so that no time runs out in the middle of a chunk
             except socket.timeout:
                 return None
-            self._last_read = time.monotonic()
-            self._is_burst = self.until_end and self._last_read - asked < BURST_PAUSE
-            self._stream.deadline = self._last_read + CALL_TIMEOUT
+            now = time.monotonic()
+            if self.until_end and now - asked < BURST_PAUSE:
+                self._next_read = now + BURST_PAUSE
+            self._stream.deadline = now + CALL_TIMEOUT
             return self._read_part()
         except FAILURES as error:
             raise engine_failure(error) from error
@@ -3247,13 +3249,11 @@ class Engine:
 
     def _idle_connection(self) -> socket.socket | None:
         """Return a connection that is still open, and on which nothing waits to be read."""
-        while self._idle:
-            with contextlib.suppress(IndexError):  # another thread took the last one
-                since, sock = self._idle.pop()
-                is_quiet = not NEVER.wait_readable(sock, 0)
-                if is_quiet and time.monotonic() - since < IDLE_CONNECTION:
-                    return sock
-                sock.close()
+        with contextlib.suppress(IndexError):  # there is none
+            since, sock = self._idle.pop()
+            if time.monotonic() - since < IDLE_CONNECTION and not NEVER.wait_readable(sock, 0):
+                return sock
+            sock.close()
         return None
 
     def _connect(self, deadline: float) -> socket.socket:
