@@ -1983,6 +1983,18 @@ def test_every_request_is_one_json_line(fake_agent):
     assert len({line["request_id"] for line in lines}) == 3
 
 
+def test_log_and_health_tell_what_time_it_is(fake_agent):
+    """Twice: what is kept of one second must not be told in the next."""
+    for told in (0, 1):
+        before = time.time()
+        stamp = fake_agent.get("/health", key="").json()["timestamp"]
+        line = until(lambda told=told: fake_agent.lines("request")[told:], "its line")[0]
+        after = time.time()
+        assert int(before) <= float(seconds(stamp[:-1])) <= after
+        assert before - 0.001 <= float(seconds(line["time"][:-1])) <= after
+        until(lambda after=after: time.time() > int(after) + 1, "the next second")
+
+
 @pytest.mark.parametrize(
     "data, status",
     cases(
