@@ -4614,12 +4614,6 @@ class Deployment:
             # Recovery waits for an Engine that is away; anything else somebody has to look at.
             raise ApiError(503 if error.status == 503 else 409, message) from error
 
-    def start(self, new: Found) -> None:
-        """Start the new container and pass the gate. Raises GateError, EngineError, Stopping."""
-        self.told.put(("step", {"step": "start"}))
-        start_container(self.engine, new.id)
-        self.pass_gate(new)
-
     def pass_gate(self, new: Found) -> None:
         self.told.put(("step", {"step": "gate"}))
         self.passed, begun, since = "", time.monotonic(), None
@@ -4646,36 +4640,36 @@ class Deployment:
             raise GateError(422, f"the new container exited with code {code}")
         return container
 
-    def let_restart(self, new: Found) -> None:
-        """Give the new container its own policy. Raises GateError, EngineError."""
+    def swap(self, new: Found, old: Found | None) -> None:
+        """Put the new container in the place of the old one, if there is one.
+
+        Raises GateError, EngineError, Stopping.
+        """
+        if old:
+            self.told.put(("step", {"step": "stop"}))
+            self.set_restart(old, NO_RESTART)
+            self.stop(old)
+            self.rename(old, PREV)
+            self.rename(new, "")
+        self.told.put(("step", {"step": "start"}))
+        start_container(self.engine, new.id)
+        self.commit(new, old)
+
+    def commit(self, new: Found, old: Found | None) -> None:
+        """Let the new container stay, once it has passed the gate; raises what `swap` does."""
+        self.pass_gate(new)
         try:
             self.set_restart(new, new.journal.restart)
         finally:  # the policy would not start it again if it exited just before
             self.inspect_running(new)
-
-    def swap(self, new: Found, old: Found) -> None:
-        """Put the new container in the place of the old one."""
-        self.told.put(("step", {"step": "stop"}))
-        self.set_restart(old, NO_RESTART)
-        self.stop(old)
-        self.rename(old, PREV)
-        self.rename(new, "")
-        self.start(new)
-        self.commit(new, old)
-
-    def commit(self, new: Found, old: Found) -> None:
-        self.let_restart(new)
-        self.stop(old)  # again: a restart that was under way before may have started it since
-        self.rename(old, OLD)  # the commit: from here on nothing brings the old one back
+        if old:
+            self.stop(old)  # again: a restart that was under way before may have started it since
+            self.rename(old, OLD)  # the commit: from here on nothing brings the old one back
+        else:
+            self.rename(new, "")
         self.outcome = "committed"
-        self.remove_old(old)
-
-    def start_alone(self, new: Found) -> None:
-        """Start, gate and name a new container that replaces none."""
-        self.start(new)
-        self.let_restart(new)
-        self.rename(new, "")
-        self.outcome = "committed"
+        if old:
+            self.remove_old(old)
 
     # Recovery
 
@@ -4711,7 +4705,6 @@ class Deployment:
         """Commit if the new container passes the gate, else roll back."""
         if not self.failed and new.container["State"].get("StartedAt") != NEVER_STARTED:
             with contextlib.suppress(GateError):
-                self.pass_gate(new)
                 return self.commit(new, old)
         # As they are now: a commit may have begun, and somebody may have removed the old one.
         return self.roll_back(self.find(new.id), self.find(old.id))
@@ -4723,7 +4716,7 @@ class Deployment:
             self.outcome = "removed"
             return
         try:
-            self.start_alone(new)
+            self.swap(new, None)
         except GateError as error:
             rule = f"is all that is left, but {error.message}: remove it"
             raise ApiError(409, f"{self.name}{NEXT} {rule}") from error
@@ -4782,10 +4775,7 @@ class Deployment:
         new = self.create(request, digest, image, old)
         request.target.update(id=new.id)
         try:
-            if old:
-                self.swap(new, old)
-            else:
-                self.start_alone(new)
+            self.swap(new, old)
         except ApiError as error:
             if self.outcome != "committed":
                 self.undo(new, old, error)
