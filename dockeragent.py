@@ -3556,6 +3556,17 @@ def connect_networks(engine: Engine, container: str, body: Json) -> None:
         engine.call("POST", path, body={"Container": container, "EndpointConfig": endpoint})
 
 
+def repeat(call: Callable[[], object], seconds: float, *statuses: int) -> None:
+    """Call again, for some seconds, while that raises an EngineError with one of the statuses."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with tolerate(*statuses):
+            call()
+            return
+        time.sleep(0.5)  # also while the agent is being stopped: its next start goes on
+    call()
+
+
 def start_container(engine: Engine, container: str) -> None:
     engine.call("POST", container_path(container, "start"), seconds=START_TIMEOUT)
 
@@ -4585,13 +4596,7 @@ class Deployment:
         """Have the Engine do something to a container, again if it fails. Raises EngineError."""
         path = container_path(found.id, action)
         call = functools.partial(self.engine.call, "POST", path, **options)
-        deadline = time.monotonic() + RETRY_TIME
-        while time.monotonic() < deadline:
-            with tolerate(500):  # the container has just exited, or containerd is being restarted
-                call()
-                return
-            time.sleep(0.5)  # also while the agent is being stopped: its next start goes on
-        call()
+        repeat(call, RETRY_TIME, 500)  # it has just exited, or containerd is being restarted
 
     def rename(self, found: Found, suffix: str) -> None:
         self.post(found, "rename", query={"name": self.name + suffix})
@@ -5112,17 +5117,9 @@ def run_events(parts: Iterator[RunPart]) -> Stream:
 
 
 def remove_run(engine: Engine, token: str) -> None:
-    """Kill and remove a run's container, however the Engine restarts. Raises EngineError."""
-    deadline = time.monotonic() + START_TIMEOUT
-    while True:
-        try:
-            for container in find_containers(engine, label=f"{RUN_LABEL}={token}"):
-                remove_container(engine, container["Id"])
-            return
-        except EngineError:
-            if time.monotonic() >= deadline:
-                raise
-        time.sleep(1)
+    """Kill and remove a run's container. Raises EngineError."""
+    for container in find_containers(engine, label=f"{RUN_LABEL}={token}"):
+        remove_container(engine, container["Id"])
 
 
 def remove_left_runs(engine: Engine, log: Log, live: Collection[str]) -> None:
@@ -5710,7 +5707,8 @@ def run_stream(request: Request, agent: Agent, *, events: bool) -> Stream:
         agent.runs.add(token)
         removal.callback(agent.runs.discard, token)
         # By its label, which it has even if the response with its id was lost.
-        removal.callback(remove_run, engine, token)
+        remove = functools.partial(remove_run, engine, token)
+        removal.callback(repeat, remove, START_TIMEOUT, 500, *UNREACHABLE)
         container = create_new(request, agent, body, held)["Id"]
         connect_networks(engine, container, body)
         start_container(engine, container)
