@@ -4599,7 +4599,8 @@ class Deployment:
         repeat(call, RETRY_TIME, 500)  # it has just exited, or containerd is being restarted
 
     def rename(self, found: Found, suffix: str) -> None:
-        self.post(found, "rename", query={"name": self.name + suffix})
+        if found.container["Name"] != f"/{self.name}{suffix}":
+            self.post(found, "rename", query={"name": self.name + suffix})
 
     def set_restart(self, found: Found, policy: Json) -> None:
         if restart_policy(found.container["HostConfig"]) != policy:  # podman 4 cannot change it
@@ -4683,10 +4684,8 @@ class Deployment:
         self.told.put(("step", {"step": "rollback"}))
         self.stop(new)
         self.set_restart(new, NO_RESTART)  # a commit may have begun
-        if new.container["Name"] == f"/{self.name}":
-            self.rename(new, NEXT)
-        if old.container["Name"] != f"/{self.name}":
-            self.rename(old, "")
+        self.rename(new, NEXT)
+        self.rename(old, "")
         self.revive(old, new.journal.was["restart"], running=new.journal.was["running"])
         remove_container(self.engine, new.id)  # last: its labels tell how the old one was
         self.outcome = "rolled back"
@@ -4980,7 +4979,7 @@ class Deploys:
             if key is not STRANGER:
                 check_free(name, self._changing, "changed")
             # Invariant: no limited key starts threads without bound, or takes those of another.
-            held = sum(owner is key for owner in self.busy.values())
+            held = list(self.busy.values()).count(key)
             if key.name and not key.master and held >= MAX_DEPLOYS:
                 message = f"key {key.name} has too many deploys; try again later"
                 raise ApiError(503, message, {"Retry-After": "5"})
@@ -4991,8 +4990,7 @@ class Deploys:
         try:
             start_thread(self._run, deployment, act)
         except OSError as error:
-            with self._lock:
-                del self.busy[deployment.name]
+            del self.busy[deployment.name]
             raise ApiError(503, "the agent has no more threads; try again later") from error
 
     def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
@@ -5000,8 +4998,7 @@ class Deploys:
         try:
             end = act()
         finally:
-            with self._lock:
-                del self.busy[deployment.name]
+            del self.busy[deployment.name]
             deployment.told.put(end)
 
     def _deploy(self, deployment: Deployment, request: Request, auth: str) -> NamedEvent:
