@@ -4480,7 +4480,7 @@ GATE = {"timeout": 60, "stable": 10}  # seconds
 NO_EVIDENCE: Json = {"rolled_back": False, "exit_code": None, "health": None, "logs": []}
 UNREACHABLE = (502, 503, 504)  # statuses of an Engine that has to be waited for
 
-# The last is "done", or "error" with a Response. Not with the error itself: with its traceback it
+# The last is "done" or "error" with a Response. Not with the error itself: with its traceback it
 # would keep all that led to it, the request's body included.
 Told = queue.SimpleQueue[NamedEvent]
 
@@ -4764,8 +4764,8 @@ class Deployment:
 
     # The deploy
 
-    def deploy(self, request: Request, auth: str) -> Json:
-        """Return the answer to a request. Raises ApiError."""
+    def deploy(self, request: Request, auth: str) -> Response:
+        """Return the response to a request. Raises ApiError."""
         body = request.body
         Deployment(self.engine, self.name, self.stopping).recover()
         image = self.get_image(body, auth, request.interrupts._replace(client=None))
@@ -4775,7 +4775,7 @@ class Deployment:
         if old and (old.journal.spec, old.container["Image"]) == (digest, image["Id"]):
             running = old.container["State"].get("Status") == "running"
             if running and health_of(old.container) != "unhealthy":
-                return self.answer(old, image, changed=False, replaced=None)
+                return self.answer(old, image, old)
         new = self.create(request, digest, image, old)
         request.target.update(id=new.id)
         try:
@@ -4786,8 +4786,7 @@ class Deployment:
             self.is_unfinished = True  # it was committed, but the old container may be left
             self.warnings.append(error.message)
         self.told.put(("step", {"step": "done"}))
-        replaced = self.describe(old, image) if old else None
-        return self.answer(new, image, changed=True, replaced=replaced)
+        return self.answer(new, image, old)
 
     def get_image(self, body: Json, auth: str, interrupts: Interrupts) -> Json:
         """Return the inspected image, pulled if the body says so. Raises EngineError."""
@@ -4910,9 +4909,13 @@ class Deployment:
             known["logs"] = last_lines(self.engine, new.id, tty, FAILED_LINES)
         return known
 
-    def answer(self, found: Found, image: Json, **members: Any) -> Json:
-        answer = {**self.describe(found, image), "name": self.name, **members}
-        return {**answer, "gate": self.passed or None, "warnings": self.warnings}
+    def answer(self, here: Found, image: Json, old: Found | None) -> Response:
+        """Return the response. here: the container with the name; old: the one that had it."""
+        changed = here is not old
+        answer = {**self.describe(here, image), "name": self.name, "changed": changed}
+        answer["replaced"] = self.describe(old, image) if old and changed else None
+        answer.update(gate=self.passed or None, warnings=self.warnings)
+        return Response(answer, 200 if old else 201)
 
     def describe(self, found: Found, image: Json) -> Json:
         """Return a container's id, image and image digest; image: what the tag names now."""
@@ -5005,7 +5008,7 @@ class Deploys:
         """Return the event that tells how a deploy ended."""
         fields: Json = {"container": deployment.name, "key": request.key.name}
         try:
-            end: NamedEvent = ("done", deployment.deploy(request, auth))
+            end: NamedEvent = "done", deployment.deploy(request, auth)
         except ApiError as error:
             if isinstance(error, EngineError) and not error.members:  # nothing was touched
                 error.members = known = dict(NO_EVIDENCE)
@@ -5576,20 +5579,18 @@ def deploy(request: Request, agent: Agent) -> Response:
     told = agent.deploys.begin(request, registry_auth(request))
     if wants_events(request):
         return event_stream(event_texts(deploy_events(told)))
-    kind, data = next(each for each in iter(told.get, None) if each[0] in ("done", "error"))
-    if kind == "error":
-        request.error = data.body["message"]
-        return Response(*data)
-    return Response(data, 201 if data["changed"] and not data["replaced"] else 200)
+    end: Response = next(end for _, end in iter(told.get, None) if isinstance(end, Response))
+    request.error = end.body.get("message", "")
+    return end
 
 
 def deploy_events(told: Told) -> Iterator[NamedEvent]:
-    kind = ""
-    while kind not in ("done", "error"):
+    data: Any = None
+    while not isinstance(data, Response):
         kind, data = NO_NEWS
         with contextlib.suppress(queue.Empty):
             kind, data = told.get(timeout=PING_INTERVAL)
-        yield kind, data.body if kind == "error" else data
+        yield kind, data.body if isinstance(data, Response) else data
 
 
 def event_texts(events: Iterator[NamedEvent]) -> Stream:
