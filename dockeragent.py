@@ -5062,27 +5062,23 @@ def run_parts(
         cursor = LogCursor(source, None)
         batches = cursor.follow(source.inspect(), None)
         removal.callback(batches.close)
-        while True:
-            cursor.due = min(due, deadline, time.monotonic() + STOP_POLL)
-            lines = next(batches, None)
-            if lines is None:
-                break
+        for lines in batches:
             if lines or time.monotonic() >= due:
                 yield lines
                 due = time.monotonic() + PING_INTERVAL
             is_stopping = stop and NEVER.wait_readable(stop, 0)
             if is_stopping:
                 deadline = min(deadline, time.monotonic() + GRACE / 2)
-            if time.monotonic() < deadline:
-                continue
-            if is_stopping:
-                raise Stopping(503, "the agent is being stopped; the run was killed")
-            if timed_out:
-                break
-            with tolerate(404, 409):  # it has ended by itself
-                source.engine.call("POST", container_path(source.container, "kill"))
-                timed_out = True
-            deadline = time.monotonic() + CALL_TIMEOUT  # for the lines from before the kill
+            if time.monotonic() >= deadline:
+                if is_stopping:
+                    raise Stopping(503, "the agent is being stopped; the run was killed")
+                if timed_out:
+                    break
+                with tolerate(404, 409):  # it has ended by itself
+                    source.engine.call("POST", container_path(source.container, "kill"))
+                    timed_out = True
+                deadline = time.monotonic() + CALL_TIMEOUT  # for the lines from before the kill
+            cursor.due = min(due, deadline, time.monotonic() + STOP_POLL)
         ending: Json = {"exit_code": cursor.ending[1].get("exit_code")}
         if timed_out:
             ending = {"exit_code": None, "timed_out": True}
@@ -5091,29 +5087,22 @@ def run_parts(
     yield ending
 
 
-def run_document(parts: Iterator[RunPart]) -> Stream:
-    """Yield {"lines": [...], "exit_code": 0}; white space in it keeps the connection awake."""
-    yield b'{"lines":['
+def run_texts(parts: Iterator[RunPart], *, events: bool) -> Stream:
+    """Yield one event a line and at last the end, or {"lines": [...], "exit_code": 0}."""
+    yield STREAM_START if events else b'{"lines":['
     separator = b""
     for part in parts:
         if isinstance(part, dict):
-            yield b"],%b\n" % encode_json(part)[1:]
-        elif part:
-            yield separator + b",".join(line_object(line, timed=False) for line in part)
-            separator = b","
+            yield event("end", part) if events else b"],%b\n" % encode_json(part)[1:]
+        elif not part:
+            yield PING if events else b"\n"  # white space keeps the connection awake
         else:
-            yield b"\n"
-
-
-def run_events(parts: Iterator[RunPart]) -> Stream:
-    """Yield one event a line, and at last the end."""
-    yield STREAM_START
-    for part in parts:
-        if isinstance(part, dict):
-            yield event("end", part)
-        else:
-            items = (line_object(line, timed=False) for line in part)
-            yield b"".join(b"data: %b\n\n" % item for item in items) or PING
+            items = [line_object(line, timed=False) for line in part]
+            if events:
+                yield b"".join(b"data: %b\n\n" % item for item in items)
+            else:
+                yield separator + b",".join(items)
+                separator = b","
 
 
 def remove_run(engine: Engine, token: str) -> None:
@@ -5715,7 +5704,8 @@ def run_stream(request: Request, agent: Agent, *, events: bool) -> Stream:
         tty = body.get("tty", False)
         source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, client)
         parts = run_parts(source, deadline, request.interrupts.stop, removal)
-        yield from with_ending(run_events(parts)) if events else run_document(parts)
+        texts = run_texts(parts, events=events)
+        yield from with_ending(texts) if events else texts
 
 
 def post_run(request: Request, agent: Agent) -> Response:
