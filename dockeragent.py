@@ -4553,7 +4553,7 @@ class Deployment:
         self.is_unfinished = False  # something is left that recovery has to finish
         self.failed = False  # the new container is known to be bad
         self.outcome = ""  # "rolled back", "committed", ...
-        self.problem = ""  # why the old container could not be started again
+        self.problem = ""  # what went wrong in a recovery: the old container does not start
         self.passed = ""  # how the gate was passed: "healthy" or "stable"; "" if it was not
         self.warnings: list[str] = []
 
@@ -4992,9 +4992,8 @@ class Deploys:
         self._claim(deployment.name, key)
         try:
             start_thread(self._run, deployment, act)
-        except OSError as error:
-            del self.busy[deployment.name]
-            raise ApiError(503, "the agent has no more threads; try again later") from error
+        except OSError:  # the system has no more threads
+            self._run(deployment, act)
 
     def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
         end: Any = "error", refusal(ApiError(500, "an error of the agent's own; see its log"))
@@ -5023,7 +5022,6 @@ class Deploys:
 
     def _recover(self, deployment: Deployment, *, retries: bool = True) -> None:
         """Recover a name and log it. retries: while the Engine is unreachable."""
-        message = ""
         while not self.stopping.is_set():
             try:
                 deployment.recover()
@@ -5031,11 +5029,11 @@ class Deploys:
                 if retries and error.status in UNREACHABLE:
                     deployment.settle(error)
                     continue
-                message = error.message
+                deployment.problem = error.message
             break
-        message = message or deployment.problem
-        fields = {"container": deployment.name, "outcome": deployment.outcome, "error": message}
-        if deployment.outcome or message:
+        outcome, problem = deployment.outcome, deployment.problem
+        fields = {"container": deployment.name, "outcome": outcome, "error": problem}
+        if outcome or problem:
             self._log("warning", "recovery", **fields)
 
 

@@ -9231,6 +9231,15 @@ def test_removal_is_tried_again_until_the_engine_is_back(fake_agent, fake_engine
     assert (done, answers) == (["create", "start"], [])
 
 
+def test_removal_that_the_engine_forbids_is_not_tried_again(fake_agent, fake_engine):
+    run_of(fake_engine, chunked_answer(FIRST))
+    answers = [http_answer({"message": "forbidden"}, 403), NO_CONTENT]
+    fake_engine.script["DELETE /containers/x"] = lambda sock: sock.sendall(answers.pop(0))
+    reply = fake_agent.post("/api/v1/run", {"image": "x"}, headers=EVENT_STREAM)
+    assert parse_events(reply.body)[-1].type == "error"
+    assert answers == [NO_CONTENT]
+
+
 def test_run_that_did_not_start_is_not_called_left_behind_once_it_is_removed(
     fake_agent, fake_engine
 ):
@@ -10970,6 +10979,18 @@ def test_bug_in_a_deploy_is_told_and_leaves_its_name_free():
             assert bugs.get(timeout=WAIT).exc_type is ZeroDivisionError
     finally:
         threading.excepthook = before
+
+
+def test_deploy_goes_on_without_a_thread_to_be_had():
+    code = """
+import threading
+request, engine = da.Request("", da.NEVER, ()), da.Engine(da.Address(path="/none"), None)
+request.key, request.name, request.body = da.Key("ci", master=True), "web", {"image": "a"}
+threading.stack_size(2**46)  # of which no address space has room
+deploys = da.Deploys(engine, da.Log("error"))
+print(deploys.begin(request, "").get_nowait()[1].body["message"], deploys.busy)
+"""
+    assert re.fullmatch("the Engine at .* is not reachable: .* {}\n", in_child(code))
 
 
 def test_agent_knows_its_own_container(tmp_path):
