@@ -3557,7 +3557,7 @@ def connect_networks(engine: Engine, container: str, body: Json) -> None:
 
 
 def repeat(call: Callable[[], object], seconds: float, *statuses: int) -> None:
-    """Call again, for some seconds, while that raises an EngineError with one of the statuses."""
+    """Call; for some seconds, call again if that raises an EngineError with one of the statuses."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with tolerate(*statuses):
