@@ -4553,7 +4553,7 @@ class Deployment:
         self.is_unfinished = False  # something is left that recovery has to finish
         self.failed = False  # the new container is known to be bad
         self.outcome = ""  # "rolled back", "committed", ...
-        self.problem = ""  # what went wrong in a recovery: the old container does not start
+        self.problem = ""  # what went wrong in a recovery, as when the old container does not start
         self.passed = ""  # how the gate was passed: "healthy" or "stable"; "" if it was not
         self.warnings: list[str] = []
 
@@ -4992,8 +4992,9 @@ class Deploys:
         self._claim(deployment.name, key)
         try:
             start_thread(self._run, deployment, act)
-        except OSError:  # the system has no more threads
-            self._run(deployment, act)
+        except OSError as error:
+            del self.busy[deployment.name]
+            raise ApiError(503, "the agent has no more threads; try again later") from error
 
     def _run(self, deployment: Deployment, act: Callable[[], Any]) -> None:
         end: Any = "error", refusal(ApiError(500, "an error of the agent's own; see its log"))
