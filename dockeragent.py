@@ -4175,7 +4175,7 @@ class LogCursor:
         """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
         left = ALL if wanted is None else wanted
         if wanted is not None:
-            doubt = NUMBERED if numbered or wanted >= LOOK else 0
+            doubt = NUMBERED if numbered or wanted * LINE_COST > MAX_KEPT else 0
             lines = self._tail(wanted, doubt, unfinished=self.ending[0] == "end")
             if lines is not None:
                 yield lines
@@ -4332,8 +4332,8 @@ class LogCursor:
         """Move behind the last `wanted` lines and return them; before them, and None, if too many.
 
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
-        So larger ones are read, up to one that has a line more. If damage takes from one what the
-        Engine's own has, that is the answer. doubt: 0 if the lines' numbers are not needed.
+        So larger ones are read, up to one that has a line more. If damage or a cut takes from one
+        what the Engine's own has, that is the answer. doubt: 0 if numbers are not needed.
         """
         least = max(wanted, 1)  # what comes after no line at all is found behind the last
         found = theirs = self._reading((least, None), http10=False).keep_last(unfinished=unfinished)
@@ -4341,7 +4341,7 @@ class LogCursor:
         with contextlib.suppress(LogDamaged):
             is_cut = self._source.until or len(theirs.kept) < theirs.total
             while is_cut or theirs.entries in (0, least):
-                larger = self._reading((size, doubt), http10=False)
+                larger = self._reading((size, doubt), http10=doubt > 0)
                 larger.mark = theirs.first
                 larger.keep_last(unfinished=unfinished)
                 is_full = larger.entries >= size
