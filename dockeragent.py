@@ -4088,7 +4088,8 @@ class LogReading:
         self.total = 0
         self.kept: collections.deque[Line] = collections.deque()
         self.close = response.close
-        self._source, self._response, self._tail = source, response, tail
+        self.tail = tail
+        self._source, self._response = source, response
         is_podman = source.engine.is_podman
         is_raw = source.tty and not is_podman
         self._demultiplexer = TtyDemultiplexer() if is_raw else Demultiplexer()
@@ -4120,13 +4121,13 @@ class LogReading:
         if not data:
             self.is_done = True
             self.rest = self._assembler.end()
-            if self.entries >= min(self._tail[0], LOOK) and not self.rest:
-                self.reach = NEAR if self._tail[1] or self._tail[0] > LOOK else self._tail
+            if self.entries >= min(self.tail[0], LOOK) and not self.rest:
+                self.reach = NEAR if self.tail[1] or self.tail[0] > LOOK else self.tail
         return lines
 
     def certain(self, lines: list[Line]) -> list[Line]:
         """Return those of the lines that come after the point, up to the first in doubt."""
-        if self._tail[1] is None and not self.point:
+        if self.tail[1] is None and not self.point:
             return lines
         start, end = 0, len(lines)
         for index, (stamp, number, _, _) in enumerate(lines):
@@ -4137,7 +4138,7 @@ class LogReading:
                 break
         return [] if self.point else lines[start:end]
 
-    def keep_last(self, *, unfinished: bool = False) -> LogReading:
+    def keep_last(self, wanted: int = 0, *, unfinished: bool = False) -> LogReading:
         """Read to the end, keeping lines; unfinished: also what that left without a newline."""
         size, kinds = 0, self._source.kinds
         for lines in self:
@@ -4154,56 +4155,54 @@ class LogReading:
                     self.total += 1
                     size += LINE_COST + len(line[3])
                 # Invariant: no more is kept than MAX_KEPT, or one line, however many are asked for.
-                while size > MAX_KEPT and len(self.kept) > 1:
+                while len(self.kept) > wanted or (size > MAX_KEPT and len(self.kept) > 1):
                     size -= LINE_COST + len(self.kept.popleft()[3])
         return self
 
 
 class LogCursor:
-    """A place in a log, behind the line `last`; it moves on as lines are handed out."""
+    """A place in a log, behind the line `last`; it moves on as lines are handed out.
 
-    def __init__(self, source: LogSource, last: Point) -> None:
+    wanted: how many of the log's last lines to begin with, if there is no `last`; None: all.
+    """
+
+    def __init__(self, source: LogSource, last: Point, wanted: int | None = None) -> None:
         self.last = last
         self.due = time.monotonic() + PING_INTERVAL  # until when to wait for lines
         self.ending: Ending = ("end", {})
-        self._source = source
+        self._source, self._wanted = source, wanted
         self._since = 0 if last else source.since  # after `last`, nothing counts but the order
-        self._reach = NEAR if last else WHOLE  # the tail in which to look for `last` first
+        # The tail in which to look for `last` first.
+        self._reach = WHOLE if last is None and wanted is None else NEAR
         self._skip = 0  # lines to leave out before the next
+        # How many more entries of a tail are read for the numbers of its lines.
+        self._doubt = NUMBERED if (wanted or 0) * LINE_COST > MAX_KEPT else 0
 
-    def read(self, wanted: int | None, *, numbered: bool = False) -> Iterator[list[Line]]:
+    def read(self) -> Iterator[list[Line]]:
         """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
-        left = ALL if wanted is None else wanted
-        if wanted is not None:
-            doubt = NUMBERED if numbered or wanted * LINE_COST > MAX_KEPT else 0
-            lines = self._tail(wanted, doubt, unfinished=self.ending[0] == "end")
-            if lines is not None:
-                yield lines
-                return
+        left = ALL if self._wanted is None else self._wanted
+        if self._wanted is not None and (yield from self._tail(left, self.ending[0] == "end")):
+            return
         for lines in self._stored():
             yield lines[:left]
             left -= len(lines)
             if left <= 0:
                 return
 
-    def follow(self, found: Json | None, wanted: int | None) -> Generator[list[Line], None, None]:
+    def follow(self, found: Json | None) -> Generator[list[Line], None, None]:
         """Yield [], then lines until the container ends; set `ending`. Raises EngineError.
 
-        found: the container; None: it was removed. wanted: how many of its last lines to begin
-        with; None: all.
+        found: the container; None: it was removed.
         """
         started = found["State"].get("StartedAt") if found else None
         ending = log_ending(found, started)
+        self._doubt = NUMBERED
         with tolerate(504):  # podman 4.3 may begin its response later, but refuses at once
             self._reading((0, None), seconds=HEAD_WAIT).close()
         yield []
-        if not ending:
+        if not ending and self._reach == WHOLE:  # of which a follower would have all once more
             with tolerate(404, 409):  # it is removed, or being removed while it still runs
-                if wanted is not None:
-                    yield self._tail(wanted, NUMBERED, unfinished=False) or []
-                elif not self.last:
-                    yield from self._find()
-            wanted = None  # they are handed out
+                yield from self._find()
         while not (ending or self._seconds_left() <= 0):
             ending = log_ending(None, started)  # unless the Engine still has it
             with tolerate(404, 409):
@@ -4214,7 +4213,7 @@ class LogCursor:
                     raise EngineError(502, message)
         self.ending = ending or ("end", {"reason": "until", "exit_code": None})
         with tolerate(404, 409):
-            yield from self.read(wanted, numbered=True)
+            yield from self.read()
 
     def _stored(self) -> Iterator[list[Line]]:
         """Yield the lines after `last` that the log has by now, [] at times. Raises EngineError."""
@@ -4267,15 +4266,18 @@ class LogCursor:
 
         Return whether the Engine ended its response. Raises EngineError.
         """
-        follower = None
+        follower, reading, reach = None, None, self._reach
         seconds = max(HEAD_WAIT, self.due - time.monotonic())
         with contextlib.ExitStack() as stack:
             # The follower comes first: what the reading has, or will have, is then in it, too.
             with tolerate(504):  # podman before 5 sends no head until there is a line
-                follower = self._reading(self._reach, follow=1, seconds=seconds)
+                follower = self._reading(reach, follow=1, seconds=seconds)
                 stack.callback(follower.close)
-            reading = yield from self._find()
-            if not follower:
+            if self._wanted is not None:
+                reading = yield from self._tail(self._wanted, False)
+                self._wanted = None  # they are handed out, or come next
+            reading = reading or (yield from self._find())
+            if not follower or self._reach not in (reach, WHOLE):
                 return False
             follower.point = self.last
             while not (follower.is_done or follower.is_doubtful or self._seconds_left() <= 0):
@@ -4328,22 +4330,25 @@ class LogCursor:
         until = self._source.until
         return (until - time.time_ns()) / 10**9 if until else math.inf
 
-    def _tail(self, wanted: int, doubt: int, *, unfinished: bool) -> list[Line] | None:
-        """Move behind the last `wanted` lines and return them; before them, and None, if too many.
+    def _tail(
+        self, wanted: int, unfinished: bool
+    ) -> Generator[list[Line], None, LogReading | None]:
+        """Yield the last `wanted` lines; move before them, and return None, if they are too many.
 
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
         So larger ones are read, up to one that has a line more. If damage or a cut takes from one
-        what the Engine's own has, that is the answer. doubt: 0 if numbers are not needed.
+        what the Engine's own has, that is the answer.
         """
         least = max(wanted, 1)  # what comes after no line at all is found behind the last
-        found = theirs = self._reading((least, None), http10=False).keep_last(unfinished=unfinished)
-        size = wanted + wanted // 8 + 64 + doubt
+        found = theirs = self._reading((least, None), http10=False)
+        theirs.keep_last(wanted, unfinished=unfinished)
+        size = wanted + wanted // 8 + 64 + self._doubt
         with contextlib.suppress(LogDamaged):
             is_cut = self._source.until or len(theirs.kept) < theirs.total
             while is_cut or theirs.entries in (0, least):
-                larger = self._reading((size, doubt), http10=doubt > 0)
+                larger = self._reading((size, self._doubt), http10=self._doubt > 0)
                 larger.mark = theirs.first
-                larger.keep_last(unfinished=unfinished)
+                larger.keep_last(wanted, unfinished=unfinished)
                 is_full = larger.entries >= size
                 if not is_full and larger.marked < theirs.entries:
                     break
@@ -4351,16 +4356,17 @@ class LogCursor:
                     found = larger
                     break
                 size = 16 * size if is_full else ALL
-        if len(found.kept) >= min(wanted, found.total):
+        if len(found.kept) == min(wanted, found.total):
             self.last, self._reach = found.newest, found.reach
-            return list(found.kept)[max(0, len(found.kept) - wanted) :]
-        if not doubt:  # no number by which to find them again
-            return self._tail(wanted, NUMBERED, unfinished=unfinished)
+            yield list(found.kept)
+            return found
+        if not self._doubt:  # no number by which to find them again
+            self._doubt = NUMBERED
+            return (yield from self._tail(wanted, unfinished))
+        self._reach = found.tail
         if found.oldest and found.total > wanted:
             self.last, self._reach = found.oldest[:2], (found.entries + LOOK, NUMBERED)
             self._skip = found.total - wanted - (found.oldest[2] in self._source.kinds)
-        elif found is theirs:
-            self._reach = least, None
         return None
 
 
@@ -4415,7 +4421,7 @@ def last_lines(engine: Engine, container: str, tty: bool, count: int) -> list[st
     Raises EngineError.
     """
     source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, NEVER)
-    batches = LogCursor(source, None).read(count)
+    batches = LogCursor(source, None, count).read()
     return [text[:ENTRY_SIZE].decode(errors="replace") for lines in batches for *_, text in lines]
 
 
@@ -4428,9 +4434,9 @@ def log_document(batches: Iterator[list[Line]], render: Render) -> Stream:
     yield (b"" if separator == b"," else separator) + b"]}\n"
 
 
-def log_events(cursor: LogCursor, found: Json, wanted: int | None, render: Render) -> Stream:
+def log_events(cursor: LogCursor, found: Json, render: Render) -> Stream:
     """Yield the event stream of a log that is followed. Raises EngineError or Stopping."""
-    batches = cursor.follow(found, wanted)
+    batches = cursor.follow(found)
     try:
         next(batches)
     except EngineError as error:  # a status is still possible
@@ -5059,7 +5065,7 @@ def run_parts(
     timed_out, due = False, time.monotonic() + PING_INTERVAL
     with removal:
         cursor = LogCursor(source, None)
-        batches = cursor.follow(source.inspect(), None)
+        batches = cursor.follow(source.inspect())
         removal.callback(batches.close)
         for lines in batches:
             if lines or time.monotonic() >= due:
@@ -5551,13 +5557,13 @@ def logs(request: Request, agent: Agent) -> Response:
     tty = bool(found["Config"].get("Tty"))
     interrupts = request.interrupts if asked["follow"] else request.interrupts._replace(stop=None)
     source = LogSource(agent.engine, found["Id"], tty, kinds, since, until, interrupts)
-    cursor = LogCursor(source, last)
     wanted = None if last or asked["tail"] == "all" else int(asked["tail"])
+    cursor = LogCursor(source, last, wanted)
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
     render = functools.partial(render_events if asked["follow"] else render_items, **shape)
     if asked["follow"]:
-        return event_stream(log_events(cursor, found, wanted, render))
-    return Response(stream=log_document(cursor.read(wanted), render))
+        return event_stream(log_events(cursor, found, render))
+    return Response(stream=log_document(cursor.read(), render))
 
 
 def deploy(request: Request, agent: Agent) -> Response:
