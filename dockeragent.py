@@ -3957,10 +3957,8 @@ class LineAssembler:
 
     def end(self) -> list[Line]:
         """Return the lines that the end of the log left without a newline."""
-        lines: list[Line] = []
-        for kind, (_, stamp, text, _) in list(self.unfinished.items()):
-            lines += self._join(self._count, kind, stamp, b"\n") if text else []
-        return lines
+        begun = self.unfinished.items()
+        return self.feed([(kind, stamp + b" \n") for kind, (_, stamp, text, _) in begun if text])
 
     def _number(self, at: int, stamp: bytes, begun: int = 1) -> int:
         """Count a line of this stamp, which entry `at` ends, and return its number."""
@@ -4006,10 +4004,8 @@ def restamp(payload: bytes) -> bytes:
 
     Raises EngineError for one without a stamp.
     """
-    stamp = re.match(LOG_STAMP, payload)
-    if not stamp:
-        raise EngineError(502, "the Engine's log has no timestamps")
-    return stamp_from(stamp_time(stamp[0][:-1])) + payload[stamp.end() - 1 :]
+    stamp = payload[: payload.find(b" ") + 1]  # b"" without a space
+    return stamp_from(stamp_time(stamp[:-1])) + payload[len(stamp) - 1 :]
 
 
 def stamp_from(nanoseconds: int) -> bytes:
@@ -4174,32 +4170,36 @@ class LogCursor:
         self._since = 0 if last else source.since  # after `last`, nothing counts but the order
         # The tail in which to look for `last` first.
         self._reach = WHOLE if last is None and wanted is None else NEAR
-        self._skip = 0  # lines to leave out before the next
+        self._skip, self._left = 0, ALL  # lines to leave out, and then to hand out
         # How many more entries of a tail are read for the numbers of its lines.
         self._doubt = NUMBERED if (wanted or 0) * LINE_COST > MAX_KEPT else 0
 
     def read(self) -> Iterator[list[Line]]:
         """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
-        left = ALL if self._wanted is None else self._wanted
-        if self._wanted is not None and (yield from self._tail(left, self.ending[0] == "end")):
-            return
-        for lines in self._stored():
-            yield lines[:left]
-            left -= len(lines)
-            if left <= 0:
+        unfinished = self.ending[0] == "end"
+        if self._wanted is not None:
+            if (yield from self._tail(self._wanted, unfinished=unfinished)):
                 return
+            self._left = self._wanted
+        reading = yield from self._find()
+        if reading.final != self._reading((1, None), http10=False).keep_last().final:
+            reading = yield from self._find(http10=False)  # it was cut, or more was written
+        if unfinished:
+            yield self._hand_out(reading.rest)
+
+    def check(self) -> None:
+        """Raise EngineError if the Engine refuses the log."""
+        with tolerate(504):  # podman 4.3 may begin its response later, but refuses at once
+            self._reading((0, None), seconds=HEAD_WAIT).close()
 
     def follow(self, found: Json | None) -> Generator[list[Line], None, None]:
-        """Yield [], then lines until the container ends; set `ending`. Raises EngineError.
+        """Yield lines until the container ends, [] at times; set `ending`. Raises EngineError.
 
         found: the container; None: it was removed.
         """
         started = found["State"].get("StartedAt") if found else None
         ending = log_ending(found, started)
         self._doubt = NUMBERED
-        with tolerate(504):  # podman 4.3 may begin its response later, but refuses at once
-            self._reading((0, None), seconds=HEAD_WAIT).close()
-        yield []
         if not ending and self._reach == WHOLE:  # of which a follower would have all once more
             with tolerate(404, 409):  # it is removed, or being removed while it still runs
                 yield from self._find()
@@ -4214,14 +4214,6 @@ class LogCursor:
         self.ending = ending or ("end", {"reason": "until", "exit_code": None})
         with tolerate(404, 409):
             yield from self.read()
-
-    def _stored(self) -> Iterator[list[Line]]:
-        """Yield the lines after `last` that the log has by now, [] at times. Raises EngineError."""
-        reading = yield from self._find()
-        if reading.final != self._reading((1, None), http10=False).keep_last().final:
-            reading = yield from self._find(http10=False)  # it was cut, or more was written
-        if self.ending[0] == "end":
-            yield self._hand_out(reading.rest)
 
     def _find(self, *, http10: bool = True) -> Generator[list[Line], None, LogReading]:
         """Yield the lines after `last` from a reading that has it; return the reading."""
@@ -4274,7 +4266,7 @@ class LogCursor:
                 follower = self._reading(reach, follow=1, seconds=seconds)
                 stack.callback(follower.close)
             if self._wanted is not None:
-                reading = yield from self._tail(self._wanted, False)
+                reading = yield from self._tail(self._wanted)
                 self._wanted = None  # they are handed out, or come next
             reading = reading or (yield from self._find())
             if not follower or self._reach not in (reach, WHOLE):
@@ -4299,7 +4291,9 @@ class LogCursor:
         if len(self._source.kinds) < len(STREAMS):
             lines = [line for line in lines if line[2] in self._source.kinds]
         skip, self._skip = self._skip, max(0, self._skip - len(lines))
-        return lines[skip:] if skip else lines
+        lines = lines[skip : skip + self._left]
+        self._left -= len(lines)
+        return lines
 
     def _reading(
         self, tail: Tail, *, follow: int = 0, http10: bool = True, seconds: float = CALL_TIMEOUT
@@ -4331,7 +4325,7 @@ class LogCursor:
         return (until - time.time_ns()) / 10**9 if until else math.inf
 
     def _tail(
-        self, wanted: int, unfinished: bool
+        self, wanted: int, *, unfinished: bool = False
     ) -> Generator[list[Line], None, LogReading | None]:
         """Yield the last `wanted` lines; move before them, and return None, if they are too many.
 
@@ -4362,7 +4356,7 @@ class LogCursor:
             return found
         if not self._doubt:  # no number by which to find them again
             self._doubt = NUMBERED
-            return (yield from self._tail(wanted, unfinished))
+            return (yield from self._tail(wanted, unfinished=unfinished))
         self._reach = found.tail
         if found.oldest and found.total > wanted:
             self.last, self._reach = found.oldest[:2], (found.entries + LOOK, NUMBERED)
@@ -4436,13 +4430,8 @@ def log_document(batches: Iterator[list[Line]], render: Render) -> Stream:
 
 def log_events(cursor: LogCursor, found: Json, render: Render) -> Stream:
     """Yield the event stream of a log that is followed. Raises EngineError or Stopping."""
-    batches = cursor.follow(found)
-    try:
-        next(batches)
-    except EngineError as error:  # a status is still possible
-        raise ApiError(error.status, error.message) from error
     yield STREAM_START
-    for lines in batches:
+    for lines in cursor.follow(found):
         if lines or time.monotonic() >= cursor.due:
             yield render(lines) if lines else PING
             cursor.due = time.monotonic() + PING_INTERVAL
@@ -5562,6 +5551,7 @@ def logs(request: Request, agent: Agent) -> Response:
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
     render = functools.partial(render_events if asked["follow"] else render_items, **shape)
     if asked["follow"]:
+        cursor.check()  # while a status is still possible
         return event_stream(log_events(cursor, found, render))
     return Response(stream=log_document(cursor.read(), render))
 
