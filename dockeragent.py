@@ -3835,9 +3835,10 @@ STREAMS = {0: "stdin", 1: "stdout", 2: "stderr"}
 FRAME_HEADER = struct.Struct(">BxxxL")
 NEWLINE, RETURN = b"\n\r"
 STAMP_SIZE = len("2026-02-21T10:00:00.000000000Z")
-ALL = sys.maxsize  # entries
+ALL = sys.maxsize  # entries, or lines
 WHOLE: Tail = (ALL, None)
 NEAR: Tail = (LOOK, NUMBERED)
+REMOVED: Ending = ("end", {"reason": "removed", "exit_code": None})
 
 
 class LogDamaged(EngineError):
@@ -4159,28 +4160,27 @@ class LogReading:
 class LogCursor:
     """A place in a log, behind the line `last`; it moves on as lines are handed out.
 
-    wanted: how many of the log's last lines to begin with, if there is no `last`; None: all.
+    wanted: how many of the log's last lines to begin with, if there is no `last`.
     """
 
-    def __init__(self, source: LogSource, last: Point, wanted: int | None = None) -> None:
+    def __init__(self, source: LogSource, last: Point, wanted: int = ALL) -> None:
         self.last = last
         self.due = time.monotonic() + PING_INTERVAL  # until when to wait for lines
         self.ending: Ending = ("end", {})
         self._source, self._wanted = source, wanted
         self._since = 0 if last else source.since  # after `last`, nothing counts but the order
         # The tail in which to look for `last` first.
-        self._reach = WHOLE if last is None and wanted is None else NEAR
+        self._reach = WHOLE if last is None and wanted == ALL else NEAR
         self._skip, self._left = 0, ALL  # lines to leave out, and then to hand out
         # How many more entries of a tail are read for the numbers of its lines.
-        self._doubt = NUMBERED if (wanted or 0) * LINE_COST > MAX_KEPT else 0
+        self._doubt = NUMBERED if wanted * LINE_COST > MAX_KEPT else 0
 
     def read(self) -> Iterator[list[Line]]:
         """Yield the lines that the log has, the last `wanted` of them. Raises EngineError."""
         unfinished = self.ending[0] == "end"
-        if self._wanted is not None:
-            if (yield from self._tail(self._wanted, unfinished=unfinished)):
-                return
-            self._left = self._wanted
+        if self._wanted < ALL and (yield from self._tail(unfinished=unfinished)):
+            return
+        self._left = self._wanted
         reading = yield from self._find()
         if reading.final != self._reading((1, None), http10=False).keep_last().final:
             reading = yield from self._find(http10=False)  # it was cut, or more was written
@@ -4198,21 +4198,19 @@ class LogCursor:
         found: the container; None: it was removed.
         """
         started = found["State"].get("StartedAt") if found else None
-        ending = log_ending(found, started)
         self._doubt = NUMBERED
-        if not ending and self._reach == WHOLE:  # of which a follower would have all once more
-            with tolerate(404, 409):  # it is removed, or being removed while it still runs
+        self.ending = REMOVED
+        with tolerate(404, 409):  # it is removed, or being removed while it still runs
+            ending = log_ending(found, started)
+            if not ending and self._reach == WHOLE:  # of which a follower would have all once more
                 yield from self._find()
-        while not (ending or self._seconds_left() <= 0):
-            ending = log_ending(None, started)  # unless the Engine still has it
-            with tolerate(404, 409):
+            while not (ending or self._seconds_left() <= 0):
                 was_dropped = yield from self._arriving()
                 ending = log_ending(self._source.inspect(), started)
                 if was_dropped and not ending and self._seconds_left() > 0:
                     message = "the Engine ended the log of a running container; reconnect"
                     raise EngineError(502, message)
-        self.ending = ending or ("end", {"reason": "until", "exit_code": None})
-        with tolerate(404, 409):
+            self.ending = ending or ("end", {"reason": "until", "exit_code": None})
             yield from self.read()
 
     def _find(self, *, http10: bool = True) -> Generator[list[Line], None, LogReading]:
@@ -4265,9 +4263,9 @@ class LogCursor:
             with tolerate(504):  # podman before 5 sends no head until there is a line
                 follower = self._reading(reach, follow=1, seconds=seconds)
                 stack.callback(follower.close)
-            if self._wanted is not None:
-                reading = yield from self._tail(self._wanted)
-                self._wanted = None  # they are handed out, or come next
+            if self._wanted < ALL:
+                reading = yield from self._tail()
+                self._wanted = ALL  # they are handed out, or come next
             reading = reading or (yield from self._find())
             if not follower or self._reach not in (reach, WHOLE):
                 return False
@@ -4324,15 +4322,14 @@ class LogCursor:
         until = self._source.until
         return (until - time.time_ns()) / 10**9 if until else math.inf
 
-    def _tail(
-        self, wanted: int, *, unfinished: bool = False
-    ) -> Generator[list[Line], None, LogReading | None]:
+    def _tail(self, *, unfinished: bool = False) -> Generator[list[Line], None, LogReading | None]:
         """Yield the last `wanted` lines; move before them, and return None, if they are too many.
 
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
         So larger ones are read, up to one that has a line more. If damage or a cut takes from one
         what the Engine's own has, that is the answer.
         """
+        wanted = self._wanted
         least = max(wanted, 1)  # what comes after no line at all is found behind the last
         found = theirs = self._reading((least, None), http10=False)
         theirs.keep_last(wanted, unfinished=unfinished)
@@ -4356,7 +4353,7 @@ class LogCursor:
             return found
         if not self._doubt:  # no number by which to find them again
             self._doubt = NUMBERED
-            return (yield from self._tail(wanted, unfinished=unfinished))
+            return (yield from self._tail(unfinished=unfinished))
         self._reach = found.tail
         if found.oldest and found.total > wanted:
             self.last, self._reach = found.oldest[:2], (found.entries + LOOK, NUMBERED)
@@ -4444,7 +4441,7 @@ def log_ending(found: Json | None, started: Any) -> Ending | None:
     started: when the run began that is followed, as the Engine has it.
     """
     if found is None:
-        return "end", {"reason": "removed", "exit_code": None}
+        return REMOVED
     state, status = found["State"], found["State"].get("Status")
     exit_code = state.get("ExitCode")
     # podman: "stopping" still runs; "stopped" has ended, and its restart policy is not applied yet.
@@ -5546,7 +5543,7 @@ def logs(request: Request, agent: Agent) -> Response:
     tty = bool(found["Config"].get("Tty"))
     interrupts = request.interrupts if asked["follow"] else request.interrupts._replace(stop=None)
     source = LogSource(agent.engine, found["Id"], tty, kinds, since, until, interrupts)
-    wanted = None if last or asked["tail"] == "all" else int(asked["tail"])
+    wanted = ALL if last or asked["tail"] == "all" else int(asked["tail"])
     cursor = LogCursor(source, last, wanted)
     shape = {"stamps": asked.get("timestamps", False), "as_json": asked.get("format") == "json"}
     render = functools.partial(render_events if asked["follow"] else render_items, **shape)
