@@ -4084,9 +4084,7 @@ class LogReading:
         self.newest: Point = None
         self.total = 0
         self.kept: collections.deque[Line] = collections.deque()
-        self.close = response.close
-        self.tail = tail
-        self._source, self._response = source, response
+        self.response, self.tail, self._kinds = response, tail, source.kinds
         is_podman = source.engine.is_podman
         is_raw = source.tty and not is_podman
         self._demultiplexer = TtyDemultiplexer() if is_raw else Demultiplexer()
@@ -4094,7 +4092,7 @@ class LogReading:
 
     def __iter__(self) -> Iterator[list[Line]]:
         """Yield lines, [] at times, until the response ends. Raises EngineError."""
-        with contextlib.closing(self):
+        with self.response:
             while not (self.is_done or self.is_doubtful):
                 lines = self.read(time.monotonic() + CALL_TIMEOUT)
                 if lines is None:
@@ -4103,7 +4101,7 @@ class LogReading:
 
     def read(self, deadline: float) -> list[Line] | None:
         """Return the lines that came, None if none came until deadline. Raises EngineError."""
-        data = self._response.read_part(deadline)
+        data = self.response.read_part(deadline)
         if data is None:
             return None
         entries = self._demultiplexer.feed(data)
@@ -4137,7 +4135,7 @@ class LogReading:
 
     def keep_last(self, wanted: int = 0, *, unfinished: bool = False) -> LogReading:
         """Read to the end, keeping lines; unfinished: also what that left without a newline."""
-        size, kinds = 0, self._source.kinds
+        size = 0
         for lines in self:
             if unfinished and self.is_done:
                 lines += self.rest
@@ -4147,7 +4145,7 @@ class LogReading:
                     size, self.total, self.oldest = 0, 0, None
                     continue
                 self.oldest, self.newest = self.oldest or line, line[:2]
-                if line[2] in kinds:
+                if line[2] in self._kinds:
                     self.kept.append(line)
                     self.total += 1
                     size += LINE_COST + len(line[3])
@@ -4166,7 +4164,7 @@ class LogCursor:
     def __init__(self, source: LogSource, last: Point, wanted: int = ALL) -> None:
         self.last = last
         self.due = time.monotonic() + PING_INTERVAL  # until when to wait for lines
-        self.ending: Ending = ("end", {})
+        self.ending = REMOVED  # unless the Engine still has the container
         self._source, self._wanted = source, wanted
         self._since = 0 if last else source.since  # after `last`, nothing counts but the order
         # The tail in which to look for `last` first.
@@ -4190,7 +4188,7 @@ class LogCursor:
     def check(self) -> None:
         """Raise EngineError if the Engine refuses the log."""
         with tolerate(504):  # podman 4.3 may begin its response later, but refuses at once
-            self._reading((0, None), seconds=HEAD_WAIT).close()
+            self._reading((0, None), seconds=HEAD_WAIT).response.close()
 
     def follow(self, found: Json | None) -> Generator[list[Line], None, None]:
         """Yield lines until the container ends, [] at times; set `ending`. Raises EngineError.
@@ -4199,7 +4197,6 @@ class LogCursor:
         """
         started = found["State"].get("StartedAt") if found else None
         self._doubt = NUMBERED
-        self.ending = REMOVED
         with tolerate(404, 409):  # it is removed, or being removed while it still runs
             ending = log_ending(found, started)
             if not ending and self._reach == WHOLE:  # of which a follower would have all once more
@@ -4262,7 +4259,7 @@ class LogCursor:
             # The follower comes first: what the reading has, or will have, is then in it, too.
             with tolerate(504):  # podman before 5 sends no head until there is a line
                 follower = self._reading(reach, follow=1, seconds=seconds)
-                stack.callback(follower.close)
+                stack.enter_context(follower.response)
             if self._wanted < ALL:
                 reading = yield from self._tail()
                 self._wanted = ALL  # they are handed out, or come next
@@ -4297,21 +4294,18 @@ class LogCursor:
         self, tail: Tail, *, follow: int = 0, http10: bool = True, seconds: float = CALL_TIMEOUT
     ) -> LogReading:
         """Ask for those of a tail's entries that since and until leave."""
-        source = self._source
-        # In podman's tails, a line's first entry is joined to the line before.
-        if source.engine.is_podman or tail[0] >= ALL:
-            tail = WHOLE
+        source, since = self._source, self._since
+        path = container_path(source.container, "logs")
+        if source.engine.is_podman:
+            # In its tails, a line's first entry is joined to the line before. Its stamps have no
+            # fractions: of each, it is asked for all. Its own API has frames on a terminal, too.
+            tail, since = WHOLE, since - since % 10**9
+            path = "/libpod" + path if source.tty else path
         query: dict[str, Any] = {"stdout": 1, "stderr": 1, "timestamps": 1, "follow": follow}
         query["tail"] = tail[0] if tail != WHOLE else "all"
-        since = self._since
-        if source.engine.is_podman:  # its stamps have no fractions: of each, it is asked for all
-            since -= since % 10**9
         for name, moment in (("since", since), ("until", source.until)):
             if moment:
                 query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
-        path = container_path(source.container, "logs")
-        if source.tty and source.engine.is_podman:  # whose own API has frames on a terminal, too
-            path = "/libpod" + path
         # As HTTP/1.0 it is quicker, but a response that was cut short looks complete.
         response = source.engine.open(
             "GET", path, query, http10=http10, seconds=seconds, interrupts=source.interrupts
@@ -4337,7 +4331,8 @@ class LogCursor:
         with contextlib.suppress(LogDamaged):
             is_cut = self._source.until or len(theirs.kept) < theirs.total
             while is_cut or theirs.entries in (0, least):
-                larger = self._reading((size, self._doubt), http10=self._doubt > 0)
+                tail = WHOLE if size >= ALL else (size, self._doubt)
+                larger = self._reading(tail, http10=self._doubt > 0)
                 larger.mark = theirs.first
                 larger.keep_last(wanted, unfinished=unfinished)
                 is_full = larger.entries >= size
@@ -4404,16 +4399,6 @@ def render_items(lines: list[Line], stamps: bool, as_json: bool) -> bytes:
 def event(name: str, data: Any) -> bytes:
     """Return one named server-sent event; JSON holds no bare line end."""
     return f"event: {name}\ndata: ".encode() + encode_json(data) + b"\n\n"
-
-
-def last_lines(engine: Engine, container: str, tty: bool, count: int) -> list[str]:
-    """Return the last lines of a container's log, no more of each than of one log entry.
-
-    Raises EngineError.
-    """
-    source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, NEVER)
-    batches = LogCursor(source, None, count).read()
-    return [text[:ENTRY_SIZE].decode(errors="replace") for lines in batches for *_, text in lines]
 
 
 def log_document(batches: Iterator[list[Line]], render: Render) -> Stream:
@@ -4898,7 +4883,10 @@ class Deployment:
             code = state.get("ExitCode")
             if not state.get("Running") and (code or state.get("Status") != "created"):
                 known["exit_code"] = code
-            known["logs"] = last_lines(self.engine, new.id, tty, FAILED_LINES)
+            source = LogSource(self.engine, new.id, tty, frozenset(STREAMS), 0, 0, NEVER)
+            batches = LogCursor(source, None, FAILED_LINES).read()
+            texts = (text[:ENTRY_SIZE] for lines in batches for *_, text in lines)
+            known["logs"] = [text.decode(errors="replace") for text in texts]
         return known
 
     def answer(self, here: Found, image: Json, old: Found | None) -> Response:
