@@ -3945,7 +3945,9 @@ class LineAssembler:
         for at, (kind, payload) in enumerate(entries, self._count + 1):
             # Invariant: a stamp is matched in full before any byte of it is used.
             if payload[:20] != second or payload[29:31] != b"Z " or not payload[20:29].isdigit():
-                payload = restamp(payload)
+                stamp = payload[: payload.find(b" ") + 1]  # b"" without a space
+                # In Docker's form: podman's has a zone, and fewer digits.
+                payload = stamp_from(stamp_time(stamp[:-1])) + payload[len(stamp) - 1 :]
                 self._second = second = payload[:20]
             stamp = payload[:STAMP_SIZE]
             if payload[-1] != NEWLINE or kind in unfinished or len(payload) > MAX_LINE:
@@ -3998,15 +4000,6 @@ class LineAssembler:
         else:
             self.unfinished[kind] = begun, held_stamp, held, len(text) >= ENTRY_SIZE
         return [(held_stamp, self._number(at, held_stamp, begun), kind, text) for text in texts]
-
-
-def restamp(payload: bytes) -> bytes:
-    """Return an entry with its stamp in Docker's form: podman's has a zone, and fewer digits.
-
-    Raises EngineError for one without a stamp.
-    """
-    stamp = payload[: payload.find(b" ") + 1]  # b"" without a space
-    return stamp_from(stamp_time(stamp[:-1])) + payload[len(stamp) - 1 :]
 
 
 def stamp_from(nanoseconds: int) -> bytes:
