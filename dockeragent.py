@@ -4048,10 +4048,10 @@ class LogSource(NamedTuple):
     engine: Engine
     container: str  # the full id: a name may pass to another container
     tty: bool
-    kinds: frozenset[int]  # the types of the streams asked for
-    since: int  # Unix nanoseconds; 0: no limit, as in Docker's own API
-    until: int
-    interrupts: Interrupts
+    kinds: frozenset[int] = frozenset(STREAMS)  # the types of the streams asked for
+    since: int = 0  # Unix nanoseconds; 0: no limit, as in Docker's own API
+    until: int = 0
+    interrupts: Interrupts = NEVER
 
     def inspect(self) -> Json | None:
         """Return the container's inspect JSON, None if it was removed. Raises EngineError."""
@@ -4154,7 +4154,7 @@ class LogCursor:
     wanted: how many of the log's last lines to begin with, if there is no `last`.
     """
 
-    def __init__(self, source: LogSource, last: Point, wanted: int = ALL) -> None:
+    def __init__(self, source: LogSource, last: Point = None, wanted: int = ALL) -> None:
         self.last = last
         self.due = time.monotonic() + PING_INTERVAL  # until when to wait for lines
         self.ending = REMOVED  # unless the Engine still has the container
@@ -4180,7 +4180,8 @@ class LogCursor:
 
     def check(self) -> None:
         """Raise EngineError if the Engine refuses the log."""
-        with tolerate(504):  # podman 4.3 may begin its response later, but refuses at once
+        # podman 4.3 may begin its response later, but refuses at once. A stop ends the stream.
+        with tolerate(504), contextlib.suppress(Stopping):
             self._reading((0, None), seconds=HEAD_WAIT).response.close()
 
     def follow(self, found: Json | None) -> Generator[list[Line], None, None]:
@@ -4396,11 +4397,11 @@ def event(name: str, data: Any) -> bytes:
 
 def log_document(batches: Iterator[list[Line]], render: Render) -> Stream:
     """Yield {"lines": [...]} as it is read. Raises EngineError, which leaves it broken off."""
-    separator = b'{"lines":['
-    for items in map(render, filter(None, batches)):
-        yield separator + items
-        separator = b","
-    yield (b"" if separator == b"," else separator) + b"]}\n"
+    items = map(render, filter(None, batches))
+    # The first lines are read before any byte is sent: a failure until then has a status.
+    yield b'{"lines":[' + next(items, b"")
+    yield from (b"," + more for more in items)
+    yield b"]}\n"
 
 
 def log_events(cursor: LogCursor, found: Json, render: Render) -> Stream:
@@ -4876,8 +4877,7 @@ class Deployment:
             code = state.get("ExitCode")
             if not state.get("Running") and (code or state.get("Status") != "created"):
                 known["exit_code"] = code
-            source = LogSource(self.engine, new.id, tty, frozenset(STREAMS), 0, 0, NEVER)
-            batches = LogCursor(source, None, FAILED_LINES).read()
+            batches = LogCursor(LogSource(self.engine, new.id, tty), wanted=FAILED_LINES).read()
             texts = (text[:ENTRY_SIZE] for lines in batches for *_, text in lines)
             known["logs"] = [text.decode(errors="replace") for text in texts]
         return known
@@ -5031,7 +5031,7 @@ def run_parts(
     """
     timed_out, due = False, time.monotonic() + PING_INTERVAL
     with removal:
-        cursor = LogCursor(source, None)
+        cursor = LogCursor(source)
         batches = cursor.follow(source.inspect())
         removal.callback(batches.close)
         for lines in batches:
@@ -5674,8 +5674,7 @@ def run_stream(request: Request, agent: Agent, *, events: bool) -> Stream:
         start_container(engine, container)
         deadline = time.monotonic() + body.get("timeout", RUN_TIMEOUT)
         client = request.interrupts._replace(stop=None)  # being stopped, the run has time to end
-        tty = body.get("tty", False)
-        source = LogSource(engine, container, tty, frozenset(STREAMS), 0, 0, client)
+        source = LogSource(engine, container, body.get("tty", False), interrupts=client)
         parts = run_parts(source, deadline, request.interrupts.stop, removal)
         texts = run_texts(parts, events=events)
         yield from with_ending(texts) if events else texts
