@@ -8391,6 +8391,19 @@ def test_tail_of_a_log_that_grows_between_two_looks_is_of_whole_lines(
     assert len(lines) >= 20 and set(lines) == {"a" * 16384 + "b" * 16384}
 
 
+def test_stop_before_the_first_byte_of_a_followed_log_is_an_event_too(fake_engine):
+    """A client that has a status in its place does not reconnect."""
+    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+
+        def log(sock: socket.socket) -> None:
+            agent.process.terminate()
+            sock.recv(1)  # until the agent gives up
+
+        log_of(fake_engine, log)
+        reply = agent.get(logs_path("x", "follow=1"))
+        assert [event.type for event in parse_events(reply.body)] == ["shutdown"]
+
+
 def test_followed_tail_is_read_once_behind_a_follower_that_has_all_that_comes(
     fake_agent, fake_engine
 ):
