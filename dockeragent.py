@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2483, and a reviewer may stop there:
+stands first, up to line 2484, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -157,6 +157,7 @@ PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event strea
 # waits this long: the next read finds some 200 entries, and a whole log takes a third less time.
 BURST_PAUSE = 0.0004  # seconds
 HEAD_WAIT = 1.0  # seconds for the Engine to refuse a log, before an event stream begins
+RESTART_WAIT = 1.0  # seconds for a container that was stopped to run again; it takes some 0.2
 LOOK = NUMBERED + 1024  # entries at a log's end that are searched first for a line
 MAX_KEPT = 256 * 1024  # bytes of lines that one request keeps in memory, to find the last ones
 LINE_COST = 200  # bytes that Python needs for a line, its text aside
@@ -4184,10 +4185,10 @@ class LogCursor:
         with tolerate(504), contextlib.suppress(Stopping):
             self._reading((0, None), seconds=HEAD_WAIT).response.close()
 
-    def follow(self, found: Json | None) -> Generator[list[Line], None, None]:
+    def follow(self, found: Json | None, patience: float = 0) -> Generator[list[Line], None, None]:
         """Yield lines until the container ends, [] at times; set `ending`. Raises EngineError.
 
-        found: the container; None: it was removed.
+        found: the container; None: it was removed. patience: seconds in which it may run again.
         """
         started = found["State"].get("StartedAt") if found else None
         self._doubt = NUMBERED
@@ -4198,6 +4199,10 @@ class LogCursor:
             while not (ending or self._seconds_left() <= 0):
                 was_dropped = yield from self._arriving()
                 ending = log_ending(self._source.inspect(), started)
+                if patience and ending and ending[1].get("reason") == "exited":
+                    time.sleep(patience)  # a restart stops it first, and looks the same until then
+                    later = log_ending(self._source.inspect(), started)
+                    ending = later if later and later[0] == "restart" else ending
                 if was_dropped and not ending and self._seconds_left() > 0:
                     message = "the Engine ended the log of a running container; reconnect"
                     raise EngineError(502, message)
@@ -4407,7 +4412,7 @@ def log_document(batches: Iterator[list[Line]], render: Render) -> Stream:
 def log_events(cursor: LogCursor, found: Json, render: Render) -> Stream:
     """Yield the event stream of a log that is followed. Raises EngineError or Stopping."""
     yield STREAM_START
-    for lines in cursor.follow(found):
+    for lines in cursor.follow(found, RESTART_WAIT):
         if lines or time.monotonic() >= cursor.due:
             yield render(lines) if lines else PING
             cursor.due = time.monotonic() + PING_INTERVAL

@@ -8461,6 +8461,19 @@ def test_end_says_why(fake_agent, fake_engine, before, after, query, kind, data)
     assert data is None or json.loads(events[-1].data) == data
 
 
+def test_container_that_docker_restart_has_stopped_is_about_to_run_again(fake_agent, fake_engine):
+    log_of(fake_engine, chunked_answer(FIRST), RUNNING, EXITED, AGAIN)
+    _, end = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+    assert (end.type, end.data) == ("restart", '{"exit_code":null,"restart_count":3}')
+
+
+@pytest.mark.parametrize("later", [None, {**EXITED, "ExitCode": 0}], ids=["removed", "ran again"])
+def test_exit_code_is_of_the_run_that_was_followed(fake_agent, fake_engine, later):
+    log_of(fake_engine, chunked_answer(FIRST), RUNNING, EXITED, later)
+    _, end = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
+    assert (end.type, end.data) == ("end", '{"reason":"exited","exit_code":7}')
+
+
 def test_container_that_podman_stopped_does_not_run_again_without_a_policy(fake_agent, fake_engine):
     log_of(fake_engine, chunked_answer(FIRST), RUNNING, DIED, policy="no")
     _, end = parse_events(fake_agent.get(logs_path("x", "follow=1")).body)
