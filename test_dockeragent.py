@@ -3366,9 +3366,9 @@ def test_connection_past_the_cap_gets_503(fake_engine):
             # Both have shown the key: they stay, though nothing is being answered.
             assert b"200 OK" in read_some(first) and b"200 OK" in read_some(second)
             assert split_replies(agent.raw(b""))[0].status == 503
-        until(lambda: agent.get("/x").status == 404, "a free slot")
+        reply = until(lambda: (r := agent.get("/metrics")).status == 200 and r, "a free slot")
         name, other = "dockeragent_http_requests_total", {"method": "other", "route": "other"}
-        assert value_of(scrape(agent), name, code="503", **other) >= 2
+        assert value_of(parse_metrics(reply.body), name, code="503", **other) >= 2
 
 
 def test_refused_connections_take_no_descriptor_that_a_key_holder_needs(fake_engine, tmp_path):
