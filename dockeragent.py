@@ -5381,8 +5381,7 @@ def create_new(request: Request, agent: Agent, body: Json, held: contextlib.Exit
     request.target.update(name=body.get("name", ""), image=body["image"])
     if "name" in body:
         held.enter_context(agent.deploys.changing(body["name"]))
-    interrupts = request.interrupts._replace(stop=None)
-    pull = functools.partial(pull_image, engine, body, auth, interrupts)
+    pull = functools.partial(pull_image, engine, body, auth, request.interrupts._replace(stop=None))
     query, container = engine_container(engine, body)
     rule = body.get("pull", "missing")
     if rule == "always":
@@ -5589,8 +5588,7 @@ def pull(request: Request, agent: Agent) -> Response:
     request.target.update(image=body["image"])
     if wants_events(request):
         return event_stream(event_texts(pull_events(engine, body, auth, request.interrupts)))
-    interrupts = request.interrupts._replace(stop=None)
-    return Response(pull_image(engine, body, auth, interrupts))
+    return Response(pull_image(engine, body, auth, request.interrupts._replace(stop=None)))
 
 
 def stats(request: Request, agent: Agent) -> Response:
@@ -5639,8 +5637,7 @@ def metrics(request: Request, agent: Agent) -> Response:
     samples["dockeragent_streams"] = sum(slot.is_streaming for slot in slots)
     samples["dockeragent_engine_up"] = 0
     with contextlib.suppress(EngineError):
-        query = {"all": 1}
-        found = agent.engine.call("GET", "/containers/json", query, seconds=METRICS_TIMEOUT)
+        found = agent.engine.call("GET", "/containers/json", {"all": 1}, seconds=METRICS_TIMEOUT)
         samples.update(dockeragent_engine_up=1, **container_samples(found, request.key))
     headers = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
     return Response(exposition(samples), headers=headers)
