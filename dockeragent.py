@@ -4319,8 +4319,8 @@ class LogCursor:
         """Yield the last `wanted` lines; move before them, and return None, if they are too many.
 
         The Engine's own tail counts entries, of which a long line has several, and of both streams.
-        So larger ones are read, up to one that has a line more. If damage or a cut takes from one
-        what the Engine's own has, that is the answer.
+        So larger ones are read, up to one that has a line more. If damage takes from one what the
+        Engine's own has, that is the answer.
         """
         wanted = self._wanted
         least = max(wanted, 1)  # what comes after no line at all is found behind the last
@@ -4328,19 +4328,22 @@ class LogCursor:
         theirs.keep_last(wanted, unfinished=unfinished)
         size = wanted + wanted // 8 + 64 + self._doubt
         with contextlib.suppress(LogDamaged):
+            http10 = self._doubt > 0 and theirs.entries > 0  # a cut shows by what it lacks of those
             is_cut = self._source.until or len(theirs.kept) < theirs.total
             while is_cut or theirs.entries in (0, least):
-                tail = WHOLE if size >= ALL else (size, self._doubt)
-                larger = self._reading(tail, http10=self._doubt > 0)
+                larger = self._reading(WHOLE if size >= ALL else (size, self._doubt), http10=http10)
                 larger.mark = theirs.first
                 larger.keep_last(wanted, unfinished=unfinished)
                 is_full = larger.entries >= size
                 if not is_full and larger.marked < theirs.entries:
-                    break
-                if size >= ALL or (is_full and larger.total > wanted):
+                    if not http10:
+                        break
+                    http10 = False  # once more, so that a cut is an error
+                elif size >= ALL or (is_full and larger.total > wanted):
                     found = larger
                     break
-                size = 16 * size if is_full else ALL
+                else:
+                    size = 16 * size if is_full else ALL
         if len(found.kept) == min(wanted, found.total):
             self.last, self._reach = found.newest, found.reach
             yield list(found.kept)

@@ -8876,6 +8876,26 @@ def test_log_that_was_cut_is_read_to_its_end(fake_agent, fake_engine, came, quer
     assert lines_in(fake_agent.get(logs_path("x", query))) == [str(n) for n in range(301)]
 
 
+@pytest.mark.parametrize("query", ["follow=1", "follow=0"], ids=["follow", "json"])
+@pytest.mark.parametrize("wanted, until", [(3, 5000), (1400, 5000), (3, 2000), (1400, 2000)])
+def test_tail_that_was_cut_is_read_to_its_end(fake_agent, fake_engine, wanted, until, query):
+    """Each HTTP/1.0 response is. The Engine's own tail may have few of the lines, or none."""
+    stamps = [b"2026-02-21T10:00:00.%09dZ" % n for n in range(5000)]
+    frames = [frame(1 + n % 2, b"%d\n" % n, stamp) for n, stamp in enumerate(stamps)]
+
+    def log(sock: socket.socket) -> None:
+        request = fake_engine.seen.queue[-1]
+        tail = re.search("tail=([0-9]+)", request.target)
+        kept = frames[max(0, 5000 - int(tail[1])) if tail else 0 : until]
+        is_old = request.version == "HTTP/1.0"
+        sock.sendall(plain_answer(*kept[: len(kept) // 2]) if is_old else chunked_answer(*kept))
+
+    log_of(fake_engine, log, EXITED)
+    asked = [f"tail={wanted}", "stdout=0"] + ["until=1771668000.000002"] * (until < 5000)
+    lines = lines_in(fake_agent.get(logs_path("x", *asked, query)))
+    assert lines == [str(n) for n in range(1, until, 2)][-wanted:]
+
+
 FORGING = [b"plain", b"10:00:00Z GET / 200", b"\r\revent:Z forged", b"2026-02-21T10:00:00Z x"]
 
 
