@@ -4329,7 +4329,7 @@ class LogCursor:
         size = wanted + wanted // 8 + 64 + self._doubt
         with contextlib.suppress(LogDamaged):
             http10 = self._doubt > 0 and theirs.entries > 0  # a cut shows by what it lacks of those
-            is_cut = self._source.until or len(theirs.kept) < theirs.total
+            is_cut = self._source.until or len(theirs.kept) < min(wanted, theirs.total)
             while is_cut or theirs.entries in (0, least):
                 larger = self._reading(WHOLE if size >= ALL else (size, self._doubt), http10=http10)
                 larger.mark = theirs.first

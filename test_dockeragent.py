@@ -8925,13 +8925,15 @@ def test_line_begun_while_a_container_restarts_is_not_cut_off(fake_agent, fake_e
 
 def test_podman_is_not_asked_for_a_tail(fake_engine):
     """It joins the first entry of a line to the line before, in the last entries but not in all."""
+    resume = "last_event_id=1771668000.000000001-7"
     stored_frames(fake_engine, [frame(1, b"%d\n" % n) for n in range(9)], EXITED)
     fake_engine.script["GET /_ping"] = http_answer(b"OK", extra=PODMAN)
     with Agent(DOCKER_HOST=fake_engine.url) as agent:
-        for query in ("tail=2", "follow=1&tail=2", "last_event_id=1771668000.000000001-7"):
+        for query, count in (("tail=2", 1), ("follow=1&tail=2", 2), (resume, 2)):
             assert b"7" in agent.get(logs_path("x", query)).body
-    asked = [request.target for request in fake_engine.requests() if "/logs?" in request.target]
-    assert asked and {re.search("tail=([a-z0-9]+)", target)[1] for target in asked} == {"all"}
+            asked = [each.target for each in fake_engine.requests() if "/logs?" in each.target]
+            assert {re.search("tail=([a-z0-9]+)", target)[1] for target in asked} == {"all"}
+            assert len(asked) == count
 
 
 def test_podman_that_comes_later_is_known_with_a_pinned_version_too(fake_engine):
