@@ -370,8 +370,7 @@ def validate_object(schema: Schema, value: Json, path: str) -> Json:
         elif name not in properties:
             refuse(prefix + name, f"is unknown; {suggest_name(name, properties)}")
         if member is not None:
-            rule = schema.get("values") or properties[name]
-            result[name] = validate(rule, member, prefix + name)
+            result[name] = validate(schema.get("values") or properties[name], member, prefix + name)
     for name in schema["required"]:
         if name not in result:
             refuse(prefix + name, "is required")
@@ -3096,9 +3095,8 @@ def connect_tcp(address: Address, deadline: float) -> socket.socket:
         raise OSError(result)
     *others, last = [there[:2] for *_, there in result]  # all share the time
     for left, there in zip(range(len(others) + 1, 1, -1), others):
-        patience = max(0.001, (deadline - time.monotonic()) / left)
         with contextlib.suppress(OSError):
-            return socket.create_connection(there, patience)
+            return socket.create_connection(there, max(0.001, (deadline - time.monotonic()) / left))
     return socket.create_connection(last, max(0.001, deadline - time.monotonic()))
 
 
@@ -3784,8 +3782,7 @@ def read_networks(engine: Engine) -> list[Json]:
     networks = []
     for found in decode_response(engine.call("GET", "/networks"), [OBJECT]):
         row = {name.lower(): found[name] for name in ("Id", "Name", "Driver", "Internal")}
-        pools = found["IPAM"].get("Config", ())
-        subnets = [pool["Subnet"] for pool in pools if "Subnet" in pool]
+        subnets = [pool["Subnet"] for pool in found["IPAM"].get("Config", ()) if "Subnet" in pool]
         networks.append({**row, "subnets": subnets, "labels": found.get("Labels", {})})
     return networks
 
