@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2484, and a reviewer may stop there:
+stands first, up to line 2486, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1083,7 +1083,7 @@ def forbidden_place(path: str, values: Json) -> str:
     paths.append(os.path.expanduser(DOCKER_FOLDER))
     # abspath leaves two slashes at the beginning as they are.
     absolute: list[str] = ["/" + os.path.abspath(path).lstrip("/") for path in paths if path]
-    reals = list(real_paths(path, root))
+    reals = real_paths(path, root)
     for place in FORBIDDEN_PATHS + absolute:
         # Invariant: both are compared as written, and by where links lead, here and on the host.
         pairs = itertools.product(reals, real_paths(place, root))
@@ -1092,11 +1092,14 @@ def forbidden_place(path: str, values: Json) -> str:
     return ""
 
 
-def real_paths(path: str, root: str) -> Iterator[str]:
-    """Yield a path as written, and where its links lead: here, and on the host below root."""
-    yield path
-    for real in os.path.realpath(path), os.path.realpath(root + path):
-        yield (real[len(root) :] or "/") if f"{real}/".startswith(f"{root}/") else real
+def real_paths(path: str, root: str) -> list[str]:
+    """Return a path as written, and where its links lead: here, and on the host below root."""
+    paths = [path]
+    for each in paths:  # those added here, too: on the host, a link may lead to a link
+        for real in os.path.realpath(each), os.path.realpath(root + each):
+            real = (real[len(root) :] or "/") if f"{real}/".startswith(f"{root}/") else real
+            paths += [real] if real not in paths and len(paths) < 40 else []
+    return paths
 
 
 def read_file(path: str) -> bytes:

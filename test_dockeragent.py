@@ -934,14 +934,17 @@ def test_path_of_a_key_is_resolved_as_the_host_sees_it(tmp_path):
     root = tmp_path / "host"
     build(root, ["dir srv/conf", "link srv/up ../run", "link srv/run /var/run", "dir run"])
     build(root, ["dir var/lib", "dir data/docker", "link var/lib/docker /data/docker"])
+    build(root, ["dir disk/c", "link moved /disk", "link var/lib/containerd /moved/c"])
+    build(root, ["link srv/twice /srv/up", "link loop /loop/loop"])
     named = {**CONFIG, "host_root": str(root), "keys_file": str(root / "srv/conf/keys.json")}
-    for path in ("/srv/up", "/srv/run", "/srv/conf", "/srv", "/data/docker/volumes"):
+    moved = "/data/docker/volumes", "/disk", "/srv/twice"
+    for path in ("/srv/up", "/srv/run", "/srv/conf", "/srv", *moved):
         for field in ("binds", "files"):
             text = json.dumps(one_key(**{field: [path]})).encode()
             with pytest.raises(da.ApiError, match=rf"keys\[0\].{field}: {path} would give away"):
                 da.parse_keys(text, named)
-    text = json.dumps(one_key(binds=["/srv/con"])).encode()
-    assert da.parse_keys(text, named)[0].binds == ("/srv/con",)
+    text = json.dumps(one_key(binds=["/srv/con", "/loop"])).encode()
+    assert da.parse_keys(text, named)[0].binds == ("/srv/con", "/loop")
 
 
 @pytest.mark.parametrize("name", sorted(CONFIG.keys() - {"host_root"}))
