@@ -4027,7 +4027,7 @@ def unix_second(second: bytes) -> bytes:
     return b"%d." % (stamp_time(second[:-1] + b"Z") // 10**9)
 
 
-def parse_moment(name: str, value: str) -> int:
+def parse_moment(path: str, value: str) -> int:
     """Return since or until as Unix nanoseconds. Raises ApiError (400).
 
     Unix seconds, RFC 3339, or a Go duration meaning that long ago; never a float, too coarse.
@@ -4040,7 +4040,7 @@ def parse_moment(name: str, value: str) -> int:
         return time.time_ns() - ago
     with contextlib.suppress(EngineError):
         return stamp_time(value.encode())
-    refuse(name, "must be Unix seconds, RFC 3339 (2026-02-21T10:00:00Z), or how long ago (10m, 1h)")
+    refuse(path, "must be Unix seconds, RFC 3339 (2026-02-21T10:00:00Z), or how long ago (10m, 1h)")
 
 
 class LogSource(NamedTuple):
@@ -5520,9 +5520,9 @@ def last_event_id(request: Request, pattern: str) -> re.Match[str] | None:
 def logs(request: Request, agent: Agent) -> Response:
     asked = {"stdout": True, "stderr": True, "follow": False, "tail": "all", **request.query}
     if not (asked["stdout"] or asked["stderr"]):
-        refuse("stdout", "and stderr cannot both be false")
+        refuse("query.stdout", "and stderr cannot both be false")
     kinds = frozenset(k for k, name in STREAMS.items() if asked.get(name, asked["stdout"]))
-    since, until = (parse_moment(name, asked.get(name, "0")) for name in ("since", "until"))
+    since, until = (parse_moment(f"query.{n}", asked.get(n, "0")) for n in ("since", "until"))
     last = None
     if match := last_event_id(request, EVENT_ID):
         second, fraction, number = map(int, match.groups())
@@ -5614,12 +5614,12 @@ def stats(request: Request, agent: Agent) -> Response:
 
 def events(request: Request, agent: Agent) -> Response:
     asked = request.query
-    moments = {n: parse_moment(n, asked[n]) for n in ("since", "until") if n in asked}
+    moments = {n: parse_moment(f"query.{n}", asked[n]) for n in ("since", "until") if n in asked}
     if match := last_event_id(request, ENGINE_EVENT_ID):
         moments["since"] = int(match[1])
     until = moments.get("until", math.inf)
     if moments.get("since", 0) > until:
-        refuse("until", "must not be before since")
+        refuse("query.until", "must not be before since")
     query: Json = {}
     for name, moment in moments.items():  # the Engine counts nanoseconds in 63 bits
         query[name] = "{}.{:09d}".format(*divmod(min(max(0, moment), 2**63 - 1), 10**9))

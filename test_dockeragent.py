@@ -2835,7 +2835,7 @@ def test_good_body(body, target, pair):
         ("unknown, where none is known", "/api/v1/containers/web?size=1", "query.size: "),
         ("repeated", "/api/v1/containers?all=1&all=0", "all"),
         ("repeated, written in two ways", "/api/v1/containers?all=1&%61ll=1", "all"),
-        ("boolean without a value", "/api/v1/containers?all", "all: "),
+        ("boolean without a value", "/api/v1/containers?all", "query.all: "),
         ("boolean yes", "/api/v1/containers?all=yes", "all: "),
         ("boolean with a space", "/api/v1/containers?all=1%20", "all: "),
         ("tail below 0", "/api/v1/containers/web/logs?tail=-1", "tail: "),
@@ -2843,7 +2843,10 @@ def test_good_body(body, target, pair):
         ("NUL", "/api/v1/containers/web/logs?since=%00", "since: "),
         ("a byte that is not UTF-8", "/api/v1/files?path=/a%FF", "byte that is not UTF-8"),
         ("invalid UTF-8", "/api/v1/containers/web/logs?since=%ff", "since: "),
-        ("nothing to show", "/api/v1/containers/web/logs?stdout=0&stderr=F", "stdout"),
+        ("no moment", "/api/v1/containers/web/logs?since=noon", "query.since: "),
+        ("no moment for events", "/api/v1/events?until=noon", "query.until: "),
+        ("until before since", "/api/v1/events?since=2&until=1", "query.until: "),
+        ("nothing to show", "/api/v1/containers/web/logs?stdout=0&stderr=F", "query.stdout: "),
     ),
 )
 def test_bad_query_is_400_and_named(path, word, pair):
