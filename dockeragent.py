@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2486, and a reviewer may stop there:
+stands first, up to line 2487, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1167,7 +1167,8 @@ def config_errors(variable: str, value: object) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, ApiError) as error:
-        raise ConfigError(f"{variable}: {value}: {describe(error)}") from error
+        rule = describe(error).removeprefix("body: ")  # said of a request, not of a file
+        raise ConfigError(f"{variable}: {value}: {rule}") from error
 
 
 def refuse_password() -> str:
@@ -4963,8 +4964,7 @@ class Deploys:
             if key is not STRANGER:
                 check_free(name, self._changing, "changed")
             # Invariant: no limited key starts threads without bound, or takes those of another.
-            held = list(self.busy.values()).count(key)
-            if key.name and not key.master and held >= MAX_DEPLOYS:
+            if key.name and not key.master and list(self.busy.values()).count(key) >= MAX_DEPLOYS:
                 message = f"key {key.name} has too many deploys; try again later"
                 raise ApiError(503, message, {"Retry-After": "5"})
             self.busy[name] = key

@@ -718,7 +718,7 @@ def one_key(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "text, word",
     cases(
-        ("not JSON", "{", "not JSON"),
+        ("not JSON", "{", "keys.json: is not JSON"),
         ("no keys", {}, "keys: is required"),
         ("an unknown field", {"keys": [], "kays": []}, "kays"),
         ("an unknown field of a key", one_key(containres=[]), "keys[0].containres"),
