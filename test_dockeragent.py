@@ -9299,7 +9299,7 @@ def test_container_whose_creation_was_answered_by_nobody_is_found_by_its_label(
 
 def test_removal_is_tried_again_until_the_engine_is_back(fake_agent, fake_engine):
     done = run_of(fake_engine, chunked_answer(FIRST))
-    answers = [http_answer({"message": "busy"}, 500), NO_CONTENT]
+    answers = [http_answer({"message": "busy"}, 500), b"", NO_CONTENT]
     fake_engine.script["DELETE /containers/x"] = lambda sock: sock.sendall(answers.pop(0))
     reply = fake_agent.post("/api/v1/run", {"image": "x"})
     assert read_run(reply) == ([("stdout", "one")], {"exit_code": 7})
