@@ -2982,7 +2982,7 @@ class EngineResponse(http.client.HTTPResponse):
 
     def _read_part(self) -> bytes:
         """Return the next bytes of the body. Raises FAILURES."""
-        self.fp.peek(1)  # fills the buffer: alone, the read would leave the chunk's line end
+        self.fp.peek(1)  # or `read1` would take the rest of a chunk and leave its line end
         part = self.read1(RECV_SIZE)
         if self.chunked and self.chunk_left == 0:
             # http.client would look for this line end only with the next chunk.
@@ -4182,7 +4182,7 @@ class LogCursor:
 
     def check(self) -> None:
         """Raise EngineError if the Engine refuses the log."""
-        # podman 4.3 may begin its response later, but refuses at once. A stop ends the stream.
+        # podman 4.3 may begin its response later, but refuses at once. A stop becomes an event.
         with tolerate(504), contextlib.suppress(Stopping):
             self._reading((0, None), seconds=HEAD_WAIT).response.close()
 
@@ -4195,7 +4195,7 @@ class LogCursor:
         self._doubt = NUMBERED
         with tolerate(404, 409):  # it is removed, or being removed while it still runs
             ending = log_ending(found, started)
-            if not ending and self._reach == WHOLE:  # of which a follower would have all once more
+            if not ending and self._reach == WHOLE:  # so that a follower begins near the end
                 yield from self._find()
             while not (ending or self._seconds_left() <= 0):
                 was_dropped = yield from self._arriving()
