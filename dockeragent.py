@@ -4441,8 +4441,7 @@ def log_ending(found: Json | None, started: Any) -> Ending | None:
         return "restart", {"exit_code": exit_code, "restart_count": found.get("RestartCount")}
     if is_running:
         return None
-    reasons = {"removing": "removed", "dead": "removed", "created": "created"}
-    reason = reasons.get(status, "exited")
+    reason = {"removing": "removed", "dead": "removed", "created": "created"}.get(status, "exited")
     return "end", {"reason": reason, "exit_code": None if reason == "created" else exit_code}
 
 
@@ -5462,8 +5461,7 @@ def post_action(
             seconds += body.get("timeout", own_stop_timeout(config))
         if "signal" in body and takes_signal(agent.engine, body["signal"], config, action):
             query["signal"] = signal_name(body["signal"])
-        path = container_path(found["Id"], action)
-        agent.engine.call("POST", path, query, seconds=seconds)
+        agent.engine.call("POST", container_path(found["Id"], action), query, seconds=seconds)
     return Response({"message": f"container {done}"})
 
 
@@ -5915,8 +5913,7 @@ def healthcheck(config: Config) -> int:
     sock: socket.socket | None = None
     try:
         with connect(address, context, deadline) as sock:
-            response = exchange(sock, Call("GET", ""), "/health", deadline)
-            return 0 if response.status == 200 else 1
+            return 0 if exchange(sock, Call("GET", ""), "/health", deadline).status == 200 else 1
     except (*FAILURES, ValueError) as error:
         print_error(f"{address}: {describe(error)}")
         # A server that accepts only another CA's certificates refuses ours after the handshake.
