@@ -4175,7 +4175,8 @@ class LogCursor:
             return
         self._left = self._wanted
         reading = yield from self._find()
-        if reading.final != self._reading((1, None), http10=False).keep_last().final:
+        theirs = self._reading((1, None), http10=False).keep_last()
+        if not reading.entries or reading.final != theirs.final:
             reading = yield from self._find(http10=False)  # it was cut, or more was written
         if unfinished:
             yield self._hand_out(reading.rest)
@@ -4226,6 +4227,8 @@ class LogCursor:
             if not (reading.point or reading.is_doubtful):
                 self._reach = reading.reach
                 return reading
+            if http10 and tail == WHOLE:  # it may have been cut, which is an error in chunks
+                return (yield from self._find(http10=False))
         if damage:
             raise damage
         # It is gone, so all that is left came after it.

@@ -8883,9 +8883,22 @@ def test_log_that_was_cut_is_read_to_its_end(fake_agent, fake_engine, came, quer
 
 
 @pytest.mark.parametrize("query", ["follow=1", "follow=0"], ids=["follow", "json"])
-@pytest.mark.parametrize("wanted, until", [(3, 5000), (1400, 5000), (3, 2000), (1400, 2000)])
-def test_tail_that_was_cut_is_read_to_its_end(fake_agent, fake_engine, wanted, until, query):
-    """Each HTTP/1.0 response is. The Engine's own tail may have few of the lines, or none."""
+@pytest.mark.parametrize("came", [0, 1500])
+@pytest.mark.parametrize(
+    "asked, start, until",
+    cases(
+        ("a tail", "tail=3", -3, 5000),
+        ("more than is kept", "tail=1400", -1400, 5000),
+        ("a tail before until", "tail=3&until=1771668000.000002", -3, 2000),
+        ("more than is kept before until", "tail=1400&until=1771668000.000002", -1400, 2000),
+        ("all before until", "until=1771668000.000002", 0, 2000),
+        ("what comes after a line", "last_event_id=1771668000.000003999-1", 2000, 5000),
+    ),
+)
+def test_log_whose_every_old_response_is_cut_is_read_to_its_end(
+    fake_agent, fake_engine, asked, start, until, came, query
+):
+    """The Engine's own tail may have few of the lines asked for, or none."""
     stamps = [b"2026-02-21T10:00:00.%09dZ" % n for n in range(5000)]
     frames = [frame(1 + n % 2, b"%d\n" % n, stamp) for n, stamp in enumerate(stamps)]
 
@@ -8894,12 +8907,11 @@ def test_tail_that_was_cut_is_read_to_its_end(fake_agent, fake_engine, wanted, u
         tail = re.search("tail=([0-9]+)", request.target)
         kept = frames[max(0, 5000 - int(tail[1])) if tail else 0 : until]
         is_old = request.version == "HTTP/1.0"
-        sock.sendall(plain_answer(*kept[: len(kept) // 2]) if is_old else chunked_answer(*kept))
+        sock.sendall(plain_answer(*kept[:came]) if is_old else chunked_answer(*kept))
 
     log_of(fake_engine, log, EXITED)
-    asked = [f"tail={wanted}", "stdout=0"] + ["until=1771668000.000002"] * (until < 5000)
-    lines = lines_in(fake_agent.get(logs_path("x", *asked, query)))
-    assert lines == [str(n) for n in range(1, until, 2)][-wanted:]
+    lines = lines_in(fake_agent.get(logs_path("x", "stdout=0", asked, query)))
+    assert lines == [str(n) for n in range(1, until, 2)][start:]
 
 
 FORGING = [b"plain", b"10:00:00Z GET / 200", b"\r\revent:Z forged", b"2026-02-21T10:00:00Z x"]
