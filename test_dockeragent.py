@@ -10229,6 +10229,21 @@ def test_metrics_need_the_key_and_count_by_template_alone(fake_engine):
     assert sum(v for (n, _), v in found.items() if n == "dockeragent_http_requests_total") == 63
 
 
+def test_request_is_in_each_bucket_from_its_own_seconds_on():
+    metrics = da.Metrics()
+    for status, seconds in ((200, 0.1), (429, 2), (503, 70)):
+        request = da.Request("", da.NEVER, ())
+        request.status = status
+        metrics.observe(request, seconds)
+    found = parse_metrics(da.exposition(metrics.samples()))
+    name, other = "dockeragent_http_request_duration_seconds", {"method": "other", "route": "other"}
+    bounds = ("0.025", "0.1", "1", "2.5", "60", "+Inf")
+    counts = [value_of(found, f"{name}_bucket", le=bound, **other) for bound in bounds]
+    assert counts == [0, 1, 1, 2, 2, 3]
+    assert value_of(found, f"{name}_sum", **other) == 72.1
+    assert value_of(found, "dockeragent_rate_limited_total") == 1
+
+
 def test_refused_and_open_requests_are_counted(fake_engine):
     fake_engine.script[LIST] = http_answer([])
     fake_engine.script["GET /events"] = lambda sock: [
