@@ -8415,16 +8415,22 @@ def test_followed_tail_is_read_once_behind_a_follower_that_has_all_that_comes(
 ):
     stamps = (b"2026-02-21T10:00:00.%09dZ" % n for n in range(1, 6001))
     frames = [frame(1, b"%d\n" % n, stamp) for n, stamp in enumerate(stamps)]
+    late, is_read = frame(1, b"late\n", b"2026-02-21T10:00:01.000000000Z"), threading.Event()
 
     def log(sock: socket.socket) -> None:
         target = fake_engine.seen.queue[-1].target
         tail = int(re.search("tail=([0-9]+)", target)[1])
-        late = [frame(1, b"late\n", b"2026-02-21T10:00:01.000000000Z")] * ("follow=1" in target)
-        sock.sendall(plain_answer(*frames[len(frames) - tail :], *late))
+        sock.sendall(plain_answer(*frames[len(frames) - tail :]))
+        if "follow=1" in target:
+            assert is_read.wait(WAIT)
+            frames.append(late)
+            sock.sendall(late)
+        elif tail > 2:
+            is_read.set()
 
     log_of(fake_engine, log, RUNNING, EXITED)
-    events = parse_events(fake_agent.get(logs_path("x", "follow=1", "tail=2")).body)
-    assert [event.data for event in events[:3]] == ["5998", "5999", "late"]
+    *events, _ = parse_events(fake_agent.get(logs_path("x", "follow=1", "tail=2")).body)
+    assert [event.data for event in events] == ["5998", "5999", "late"]
     targets = [request.target for request in fake_engine.requests()]
     start, end = [at for at, target in enumerate(targets) if target.endswith("/json")][:2]
     asked = [re.findall("(?:follow|tail)=([0-9]+)", target) for target in targets[start + 1 : end]]
