@@ -8397,6 +8397,22 @@ def test_tail_of_a_log_that_grows_between_two_looks_is_of_whole_lines(
     assert len(lines) >= 20 and set(lines) == {"a" * 16384 + "b" * 16384}
 
 
+def test_tail_that_is_too_long_to_keep_is_no_longer_while_the_log_grows(fake_agent, fake_engine):
+    stamps = [b"2026-02-21T10:00:0%dZ" % n for n in range(10)]
+    frames = [frame(1, b"%d" % n + 200_000 * b"x" + b"\n", stamps[n]) for n in range(10)]
+    shown = [4, *range(4, 10)]
+
+    def log(sock: socket.socket) -> None:
+        tail = re.search("tail=([0-9]+)", fake_engine.seen.queue[-1].target)
+        kept = frames[: shown.pop(0) if shown else 10]
+        sock.sendall(plain_answer(*kept[-int(tail[1]) if tail else 0 :]))
+
+    log_of(fake_engine, log, EXITED)
+    lines = fake_agent.get(logs_path("x", "tail=3")).json()["lines"]
+    first = int(lines[0][0])
+    assert [line[:2] for line in lines] == [f"{n}x" for n in range(first, first + 3)]
+
+
 def test_stop_before_the_first_byte_of_a_followed_log_is_an_event_too(fake_engine):
     """A client that has a status in its place does not reconnect."""
     with Agent(DOCKER_HOST=fake_engine.url) as agent:
