@@ -11062,6 +11062,11 @@ def test_container_that_is_listed_and_not_yet_there_is_not_replaced(pair):
     pair.engine.script["POST /containers/create"] = http_answer({"message": "taken"}, 409)
     reply = put(pair.agent, "web", spec(image="a"))
     assert (reply.status, reply.json()["message"]) == (409, "taken")
+    of_it = ("request_id", reply.headers["x-request-id"])
+    told = until(
+        lambda: [each for each in pair.agent.lines("request") if of_it in each.items()], "it"
+    )
+    assert told[0]["error"] == "taken"
 
 
 def test_what_is_told_of_a_new_container_is_known_before_it_is_started(pair):
