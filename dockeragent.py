@@ -4332,22 +4332,18 @@ class LogCursor:
         theirs.keep_last(wanted, unfinished=unfinished)
         size = wanted + wanted // 8 + 64 + self._doubt
         with contextlib.suppress(LogDamaged):
-            http10 = self._doubt > 0 and theirs.entries > 0  # a cut shows by what it lacks of those
             is_cut = self._source.until or len(theirs.kept) < min(wanted, theirs.total)
             while is_cut or theirs.entries in (0, least):
-                larger = self._reading(WHOLE if size >= ALL else (size, self._doubt), http10=http10)
+                larger = self._reading(WHOLE if size >= ALL else (size, self._doubt), http10=False)
                 larger.mark = theirs.first
                 larger.keep_last(wanted, unfinished=unfinished)
                 is_full = larger.entries >= size
                 if not is_full and larger.marked < theirs.entries:
-                    if not http10:
-                        break
-                    http10 = False  # once more, so that a cut is an error
-                elif size >= ALL or (is_full and larger.total > wanted):
+                    break
+                if size >= ALL or (is_full and larger.total > wanted):
                     found = larger
                     break
-                else:
-                    size = 16 * size if is_full else ALL
+                size = 16 * size if is_full else ALL
         if len(found.kept) == min(wanted, found.total):
             self.last, self._reach = found.newest, found.reach
             yield list(found.kept)
