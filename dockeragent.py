@@ -3252,11 +3252,12 @@ class Engine:
 
     def _idle_connection(self) -> socket.socket | None:
         """Return a connection that is still open, and on which nothing waits to be read."""
-        with contextlib.suppress(IndexError):  # there is none
-            since, sock = self._idle.pop()
-            if time.monotonic() - since < IDLE_CONNECTION and not NEVER.wait_readable(sock, 0):
-                return sock
-            sock.close()
+        while self._idle:
+            with contextlib.suppress(IndexError):  # another thread took the last one
+                since, sock = self._idle.pop()
+                if time.monotonic() - since < IDLE_CONNECTION and not NEVER.wait_readable(sock, 0):
+                    return sock
+                sock.close()
         return None
 
     def _connect(self, deadline: float) -> socket.socket:

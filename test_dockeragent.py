@@ -4221,6 +4221,29 @@ def test_get_is_retried_when_the_idle_connection_was_closed(fake_engine, fake_ag
     assert fake_agent.get(ONE).status == 200
 
 
+def test_connections_that_a_burst_has_left_are_closed_by_the_next_request(fake_engine, fake_agent):
+    all_are_here, is_over = threading.Barrier(8), threading.Event()
+
+    def answer(sock: socket.socket) -> None:
+        all_are_here.wait(WAIT)
+        sock.sendall(HEAD_OK + b"Content-Length: 2\r\n\r\n[]")
+        is_over.wait(3 * WAIT)
+
+    def open_files() -> int:
+        return len(os.listdir(f"/proc/{fake_agent.process.pid}/fd"))
+
+    before = open_files()
+    fake_engine.script[LIST] = answer
+    replies = at_once(lambda _: fake_agent.get("/api/v1/containers"), range(8))
+    assert [reply.status for reply in replies] == [200] * 8
+    assert open_files() >= before + 8
+    fake_engine.script[LIST] = http_answer([])
+    time.sleep(da.IDLE_CONNECTION)
+    assert fake_agent.get("/api/v1/containers").status == 200
+    is_over.set()
+    until(lambda: open_files() <= before + 1, "no more open files than one connection")
+
+
 def test_what_the_engine_says_unasked_is_nobodys_answer(fake_engine, fake_agent):
     forged = HEAD_OK + b"Content-Length: 11\r\n\r\n" + b'{"Id":"XX"}'
     said = threading.Event()
@@ -11497,7 +11520,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 6_064
+LINES = 6_065
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
