@@ -2981,8 +2981,7 @@ class EngineResponse(http.client.HTTPResponse):
             raise engine_failure(error) from error
 
     def _read_part(self) -> bytes:
-        """Return the next bytes of the body. Raises FAILURES."""
-        self.fp.peek(1)  # or `read1` would take the rest of a chunk and leave its line end
+        """Return the next bytes of the body, of which some are buffered. Raises FAILURES."""
         part = self.read1(RECV_SIZE)
         if self.chunked and self.chunk_left == 0:
             # http.client would look for this line end only with the next chunk.
@@ -2999,6 +2998,7 @@ class EngineResponse(http.client.HTTPResponse):
         body = bytearray()
         try:
             while not self._is_done:
+                self.fp.peek(1)  # or `read1` would take the rest of a chunk and leave its line end
                 body += self._read_part()
                 # Invariant: at most MAX_RESPONSE bytes of a response are buffered.
                 if len(body) > MAX_RESPONSE:
