@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2487, and a reviewer may stop there:
+stands first, up to line 2455, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -20,10 +20,10 @@ stands first, up to line 2487, and a reviewer may stop there:
        with a key only), HTTP handler, Server
     C, what touches the host's files: Files
 
-Nothing up to there names what comes after it: Server is handed the table of routes, and `decide`
-is handed a function that asks the Engine. What comes after is reached by a checked request only,
-and speaks to nobody but the Engine. Of that, `send_create` (what a limited key's image brings) and
-Deployment.recover (which acts on names that a limited key chose) deserve a look all the same.
+Nothing up to that line names anything below it: Server is handed the table of routes, and `decide`
+a function that asks the Engine. The code below is reached by a checked request only, and speaks to
+the Engine alone. Two parts of it deserve a look all the same: `send_create` (what a limited key's
+image brings) and Deployment.recover (which acts on names that a limited key chose).
 
 Invariants, each stated again on the line that keeps it:
  1. Keys are compared in one place, as digests, in constant time; without one only /health answers.
@@ -102,7 +102,7 @@ IDLE_TIMEOUT = 75.0  # between two requests of one connection
 STRANGER_IDLE_TIMEOUT = 10.0  # the same, for a connection that has not shown a valid key
 WRITE_TIMEOUT = 30.0  # without a byte taken by the client
 HALF_CLOSED = 2.0  # of waiting before a client that has half-closed counts as disconnected
-LINGER_TIMEOUT = 3.0  # for the client to read a response sent before its body was read
+LINGER_TIMEOUT = 3.0  # for a client to read a response sent before the request's body was read
 GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
 RECV_SIZE = 64 * 1024  # bytes of one recv()
 STREAM_BUFFER = 128 * 1024  # bytes of SO_SNDBUF: what the kernel holds for a stream's slow reader
@@ -122,16 +122,14 @@ START_TIMEOUT = 120.0  # create and start, and to undo them
 PING_TIMEOUT = 3.0
 PULL_SILENCE = 120.0  # between two progress messages
 RUN_TIMEOUT = 3600  # of a one-off run that names none
-# How often a one-off run checks whether the agent is stopping. A shorter wait would always end
-# before a client that has half-closed counts as disconnected.
-STOP_POLL = HALF_CLOSED + 0.5
+STOP_POLL = HALF_CLOSED + 0.5  # a wait in a run; a shorter one would never see its client leave
 DEFAULT_STOP = 10  # seconds, the Engine's own default
 MAX_STOP = 86_400  # seconds; no wait here is unbounded
 MAX_RESPONSE = 64 * 1024 * 1024  # bytes of one response that is not a stream
 MAX_KEPT_BODY = 512 * 1024  # bytes; what a longer response decodes to is not cached
 MAX_IDLE_CONNECTIONS = 16  # kept open to the Engine
 IDLE_CONNECTION = 2.0  # seconds; the Engine may have closed one that was idle for longer
-VERSION_KEPT = 2.0  # seconds; later its version is asked for again: it may have been upgraded
+VERSION_KEPT = 2.0  # seconds before the Engine, perhaps upgraded, is asked for its version again
 HEALTH_CACHE = 1.0  # seconds during which the Engine is not asked again
 GATE_INTERVAL = 0.2  # seconds between two looks at a new container
 MAX_GATE = 3600  # seconds
@@ -148,14 +146,11 @@ MAX_LINE = 1024 * 1024  # bytes of one log line; the rest becomes the next line
 MAX_FRAME = 4 * 1024 * 1024  # bytes; the Engine's own hold up to 16 KiB and a timestamp
 NUMBERED = 4096  # log entries; after so many others, a timestamp is numbered from 1 again
 ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into entries of this size
-# Sent at the start of an event stream, with the milliseconds before its client reconnects. No empty
-# line follows it or a ping: some clients would dispatch that as an empty message.
-STREAM_START = b"retry: 3000\n"
-PING = b": ping\n"
+STREAM_START = b"retry: 3000\n"  # milliseconds before a client reconnects
+PING = b": ping\n"  # no empty line after either: some clients would dispatch an empty message
 PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event stream's proxies awake
-# The Engine writes each log entry by itself. After a read that waited less than this, the agent
-# waits this long: the next read finds some 200 entries, and a whole log takes a third less time.
-BURST_PAUSE = 0.0004  # seconds
+# The Engine writes each log entry by itself. With a pause after each read that waited less than
+BURST_PAUSE = 0.0004  # seconds, a read finds some 200, and a whole log takes a third less time
 HEAD_WAIT = 1.0  # seconds for the Engine to refuse a log, before an event stream begins
 RESTART_WAIT = 1.0  # seconds for a container that was stopped to run again; it takes some 0.2
 LOOK = NUMBERED + 1024  # entries at a log's end that are searched first for a line
@@ -217,7 +212,6 @@ class ApiError(Exception):
     def __init__(
         self, status: int, message: str, headers: Mapping[str, str] = {}, **members: Any
     ) -> None:
-        """members: added to the response's JSON."""
         super().__init__(message)
         self.status, self.headers, self.members = status, headers, members
         self.message = message if len(message) <= MAX_MESSAGE else message[:MAX_MESSAGE] + "..."
@@ -240,8 +234,7 @@ def tolerate(*statuses: int) -> Iterator[None]:
 @contextlib.contextmanager
 def hold(lock: Any, seconds: float, message: str) -> Iterator[None]:
     """Hold a lock. Raises ApiError (503), with this message, if that takes too long."""
-    # Invariant: a request waits for others only up to a bound. Without one, it would still be
-    # carried out when its client had left long ago.
+    # Invariant: no request waits for others without a bound: it could long outlive its client.
     if not lock.acquire(timeout=max(0, seconds)):
         raise ApiError(503, message)
     try:
@@ -393,7 +386,6 @@ def suggest_name(name: str, properties: Json) -> str:
     return f"known here: {', '.join(properties)}" if properties else "nothing can be set here"
 
 
-# One function for each kind of value; it returns the value's schema.
 def string_schema(
     pattern: str = TEXT, rule: str = "a string", most: int = 4096, example: Any = None
 ) -> Schema:
@@ -438,8 +430,8 @@ def decode_json(body: bytes) -> Any:
     if not body.strip(b" \t\r\n"):
         return NotJson("is empty")
     # Invariant: the depth and the number of values are bounded before the decoder sees them: it
-    # recurses, and makes an object of each. Without escapes, what stands between two quotes is a
-    # string, so every second part is one.
+    # recurses, and makes an object of each. With the escapes removed, quotes only begin and end
+    # strings, so every second part is one, and is not counted.
     parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 2 * MAX_VALUES)
     marks = b"".join(parts[::2]).translate(None, NO_MARKS)
     if len(parts) // 2 + len(marks) > MAX_VALUES:
@@ -477,10 +469,8 @@ def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json
     """Return a query's typed parameters; a field of the body is refused. Raises ApiError (400)."""
     rows, fields, pairs = schema["properties"], (body or NOTHING)["properties"], []
     for part in filter(None, query.split("&")):
-        # A plus is a space, as in the Engine's own queries. A byte that is not UTF-8 becomes a lone
-        # surrogate, which `validate` refuses.
-        raw = part.partition("=")
-        name, _, value = (unquote_plus(text, errors="surrogateescape") for text in raw)
+        # A byte that is not UTF-8 becomes a lone surrogate, which `validate` refuses.
+        name, _, value = (unquote_plus(t, errors="surrogateescape") for t in part.partition("="))
         if name in fields and name not in rows:
             refuse(f"query.{name}", f'goes into the body, as in {{"{name}": ...}}')
         if fields and not rows:
@@ -552,7 +542,6 @@ class Key(NamedTuple):
         )
 
     def permit(self, condition: object, field: str, what: object, status: int = 403) -> None:
-        """Raise ApiError unless the condition holds."""
         if not condition:
             raise ApiError(status, f"key {self.name}: {field}: {what} is not allowed")
 
@@ -580,9 +569,8 @@ def find_key(keys: Iterable[Key], shown: bytes) -> Key:
 
 PUBLIC, MASTER_ONLY = "public", "what is for the master key"  # in place of a permission
 KEY_LABEL = "dockeragent.key"  # the name of the limited key that created a container
-# One function a permission, and one a group of fields; each raises ApiError (403), or changes the
-# body into what a limited key gets. `ask` returns the Engine's JSON for a path, None for a 404.
-Ask = Callable[[str], Optional[Json]]
+Ask = Callable[[str], Optional[Json]]  # returns the Engine's JSON for a path, None for a 404
+# Each function below raises ApiError (403), or changes the body into what a limited key gets.
 
 
 def decide(request: Request, permission: str, ask: Ask) -> None:
@@ -658,8 +646,7 @@ DECISIONS: dict[str, Callable[[Request, Ask], None]] = {
 
 def check_image(key: Key, image: str) -> str:
     """Return the reference in full, which cannot also be the beginning of an id."""
-    # An id or a digest is taken from the host's cache, where another's private image may be: the
-    # Engine asks no registry, so nobody checks the caller's credentials.
+    # An id or a digest may be another's private image in the cache: no registry checks who asks.
     is_named = not re.fullmatch(IMAGE_ID, image) and (key.cache or "@" not in image)
     key.permit(is_named, "images", f"{image}, which is no name and tag,")
     key.permit_name("images", full_reference(image))
@@ -1205,7 +1192,6 @@ class Log:
         self._poll.register(self._descriptor, select.POLLOUT)
 
     def __call__(self, level: str, msg: str, **fields: Any) -> None:
-        """Write one line: time, level, msg and the fields."""
         if LEVELS[level] < self._rank:
             return
         second, millisecond = divmod(time.time_ns() // 10**6, 1000)
@@ -1217,8 +1203,7 @@ class Log:
             line, written = self._mend + fit_line(record), 0
             # A full disk, a closed pipe or a stopped reader must not end a request.
             with contextlib.suppress(OSError):
-                # Invariant: a full pipe never blocks. It polls writable only while PIPE_BUF bytes
-                # fit, and no line is longer.
+                # Invariant: no wait: a pipe polls writable while PIPE_BUF bytes, our most, fit.
                 if self._poll.poll(0):
                     written = os.write(self._descriptor, line)
                     self._mend = b"\n" if written < len(line) else b""
@@ -1314,8 +1299,7 @@ class RateLimiter:
             left = self._limit - len(times)
             wait = max(1, math.ceil(times[0] - now + RATE_WINDOW))
             self._windows[client, key] = times
-            # Invariant: the table is bounded, however many addresses clients come from. None of its
-            # windows is empty, and the newest stays.
+            # Invariant: the table is bounded. None of its windows is empty, and the newest stays.
             while True:
                 least_recent, oldest = next(iter(self._windows.items()))
                 if oldest[-1] > now - RATE_WINDOW and len(self._windows) <= MAX_CLIENTS:
@@ -1356,8 +1340,8 @@ class Interrupts(NamedTuple):
             raise Stopping(503, "the agent is stopping; try again later")
         if sock.fileno() in ready or not ready:
             return bool(ready)
-        # The client has disconnected, or has shut down only its own half of the connection (as
-        # nc -N does) and still waits for the response, which it gets if that comes soon.
+        # The client has disconnected, or has only shut down its sending half (as nc -N does) and
+        # waits for the response: it gets one that comes within HALF_CLOSED seconds.
         patience = time.monotonic() + HALF_CLOSED
         is_readable = self._replace(client=None).wait_readable(sock, min(deadline, patience))
         if not is_readable and patience <= deadline:
@@ -1371,10 +1355,7 @@ NEVER = Interrupts()
 def receive(
     sock: socket.socket, deadline: float, interrupts: Interrupts = NEVER, size: int = RECV_SIZE
 ) -> bytes:
-    """Return the next bytes of a non-blocking socket, b"" at the end.
-
-    Raises socket.timeout past deadline (monotonic), OSError, ClientGone and Stopping.
-    """
+    """Return the next bytes of sock, b"" at the end. Raises OSError, ClientGone and Stopping."""
     # Invariant: a peer that never stops sending is held to the deadline, too.
     while interrupts.wait_readable(sock, deadline) and time.monotonic() < deadline:
         try:
@@ -1385,10 +1366,7 @@ def receive(
 
 
 def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
-    """Send a first part of data on a non-blocking socket; return its size in bytes.
-
-    Raises socket.timeout if the peer takes nothing until deadline (monotonic), and OSError.
-    """
+    """Send a first part of data; return its size. Raises OSError, a timeout at the deadline."""
     while True:
         # Only TLS renegotiation, which is turned off, would have to read before it can send.
         try:
@@ -1401,9 +1379,8 @@ def send(sock: socket.socket, data: memoryview, deadline: float) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
-# Requests: what is known of one, of its route and its response; its body
+# Requests: one request, its route, its response and its body
 # --------------------------------------------------------------------------------------------------
-
 
 Fields = dict[str, list[str]]  # header values by lower-case name
 
@@ -1444,8 +1421,7 @@ class Request:
 
     def log_fields(self, seconds: float | None = None) -> Json:
         """Return the request's fields of a log line. seconds: how long it took, at its end."""
-        # Invariant: no path as sent, query, header or body is among them; the name in a path is,
-        # of a client with a valid key.
+        # Invariant: no path as sent, query, header or body is here; a name, with a valid key only.
         fields: Json = {"method": self.method[:16], "route": self.route.path if self.route else ""}
         fields.update(status=self.status, request_id=self.id, client_ip=self.client)
         if self.key.name:
@@ -2155,8 +2131,7 @@ class Walk(contextlib.ExitStack):
         """Lock a descriptor's filesystem until the walk ends. Raises ApiError (503)."""
         rule = f"other writes to its filesystem have taken over {LOCK_TIMEOUT:g} s"
         message = f"path: {rule}; check whether it hangs, or try again later"
-        # Writes beneath a limited key's folder wait for each other first, so that at most one of
-        # them at a time holds up anybody else's.
+        # Writes beneath a limited key's folder wait for each other first: one alone delays others'.
         for folder in dict.fromkeys((self._tree.folder, None)):
             place = os.fstat(descriptor).st_dev, folder
             lock = self._tree.locks.setdefault(place, threading.RLock())
@@ -2174,10 +2149,7 @@ class Walk(contextlib.ExitStack):
         return self._stack[-1], name
 
     def find(self, name: bytes) -> int:
-        """Return a descriptor (O_PATH) of the regular file called name in the folder entered.
-
-        Raises ApiError (400, 403, 409) for anything else that has the name, or OSError.
-        """
+        """Return a descriptor (O_PATH) of a regular file. Raises ApiError (400, 403, 409)."""
         # Invariant: O_PATH opens no FIFO or device. The file is looked at, and then only read or
         # written through this descriptor, whatever takes its name meanwhile.
         found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._stack[-1])
@@ -2277,15 +2249,12 @@ def read_beneath(tree: Tree, path: str) -> tuple[bytes, os.stat_result]:
 
 
 def remove_beneath(tree: Tree, path: str) -> None:
-    """Remove a regular file. Raises ApiError: 400, 403, 404, 409, 503.
-
-    If another program swaps the file for a link or a FIFO in the meantime, that is removed.
-    """
+    """Remove a regular file. Raises ApiError: 400, 403, 404, 409, 503."""
     with file_errors(), Walk(tree) as walk:
         parent, name = walk.enter(path)
         walk.lock(parent)
         walk.find(name)  # 404 also where unlink(2) would only say that the filesystem is read-only
-        os.unlink(name, dir_fd=parent)
+        os.unlink(name, dir_fd=parent)  # or a link or a FIFO that has just taken the file's place
         sync_folder(parent)
 
 
@@ -2390,9 +2359,8 @@ def temporary_name(parent: int, name: bytes) -> Iterator[bytes]:
 
     It is made from the target's, so that the next write clears away what a killed agent leaves.
     """
-    # In an append-only folder a temporary name could not be removed again. There rmdir(2) raises
-    # EPERM, before one is made; elsewhere it does nothing to a file. (An empty folder that has just
-    # taken the file's place is removed.)
+    # In an append-only folder no temporary name could be removed again: there rmdir(2) raises EPERM
+    # first. Elsewhere it leaves a file alone, and removes an empty folder that just replaced it.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.rmdir(name, dir_fd=parent)
     temporary = b".dockeragent-%08x" % binascii.crc32(name)
@@ -2588,7 +2556,6 @@ def check_run(body: Json, path: str) -> Json:
     return check_create(body, path)
 
 
-# How values are written in the Engine's body.
 def times(unit: int) -> Callable[[Any], int]:
     return lambda amount: round(amount * unit) if amount > 0 else int(amount)  # -1: no limit
 
@@ -3047,10 +3014,7 @@ def exchange(
 
 
 def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> socket.socket:
-    """Return a non-blocking socket, connected by deadline (monotonic), TLS done.
-
-    Raises OSError and ValueError.
-    """
+    """Return a connected non-blocking socket, its TLS done. Raises OSError and ValueError."""
     with contextlib.ExitStack() as on_error:
         if address.path:
             sock = on_error.enter_context(socket.socket(socket.AF_UNIX))
@@ -3187,8 +3151,7 @@ class Engine:
                         self._ping(time.monotonic() + PING_TIMEOUT)
                     except EngineError as error:
                         problem = error.message
-                    # Invariant: counted from its end, or each of those who have waited for one ping
-                    # would send another, one after the other.
+                    # Invariant: counted from its end, or all who waited for it would ping in turn.
                     self._health = time.monotonic(), problem
             finally:
                 self._health_lock.release()
@@ -3383,7 +3346,7 @@ NO_NEWS: NamedEvent = ("", {})  # comes each PING_INTERVAL, and becomes a ping
 AGENT_LABELS = ("key", "run", "name", "spec", "restart", "replaces", "was", "gate")
 
 # What the Engine's words for a failed pull mean. Those that come first in a message decide: what
-# follows may be the registry's own text, or a page of HTML. None: the registry failed, 502.
+# follows may be the registry's own text, or a page of HTML. If none is there, it is 502.
 PULL_ERRORS = (
     (502, r"dial tcp|lookup |x509:|unexpected (http )?status.* (429|5\d\d)|error parsing http"),
     (502, "(^|: )(toomanyrequests|unknown): (?!failed to resolve)"),
@@ -3408,8 +3371,7 @@ def container_path(name: str, action: str = "") -> str:
 def own_stop_timeout(config: Json) -> int:
     """Return the seconds that a stop takes at most if none are given."""
     wait = config.get("StopTimeout", -1)
-    # Invariant: a container's own timeout makes no wait longer than a client could ask for. -1 is
-    # for ever to the Engine.
+    # Invariant: a container makes no wait longer than a client could. -1 is for ever to the Engine.
     return min(MAX_STOP, wait) if wait >= 0 else DEFAULT_STOP
 
 
@@ -3423,10 +3385,7 @@ def agent_labels(key: Key, **values: str) -> dict[str, str]:
 
 
 def fill(request: Json, schema: Schema, body: Json, version: int, path: str = "") -> Json:
-    """Put the fields of a checked body into the Engine's request, and return it.
-
-    version: of the API in use, 41 for 1.41. Raises ApiError (400) for a field that it lacks.
-    """
+    """Put a checked body's fields into the Engine's request; return it. Raises ApiError (400)."""
     for name, value in body.items():
         row, here = schema["properties"].get(name, {}), f"{path}{name}"
         if "place" not in row:
@@ -3448,14 +3407,10 @@ def fill(request: Json, schema: Schema, body: Json, version: int, path: str = ""
 
 
 def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
-    """Return the query and the body of "Create a container" for a checked body of ours.
-
-    Every value comes from a validated field. Raises ApiError (400) for what the Engine lacks.
-    """
+    """Return the query and the body of "Create a container" for ours. Raises ApiError (400)."""
     version = int(engine.version(time.monotonic() + CALL_TIMEOUT, refresh=True).partition(".")[2])
     for index, volume in enumerate(body.get("volumes", ())):
-        # Invariant: podman writes a mount as one line of options, source=a,target=b: nothing in
-        # a path may end it and begin another.
+        # Invariant: podman writes a mount as source=a,target=b: no path may begin another option.
         paths = volume.get("source", "") + volume["target"]
         if engine.is_podman and re.search("[,\"'\n\r]", paths):
             refuse(f"volumes[{index}]", "must have no comma, quote or line break for podman")
@@ -3591,10 +3546,7 @@ def full_repository(image: str) -> str:
 def pull_events(
     engine: Engine, body: Json, auth: str, interrupts: Interrupts
 ) -> Iterator[NamedEvent]:
-    """Yield ("progress", {...}) as a pull goes on, and at last ("done", {"image", "digest"}).
-
-    Raises EngineError for a pull that fails; closing the generator ends the pull.
-    """
+    """Yield ("progress", {...}) and at last ("done", {"image", "digest"}). Raises EngineError."""
     image = body["image"]
     name, tag = split_image(image)
     if re.fullmatch(IMAGE_ID, image):
@@ -3632,8 +3584,7 @@ def pull_error(status: int, message: str) -> EngineError:
     """
     if status != 500:
         return EngineError(status, message)
-    # Invariant: no more of a registry's own text is searched than a client is told. The time that
-    # takes grows with its square, and nothing else runs meanwhile.
+    # Invariant: only so much of a registry's text is searched: the time grows with its square.
     text = message[:MAX_MESSAGE]
     found = [(re.search(words, text, re.IGNORECASE), code) for code, words in PULL_ERRORS]
     starts = [(match.start(), code) for match, code in found if match]
@@ -3659,10 +3610,7 @@ def find_digest(image: Json, repository: str) -> str | None:
 
 @functools.lru_cache(maxsize=4)
 def shape_rows(body: bytes, master: bool) -> list[tuple[Json, bytes]]:
-    """Return our rows of the Engine's list, each also as JSON. They are kept: nothing changes one.
-
-    Who asks for the list asks again and again, and the Engine's answer is mostly the same.
-    """
+    """Return our rows of the Engine's list, each also as JSON. Cached, so nothing changes one."""
     rows = []
     for container in decode_response(body, OBJECTS):
         row: Json = {ours: container.get(theirs) for ours, theirs in LIST_FIELDS.items()}
@@ -3738,10 +3686,7 @@ def remove_reference(engine: Engine, reference: str) -> dict[str, list[str]]:
 
 
 def creation_key(engine: Engine, image: Json) -> tuple[int, str, str, str]:
-    """Return a sort key: when an image was created, to the nanosecond, then when it was tagged.
-
-    The tagging decides between reproducible builds, which all have the same time of creation.
-    """
+    """Return a sort key: when an image was created; of reproducible builds, when it was tagged."""
     found = find_image(engine, image["id"])
     fraction = re.sub(r"^[^.]*\.?([0-9]*).*", r"\1", str(found.get("Created")))
     tagged = str(found.get("Metadata", {}).get("LastTagTime")).rstrip("Z")
@@ -3827,8 +3772,8 @@ Entry = tuple[int, bytes]  # stream type, "STAMP text\n" as the Engine logged it
 # Stamp in Docker's form, number among the lines of that stamp (0: in doubt), stream type, text.
 Line = tuple[bytes, int, int, bytes]
 Point = Optional[tuple[bytes, int]]  # a line's stamp and number; None: before the oldest line
-# How many of a log's last entries, and of how many of these, from the first on, the lines' numbers
-# are in doubt; None: no line is in doubt, or no other tail could tell.
+# The number of a log's last entries that are read, and of the first of these whose lines' numbers
+# are in doubt. None: no number is, or no longer tail could settle it.
 Tail = tuple[int, Optional[int]]
 Render = Callable[[list[Line]], bytes]
 Ending = tuple[str, Json]  # the last event's name and data
@@ -4030,10 +3975,7 @@ def unix_second(second: bytes) -> bytes:
 
 
 def parse_moment(path: str, value: str) -> int:
-    """Return since or until as Unix nanoseconds. Raises ApiError (400).
-
-    Unix seconds, RFC 3339, or a Go duration meaning that long ago; never a float, too coarse.
-    """
+    """Return since or until as Unix nanoseconds; a float is too coarse. Raises ApiError (400)."""
     if match := re.fullmatch(UNIX_TIME, value):
         return int(match[1] + (match[2] or "").ljust(9, "0"))
     if re.fullmatch(f"(?:{DURATION})+", value):
@@ -4074,8 +4016,8 @@ class LogReading:
         self.final: Optional[Entry] = None
         self.rest: list[Line] = []  # what the end left without a newline
         self.reach = WHOLE  # the tail in which to look for what comes after the last line
-        # By keep_last, of the lines after the last one in doubt: the first and the last; how many
-        # are of the streams asked for, and the last of those.
+        # Set by keep_last, for the lines after the last one in doubt: the first and the last line,
+        # the number of those that are of the streams asked for, and the last of those.
         self.oldest: Optional[Line] = None
         self.newest: Point = None
         self.total = 0
@@ -4253,10 +4195,7 @@ class LogCursor:
             yield low, None
 
     def _arriving(self) -> Generator[list[Line], None, bool]:
-        """Yield the lines after `last`, and then those that come, [] when none did for a while.
-
-        Return whether the Engine ended its response. Raises EngineError.
-        """
+        """Yield the lines after `last`, [] at times; return whether the Engine's response ended."""
         follower, reading, reach = None, None, self._reach
         seconds = max(HEAD_WAIT, self.due - time.monotonic())
         with contextlib.ExitStack() as stack:
@@ -4273,8 +4212,7 @@ class LogCursor:
             follower.point = self.last
             while not (follower.is_done or follower.is_doubtful or self._seconds_left() <= 0):
                 lines = follower.read(min(self.due, time.monotonic() + self._seconds_left()))
-                # The follower begins with as many entries as the reading had, so the line is among
-                # those; but some Engines leave out entries of a log that rotates.
+                # The line is among the first so many, unless an Engine whose log rotates lost it.
                 if follower.point and (lines is None or follower.entries > reading.entries + LOOK):
                     break
                 yield self._hand_out(follower.certain(lines or []))
@@ -4301,8 +4239,8 @@ class LogCursor:
         source, since = self._source, self._since
         path = container_path(source.container, "logs")
         if source.engine.is_podman:
-            # In its tails, a line's first entry is joined to the line before. Its stamps have no
-            # fractions: of each, it is asked for all. Its own API has frames on a terminal, too.
+            # podman's tails join a line's first entry to the line before, and its stamps have no
+            # fractions: all of a second is read. Only its own API frames a terminal's log.
             tail, since = WHOLE, since - since % 10**9
             path = "/libpod" + path if source.tty else path
         query: dict[str, Any] = {"stdout": 1, "stderr": 1, "timestamps": 1, "follow": follow}
@@ -4424,10 +4362,7 @@ def log_events(cursor: LogCursor, found: Json, render: Render) -> Stream:
 
 
 def log_ending(found: Json | None, started: Any) -> Ending | None:
-    """Return the event that ends a followed log; None while the container runs as it did.
-
-    started: when the run began that is followed, as the Engine has it.
-    """
+    """Return the event that ends a followed log; None while the run since `started` goes on."""
     if found is None:
         return REMOVED
     state, status = found["State"], found["State"].get("Status")
@@ -4459,8 +4394,7 @@ GATE = {"timeout": 60, "stable": 10}  # seconds
 NO_EVIDENCE: Json = {"rolled_back": False, "exit_code": None, "health": None, "logs": []}
 UNREACHABLE = (502, 503, 504)  # statuses of an Engine that has to be waited for
 
-# The last is "done" or "error" with a Response. Not with the error itself: with its traceback it
-# would keep all that led to it, the request's body included.
+# The last is "done" or "error", with a Response: an exception would keep the request's body.
 Told = queue.SimpleQueue[NamedEvent]
 
 
@@ -4537,14 +4471,11 @@ class Deployment:
         self.warnings: list[str] = []
 
     def look(self) -> dict[str, str]:
-        """Return the ids of the containers with the name and its helper names, by suffix.
-
-        Raises EngineError, with 503 while one is being renamed: what is there cannot be told.
-        """
+        """Return the ids of the containers that have the name or a helper name, by suffix."""
         names = {self.name + suffix: suffix for suffix in ("", *HELPER_NAMES)}
         ids = ids_by_name(self.engine, f"^/?({'|'.join(map(re.escape, names))})$")
         found = {suffix: ids[name] for name, suffix in names.items() if name in ids}
-        if len(set(found.values())) < len(found):  # it has two names meanwhile
+        if len(set(found.values())) < len(found):  # it has two names, and nobody can tell which
             raise EngineError(503, f"the Engine is renaming a container of {self.name}")
         return found
 
@@ -4558,8 +4489,7 @@ class Deployment:
             image = find_image(self.engine, inspected["Image"])
         labels = config_of(inspected, "Labels")
         own = {name: text for name, text in labels.items() if name.startswith(OWN_LABELS)}
-        # Invariant: no image can pass for a deploy. A container that the agent did not create has
-        # its image's labels with this prefix, and no others.
+        # Invariant: no image passes for a deploy: a foreign container has just its image's labels.
         is_deployed = not own.items() <= config_of(image, "Labels").items()
         journal = read_journal(own) if is_deployed else NO_JOURNAL
         return Found(inspected["Id"], inspected, image, journal)
@@ -4626,10 +4556,7 @@ class Deployment:
         return container
 
     def swap(self, new: Found, old: Found | None) -> None:
-        """Put the new container in the place of the old one, if there is one.
-
-        Raises GateError, EngineError, Stopping.
-        """
+        """Put the new container in the old one's place. Raises GateError, EngineError, Stopping."""
         if old:
             self.told.put(("step", {"step": "stop"}))
             self.set_restart(old, NO_RESTART)
@@ -4710,7 +4637,6 @@ class Deployment:
         self.rename(old, "")  # last: its helper name is all that tells that this is to be done
         self.outcome = "rolled back"
 
-    # What is done, by the names that are there.
     STEPS: ClassVar[dict[tuple[str, ...], Callable[..., None]]] = {
         ("", NEXT): roll_back,  # crashed before the swap, or in a rollback
         (NEXT, PREV): roll_back,  # between the renames
@@ -5138,10 +5064,7 @@ METRICS = {
 
 
 def stats_sample(raw: Json) -> Json:
-    """Return a sample of the Engine's statistics as `docker stats` computes it.
-
-    Engine API, "Get container stats based on resource usage". Raises EngineError (502).
-    """
+    """Return a sample, computed as `docker stats` does it. Raises EngineError (502)."""
     try:
         cpu, before, memory = raw["cpu_stats"], raw["precpu_stats"], raw["memory_stats"]
         busy = cpu["cpu_usage"]["total_usage"] - before["cpu_usage"]["total_usage"]
@@ -5222,8 +5145,8 @@ def event_data(message: Json, key: Key) -> Json | None:
     actor, kind = message["Actor"], message["Type"]
     attributes = actor.get("Attributes", {})
     identity = actor.get("ID", "")
-    # The Engine puts a container's name over a label "name". A volume has its name as its id, and
-    # so has an image that is pulled: only there is its tag (podman has the image's id there).
+    # The attribute "name" is a container's name, even if it has a label "name". A volume's id is
+    # its name; a pulled image's is its reference (on podman the image's id).
     is_pull = message.get("Action") == "pull" and not re.fullmatch(IMAGE_ID, identity)
     name = identity if kind == "volume" or is_pull else attributes.get("name", "")
     if not key.master:
@@ -5353,10 +5276,7 @@ def inspect_container(request: Request, agent: Agent) -> bytes:
 
 @contextlib.contextmanager
 def found_to_change(request: Request, agent: Agent) -> Iterator[Json]:
-    """Give the container in the path, of which no deploy begins meanwhile.
-
-    Raises ApiError (409) while it is created or deployed.
-    """
+    """Yield the container in the path; no deploy of it begins meanwhile. Raises ApiError (409)."""
     inspect_container(request, agent)  # for its name
     with agent.deploys.changing(request.target["name"]):
         # Anew: after a deploy or a recovery the name is another container's.
@@ -5466,10 +5386,7 @@ def post_action(
 
 
 def takes_signal(engine: Engine, wanted: str, config: Json, action: str) -> bool:
-    """Return whether to name a signal in a request; it is the container's own if not.
-
-    Before API 1.42 a stop takes none, and podman ignores it. Raises ApiError (400) for another.
-    """
+    """Return whether to send the signal: an Engine that takes none sends the container's own."""
     if action == "kill":
         return True
     # Asked anew: it may be another by now.
@@ -5769,8 +5686,7 @@ def remove_network(request: Request, agent: Agent) -> Response:
     with engine.reserve(names, removes=True):
         users = count_users(engine)
         is_used = any(users["network", each] for each in names)
-        # The Engine minds only running containers; a stopped one could not start again. It never
-        # removes a predefined network, and says why.
+        # The Engine minds only running containers. Why a predefined network stays, it says itself.
         if is_used and name not in ("bridge", "host", "none"):
             raise ApiError(409, f"network {name} is used by a container")
         engine.call("DELETE", f"/networks/{quote(network['id'], safe='')}")
