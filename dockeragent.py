@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2455, and a reviewer may stop there:
+stands first, up to line 2446, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -280,8 +280,7 @@ KINDS: dict[type, str] = {str: "string", int: "integer", float: "number", bool: 
 KINDS |= {list: "array", dict: "object"}
 BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 KEYWORDS = "type description example properties required names values items pattern maxLength raw"
-KEYWORDS += " minimum maximum zero check"
-KEYWORDS += " place convert since"  # not for `validate`: `fill` reads them
+KEYWORDS += " minimum maximum zero check place convert since"  # the last three are read by `fill`
 # Names of docker run, compose and the Engine, without - and _, that difflib does not match to ours.
 OTHER_NAMES = dict.fromkeys(("binds", "mount", "mounts", "tmpfs"), "volumes")
 OTHER_NAMES.update(environment="env", containername="name", rm="auto_remove", test="cmd")
@@ -760,9 +759,8 @@ RULES = (restrict_image, restrict_volumes, restrict_networks, restrict_numbers, 
 # What the rules look at, then what is free. Any other field is for the master key.
 LIMITED_FIELDS = set(
     "image pull volumes networks network_mode hostname ports labels resources log healthcheck"
-    " stop_timeout cap_drop name cmd entrypoint env working_dir user init tty read_only dns"
-    " restart_policy stop_signal extra_hosts platform auto_remove deploy timeout"
-    " no_new_privileges".split()
+    " stop_timeout cap_drop name cmd entrypoint env working_dir user init tty read_only dns deploy"
+    " restart_policy stop_signal extra_hosts platform auto_remove timeout no_new_privileges".split()
 )
 
 
@@ -850,8 +848,6 @@ class Config(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """One environment variable."""
-
     name: str
     default: str
     meaning: str
@@ -907,7 +903,6 @@ def parse_networks(text: str) -> Networks:
 
 
 def parse_range(text: str, path: str) -> tuple[int, int]:
-    """Return the first and the last port of a range, or of a single port."""
     low, high = int(text.split("-")[0]), int(text.split("-")[-1])
     if not 1 <= low <= high <= 65535:
         refuse(path, "must be ports from 1 to 65535, the lower one first")
@@ -1812,10 +1807,9 @@ class Connection(socketserver.BaseRequestHandler):
             body = response.body if is_bytes else encode_json(response.body) + b"\n"
             self.send_head(request, response, {"Content-Length": str(len(body))}, body)
             return
-        # RFC 9112 section 7.1; the last chunk is empty.
         chunk = (lambda data: b"%x\r\n%b\r\n" % (len(data), data)) if request.minor else bytes
         with contextlib.closing(response.stream) as stream:
-            pieces = filter(None, stream)  # an empty chunk would be the last
+            pieces = filter(None, stream)  # an empty chunk is the last: RFC 9112 section 7.1
             first = chunk(next(pieces))
             framed = {"Transfer-Encoding": "chunked"} if request.minor else {}
             self.slot.is_streaming = True
@@ -1997,11 +1991,9 @@ class Server(http.server.ThreadingHTTPServer):
 
     def service_actions(self) -> None:
         """Close refused connections. `serve_forever` calls this at least twice a second."""
-        now = time.monotonic()
-        while self._refused and (
-            self._refused[0][0] < now or len(self._refused) > MAX_LINGERING_REFUSALS
-        ):
-            self._refused.popleft()[1].close()
+        now, refused = time.monotonic(), self._refused
+        while len(refused) > MAX_LINGERING_REFUSALS or (refused and refused[0][0] < now):
+            refused.popleft()[1].close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         self.log("error", "bug", traceback=describe_bug(sys.exc_info()[1]))
@@ -2028,7 +2020,6 @@ class Server(http.server.ThreadingHTTPServer):
 # Files: written completely or not at all, and never outside the root
 # --------------------------------------------------------------------------------------------------
 
-# The status of each failure of a system call, and what the client can do about it.
 FILE_ERRORS = {
     errno.EACCES: (403, "check the file's owner, or run the agent as root"),
     errno.EPERM: (403, "check lsattr, the mount's options and the agent's capabilities"),
@@ -3335,13 +3326,12 @@ def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[
 # Containers and images: our requests to the Engine's, its answers to ours
 # --------------------------------------------------------------------------------------------------
 
-# Our fields and the Engine's, in a list.
 LIST_FIELDS = {"id": "Id", "names": "Names", "image": "Image", "image_id": "ImageID"}
 LIST_FIELDS |= {n.lower(): n for n in "Command Created State Status Ports Labels".split()}
 PORT_FIELDS = {"ip": "IP", "private_port": "PrivatePort", "public_port": "PublicPort"}
 PORT_FIELDS["type"] = "Type"
-NamedEvent = tuple[str, Any]  # what an operation tells as it goes on: the event's name and data
-NO_NEWS: NamedEvent = ("", {})  # comes each PING_INTERVAL, and becomes a ping
+Event = tuple[str, Any]  # what an operation tells as it goes on: the event's name and data
+NO_NEWS: Event = ("", {})  # comes each PING_INTERVAL, and becomes a ping
 # The labels that the agent sets, after OWN_LABELS.
 AGENT_LABELS = ("key", "run", "name", "spec", "restart", "replaces", "was", "gate")
 
@@ -3543,9 +3533,7 @@ def full_repository(image: str) -> str:
     return split_image(full_reference(image))[0]
 
 
-def pull_events(
-    engine: Engine, body: Json, auth: str, interrupts: Interrupts
-) -> Iterator[NamedEvent]:
+def pull_events(engine: Engine, body: Json, auth: str, interrupts: Interrupts) -> Iterator[Event]:
     """Yield ("progress", {...}) and at last ("done", {"image", "digest"}). Raises EngineError."""
     image = body["image"]
     name, tag = split_image(image)
@@ -4248,7 +4236,6 @@ class LogCursor:
         for name, moment in (("since", since), ("until", source.until)):
             if moment:
                 query[name] = "{}.{:09d}".format(*divmod(moment, 10**9))
-        # As HTTP/1.0 it is quicker, but a response that was cut short looks complete.
         response = source.engine.open(
             "GET", path, query, http10=http10, seconds=seconds, interrupts=source.interrupts
         )
@@ -4395,7 +4382,7 @@ NO_EVIDENCE: Json = {"rolled_back": False, "exit_code": None, "health": None, "l
 UNREACHABLE = (502, 503, 504)  # statuses of an Engine that has to be waited for
 
 # The last is "done" or "error", with a Response: an exception would keep the request's body.
-Told = queue.SimpleQueue[NamedEvent]
+Told = queue.SimpleQueue[Event]
 
 
 class Journal(NamedTuple):
@@ -4410,10 +4397,8 @@ class Journal(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A container and its image, as inspected, and its journal."""
-
     id: str
-    container: Json
+    container: Json  # as inspected
     image: Json  # {} if it was removed
     journal: Journal
 
@@ -4910,11 +4895,11 @@ class Deploys:
             del self.busy[deployment.name]
             deployment.told.put(end)
 
-    def _deploy(self, deployment: Deployment, request: Request, auth: str) -> NamedEvent:
+    def _deploy(self, deployment: Deployment, request: Request, auth: str) -> Event:
         """Return the event that tells how a deploy ended."""
         fields: Json = {"container": deployment.name, "key": request.key.name}
         try:
-            end: NamedEvent = "done", deployment.deploy(request, auth)
+            end: Event = "done", deployment.deploy(request, auth)
         except ApiError as error:
             if isinstance(error, EngineError) and not error.members:  # nothing was touched
                 error.members = known = dict(NO_EVIDENCE)
@@ -5011,7 +4996,6 @@ def run_texts(parts: Iterator[RunPart], *, events: bool) -> Stream:
 
 
 def remove_run(engine: Engine, token: str) -> None:
-    """Kill and remove a run's container. Raises EngineError."""
     for container in find_containers(engine, label=f"{RUN_LABEL}={token}"):
         remove_container(engine, container["Id"])
 
@@ -5468,7 +5452,7 @@ def deploy(request: Request, agent: Agent) -> Response:
     return end
 
 
-def deploy_events(told: Told) -> Iterator[NamedEvent]:
+def deploy_events(told: Told) -> Iterator[Event]:
     data: Any = None
     while not isinstance(data, Response):
         kind, data = NO_NEWS
@@ -5477,7 +5461,7 @@ def deploy_events(told: Told) -> Iterator[NamedEvent]:
         yield kind, data.body if isinstance(data, Response) else data
 
 
-def event_texts(events: Iterator[NamedEvent]) -> Stream:
+def event_texts(events: Iterator[Event]) -> Stream:
     yield STREAM_START
     for kind, data in events:
         yield event(kind, data) if kind else PING
@@ -5685,9 +5669,8 @@ def remove_network(request: Request, agent: Agent) -> Response:
     names = network["id"], network["id"][:12], name
     with engine.reserve(names, removes=True):
         users = count_users(engine)
-        is_used = any(users["network", each] for each in names)
         # The Engine minds only running containers. Why a predefined network stays, it says itself.
-        if is_used and name not in ("bridge", "host", "none"):
+        if any(users["network", n] for n in names) and name not in ("bridge", "host", "none"):
             raise ApiError(409, f"network {name} is used by a container")
         engine.call("DELETE", f"/networks/{quote(network['id'], safe='')}")
     return Response({"message": "network removed"})
