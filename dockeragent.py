@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2446, and a reviewer may stop there:
+stands first, up to line 2414, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -314,10 +314,7 @@ class NotJson(str):
 
 
 def validate(schema: Schema, value: Any, path: str = "") -> Any:
-    """Return value in the one form that all code after this sees. Raises ApiError (400).
-
-    Members that are null are left out. A schema's `check` may change the value or raise ValueError.
-    """
+    """Return value in the one form that all code after this sees. Raises ApiError (400)."""
     example = f", such as {json.dumps(schema['example'])}" if schema.get("example") else ""
     rule = f"must be {schema['description']}{example}"
     if isinstance(value, NotJson):
@@ -484,11 +481,9 @@ def decode_query(query: str, schema: Schema, body: Schema | None = None) -> Json
 
 
 def full_reference(image: str, tag: str = ":latest") -> str:
-    """Return an image's reference in full: nginx is docker.io/library/nginx:latest.
-
-    tag: what is added if it has neither tag nor digest. Invariant: the rules are the Engine's own
-    (distribution/reference: ParseNormalizedNamed, TagNameOnly), so both mean the same registry.
-    """
+    """Return an image's reference in full: nginx is docker.io/library/nginx:latest."""
+    # Invariant: the rules are the Engine's own (distribution/reference: ParseNormalizedNamed,
+    # TagNameOnly), so both mean the same registry.
     host, slash, rest = image.partition("/")
     if not slash or not (re.search("[.:A-Z]", host) or host == "localhost"):
         host, rest = "docker.io", image
@@ -1119,12 +1114,9 @@ def engine_tls(values: Json) -> ssl.SSLContext | None:
 
 
 def tls_context(protocol: Any, *files: tuple[str, str]) -> ssl.SSLContext:
-    """Return a context; files: certificate, key and CA, each as (variable, path or "").
-
-    Not create_default_context, which from Python 3.13 on refuses certificates made as Docker's
-    manual says. PROTOCOL_TLS_CLIENT verifies the certificate and the host's name, too.
-    Raises ConfigError.
-    """
+    """Return a context; files: certificate, key, CA, each (variable, path). Raises ConfigError."""
+    # Not create_default_context, which from Python 3.13 on refuses certificates made as Docker's
+    # manual says. PROTOCOL_TLS_CLIENT verifies the certificate and the host's name, too.
     cert, key, ca = files
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -1214,11 +1206,8 @@ def describe_bug(error: BaseException | None) -> str:
 
 
 def fit_line(record: Json) -> bytes:
-    """Return record as one line of ASCII JSON of at most PIPE_BUF bytes, its strings cut to fit.
-
-    ASCII JSON escapes every control and every non-ASCII character: no field can end its line.
-    """
-    line = json.dumps(record)
+    """Return record as one line of at most PIPE_BUF bytes of JSON, its strings cut to fit."""
+    line = json.dumps(record)  # in ASCII, every control escaped: no field can end its line
     for longest in (2000, 500, 100, 20):
         if len(line) < select.PIPE_BUF:
             break
@@ -1247,14 +1236,12 @@ def parse_ip(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 def client_address(peer: str, forwarded: str, trusted: Networks) -> str:
-    """Return the address a request is counted under; peer is "" on a Unix socket.
-
-    forwarded: X-Forwarded-For, believed only as far as the hop that wrote it is trusted: the
-    right-most address that no trusted proxy has is the client.
-    """
+    """Return the address a request is counted under; peer is "" on a Unix socket."""
     client = parse_ip(peer)
     if client is None:
         return "unix"
+    # X-Forwarded-For is believed only as far as the hop that wrote it is trusted: the right-most
+    # address that no trusted proxy has is the client.
     for hop in reversed(forwarded.split(",")):
         address = parse_ip(re.sub(HOP_PORT, r"\1\2", hop.strip()))
         if address is None or not any(client in network for network in trusted):
@@ -1274,12 +1261,9 @@ class RateLimiter:
         self._windows: dict[tuple[str, str], array.array[float]] = {}
 
     def admit(self, client: str, key: str) -> dict[str, str]:
-        """Count one request and return its X-RateLimit headers; none with the limit off.
-
-        key: the name of the key that was shown, "" for none. Each key has a window of its own, so
-        that a stranger behind the same address cannot lock a key holder out. Raises ApiError (429);
-        a refused request is not counted.
-        """
+        """Count one request, unless it is refused; return its headers. Raises ApiError (429)."""
+        # Each key ("": none) has a window of its own, so that a stranger behind the same address
+        # cannot lock a key holder out.
         if not self._limit:
             return {}
         if ":" in client:  # one IPv6 client may use its whole /64
@@ -1538,11 +1522,8 @@ def find_route(table: RouteTable, method: str, segments: list[str]) -> tuple[Rou
 
 
 def body_length(fields: Fields) -> int | None:
-    """Return the length of a request's body in bytes; None if it is chunked (RFC 9112 section 6).
-
-    Raises ApiError for framing that two parsers may read differently, which behind a proxy would
-    smuggle requests in (400), and for a coding other than chunked (501).
-    """
+    """Return the length of a body in bytes; None: chunked (RFC 9112 section 6). Raises ApiError."""
+    # Framing that two parsers may read differently would smuggle requests in, behind a proxy.
     lengths, codings = fields.get("content-length", []), fields.get("transfer-encoding", [])
     if len(lengths) + len(codings) > 1:
         raise ApiError(400, "more than one Content-Length or Transfer-Encoding")
@@ -1847,13 +1828,11 @@ class Connection(socketserver.BaseRequestHandler):
         self.write(request, left[RECV_SIZE:])
 
     def write(self, request: Request, data: bytes | memoryview) -> None:
-        """Send data. Raises ClientGone when the client disconnects or reads nothing for too long.
-
-        Responses to strangers are small and fit the socket's buffer, so a stranger that does not
-        read is dropped at once: it must not hold its connection's slot.
-        """
+        """Send data. Raises ClientGone if the client disconnects or reads nothing for too long."""
         left = memoryview(data)
         self.has_answered = True
+        # Responses to strangers are small and fit the socket's buffer, so a stranger that does not
+        # read is dropped at once: it must not hold its connection's slot.
         patience = 0 if self.slot.key is STRANGER else WRITE_TIMEOUT
         try:
             while left:
@@ -1930,11 +1909,8 @@ class Server(http.server.ThreadingHTTPServer):
         self.slots.discard(request)
 
     def _make_room(self) -> bool:
-        """Revoke the slot of the stranger who has gone longest without a complete request.
-
-        Invariant: strangers cannot keep a key holder out by holding connections. Returns False if
-        each connection has shown a valid key or is being answered.
-        """
+        """Revoke the slot of the stranger longest without a complete request; False: of nobody."""
+        # Invariant: strangers cannot keep a key holder out by holding connections.
         with self._lock:
             slots = [s for s in list(self.slots) if s.key is STRANGER and not s.request]
             if not slots:
@@ -1955,11 +1931,9 @@ class Server(http.server.ThreadingHTTPServer):
                 raise ClientGone
 
     def note_key(self, slot: Slot, key: Key) -> bool:
-        """Note that a valid key was shown on a connection; return whether the key may have it.
-
-        Invariant: one limited key cannot keep the others out, and all of them together cannot keep
-        the master out. One holds at most a quarter of all connections, all hold three quarters.
-        """
+        """Note that a valid key was shown on a connection; return whether the key may have it."""
+        # Invariant: one limited key cannot keep the others out, nor all of them the master. One
+        # holds at most a quarter of all connections, all together three quarters.
         with self._lock:
             if slot.key is not key and not key.master:
                 limited = [s.key for s in list(self.slots) if s.key.name and not s.key.master]
@@ -2328,10 +2302,8 @@ def set_attributes(descriptor: int, wanted: Attributes) -> None:
 
 
 def copy_extended(descriptor: int, found: int) -> None:
-    """Give an open file the extended attributes of the one that it replaces, where permitted.
-
-    Raises OSError if not its access list, without which a file's group gets what the mask allows.
-    """
+    """Give an open file the extended attributes of the one that it replaces, where permitted."""
+    # Its access list must be: without it, the file's group gets what the list's mask allows.
     old = f"/proc/self/fd/{found}"
     with if_supported():
         names = set(os.listxattr(old))
@@ -2346,14 +2318,12 @@ def copy_extended(descriptor: int, found: int) -> None:
 
 @contextlib.contextmanager
 def temporary_name(parent: int, name: bytes) -> Iterator[bytes]:
-    """Yield a temporary name beside `name`; unlink it on exit if it was not renamed.
-
-    It is made from the target's, so that the next write clears away what a killed agent leaves.
-    """
+    """Yield a temporary name beside `name`; unlink it on exit if it was not renamed."""
     # In an append-only folder no temporary name could be removed again: there rmdir(2) raises EPERM
     # first. Elsewhere it leaves a file alone, and removes an empty folder that just replaced it.
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.rmdir(name, dir_fd=parent)
+    # Made from the target's, so that the next write clears away what a killed agent has left.
     temporary = b".dockeragent-%08x" % binascii.crc32(name)
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -2368,11 +2338,9 @@ def temporary_name(parent: int, name: bytes) -> Iterator[bytes]:
 
 
 def replace(parent: int, name: bytes, found: int | None, write: FileWrite) -> None:
-    """Put a new file in the place of name, in one step. Raises OSError.
-
-    The file has no name until it is complete, so that a killed agent leaves nothing; where the
-    filesystem cannot do that (O_TMPFILE), it has a temporary one.
-    """
+    """Put a new file in the place of name, in one step. Raises OSError."""
+    # It has no name until it is complete, so that a killed agent leaves nothing; where the
+    # filesystem cannot do that (O_TMPFILE), it has a temporary one.
     temporary = b""
     with contextlib.ExitStack() as stack:
         try:
@@ -2507,10 +2475,8 @@ def check_health(health: Json, path: str) -> Json:
 
 
 def check_networks(body: Json) -> Json:
-    """Return body with `networks`, all that it joins, or `network_mode` host, none or container:X.
-
-    With neither it joins the default, bridge. The mode bridge means nothing beside networks.
-    """
+    """Return body with all its `networks`, or with `network_mode` host, none or container:X."""
+    # With neither it joins the default, bridge. The mode bridge means nothing beside networks.
     networks, mode = body.pop("networks", []), body.pop("network_mode", "default")
     names = {network["name"] for network in networks}
     if len(names) < len(networks):
@@ -2561,10 +2527,8 @@ def engine_ports(ports: list[Json]) -> Json:
 
 
 def engine_endpoint(networks: list[Json]) -> Json:
-    """Return the first network's endpoint: before API 1.44 a create takes no more than one.
-
-    None without aliases: the mode already names the network, and to podman bridge is only a mode.
-    """
+    """Return the first network's endpoint: before API 1.44 a create takes no more than one."""
+    # None without aliases: the mode names the network already; to podman, bridge is only a mode.
     return {n["name"]: {"Aliases": n["aliases"]} for n in networks[:1] if n["aliases"]}
 
 
@@ -2865,12 +2829,10 @@ class Call(NamedTuple):
 
 
 class EngineStream(io.RawIOBase):
-    """One request to the Engine and its response; to http.client, the socket and its file.
-
-    All reads together have one deadline. Each ends when the client disconnects or the agent stops.
-    """
+    """One request to the Engine and its response; to http.client, the socket and its file."""
 
     def __init__(self, sock: socket.socket, deadline: float, interrupts: Interrupts) -> None:
+        # One deadline for all reads together; each ends early by the interrupts.
         self.sock, self.deadline, self.interrupts = sock, deadline, interrupts
         self.has_ended = False
 
@@ -2916,10 +2878,7 @@ class EngineResponse(http.client.HTTPResponse):
         self.until_end = not self.chunked and self.length is None
 
     def read_part(self, deadline: float) -> bytes | None:
-        """Return bytes of the body, b"" at its end, None if none came until deadline (monotonic).
-
-        Raises EngineError (502) if the body is cut short, ClientGone and Stopping.
-        """
+        """Return bytes of the body, b"" at its end, None if none came. Raises EngineError (502)."""
         if self._is_done:
             return b""
         if (pause := self._next_read - time.monotonic()) > 0:
@@ -3099,16 +3058,13 @@ class Engine:
         return None
 
     def open(self, method: str, path: str, *args: Any, **options: Any) -> EngineResponse:
-        """Return a response whose body is still to be read; arguments as Call has them.
-
-        An Engine that was upgraded refuses a version with 400 before it does anything, so even a
-        request that changes something can be sent again with the version it speaks now.
-        Raises EngineError for a refusal, ClientGone and Stopping.
-        """
+        """Return a response that is still to be read. Raises EngineError, ClientGone, Stopping."""
         call = Call(method, path, *args, **options)
         deadline = time.monotonic() + call.seconds
         version = self.version(deadline)
         response = self._send(call, version, deadline)
+        # An Engine that was upgraded refuses a version with 400 before it does anything, so even a
+        # request that changes something can be sent again with the version it speaks now.
         if response.status == 400:
             with response:
                 error = engine_error(400, response.read_all())
@@ -3127,11 +3083,8 @@ class Engine:
         return self._pinned or self._version
 
     def problem(self) -> str:
-        """Return why the Engine cannot be used, "" if it can.
-
-        It is asked at most once in HEALTH_CACHE seconds. While one request waits for it, others get
-        the result before, if it is not old.
-        """
+        """Return why the Engine cannot be used, "" if it can."""
+        # While one request waits for the Engine, others get the result before, if it is not old.
         told, problem = self._health
         if self._health_lock.acquire(blocking=time.monotonic() - told >= HEALTH_KEPT):
             try:
@@ -3150,11 +3103,9 @@ class Engine:
 
     @contextlib.contextmanager
     def reserve(self, ids: Collection[str], *, removes: bool = False) -> Iterator[None]:
-        """Keep what a create uses from removals, or what a removal takes from creates.
-
-        Invariant: nobody waits for a create or a removal of other images and networks, however long
-        a limited key's take. Raises ApiError (409).
-        """
+        """Keep what a create uses from removals, or a removal from creates. Raises ApiError."""
+        # Invariant: nobody waits for a create or a removal of other images and networks, however
+        # long a limited key's take.
         own, others = (self.removed, self.used) if removes else (self.used, self.removed)
         ids = [each for each in ids if each]  # what is not there, or not named, holds up nothing
         with self.released:
@@ -3262,14 +3213,12 @@ class Answer(dict[str, Any]):
 
 
 def decode_response(body: bytes, shape: Any = OBJECT) -> Any:
-    """Return the JSON in a response of the Engine. Raises EngineError (502).
-
-    Invariant: each member is missing or what `shape` says; nobody has to look at its type again.
-    """
+    """Return the JSON in a response of the Engine. Raises EngineError (502)."""
     try:
         decoded = json.loads(body, object_pairs_hook=Answer)
     except (ValueError, RecursionError) as error:
         raise EngineError(502, f"{BROKEN}: it is not JSON") from error
+    # Invariant: each member is missing or what `shape` says: nobody looks at its type again.
     check_shape(decoded, shape)
     return decoded
 
@@ -3297,13 +3246,7 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
 
 
 def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[Json | None]:
-    """Yield the objects of a body that has one on each line, and None each PING_INTERVAL.
-
-    In place of a line over MAX_LINE it yields LINE_TOO_LONG: an image's labels can make an event so
-    long, and must not end the stream. silence: seconds without a byte, after which it raises
-    EngineError (504). Raises EngineError (502) for another body, and what
-    `EngineResponse.read_part` raises.
-    """
+    """Yield the objects of a body that has one on each line, and None each PING_INTERVAL."""
     rest, heard = b"", time.monotonic()
     due = heard + PING_INTERVAL
     data: bytes | None = None
@@ -3315,6 +3258,7 @@ def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[
         came = b"\n" if data == b"" else data or b""  # the end of the body ends a line, too
         *lines, rest = (rest + came).split(b"\n")
         rest = rest[: MAX_LINE + 1]  # Invariant: no more of a line of the Engine's is held
+        # An image's labels can make an event so long: that must not end the stream.
         for line in filter(bytes.strip, lines):
             yield LINE_TOO_LONG if len(line) > MAX_LINE else decode_response(line)
         if time.monotonic() >= due:
@@ -3366,10 +3310,8 @@ def own_stop_timeout(config: Json) -> int:
 
 
 def agent_labels(key: Key, **values: str) -> dict[str, str]:
-    """Return the labels that the agent sets on a container it creates for a key's holder.
-
-    values: those of a deploy or a run. The others are "", so that none of an image's counts.
-    """
+    """Return the labels that the agent sets on a container. values: those of a deploy or a run."""
+    # The others are "", so that none of an image's counts.
     labels = {**dict.fromkeys(AGENT_LABELS, ""), "key": "" if key.master else key.name, **values}
     return {OWN_LABELS + name: value for name, value in labels.items()}
 
@@ -3440,11 +3382,8 @@ def look_up_networks(engine: Engine, body: Json) -> None:
 
 
 def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
-    """Send "Create a container" with the agent's own labels; return {"Id", "Warnings"}.
-
-    What a limited key's container is, its image included, is checked before it can start. Raises
-    ApiError; then the container is removed.
-    """
+    """Send "Create a container" with the agent's own labels; return {"Id", "Warnings"}."""
+    # What a limited key's container is, its image included, is checked before it can start.
     body = {**container, "Labels": {**agent_labels(key), **container.get("Labels", {})}}
     image = find_image(engine, body["Image"])
     with contextlib.ExitStack() as held:
@@ -3565,13 +3504,11 @@ def pull_events(engine: Engine, body: Json, auth: str, interrupts: Interrupts) -
 
 
 def pull_error(status: int, message: str) -> EngineError:
-    """Return the error for a failed pull.
-
-    The Engine reports most of a registry's refusals as 500, or inside a 200, with nothing but a
-    sentence to tell them apart: the one place where an error's text is looked at.
-    """
+    """Return the error for a failed pull."""
     if status != 500:
         return EngineError(status, message)
+    # The Engine reports most of a registry's refusals as 500, or inside a 200, with nothing but a
+    # sentence to tell them apart: the one place where an error's text is looked at.
     # Invariant: only so much of a registry's text is searched: the time grows with its square.
     text = message[:MAX_MESSAGE]
     found = [(re.search(words, text, re.IGNORECASE), code) for code, words in PULL_ERRORS]
@@ -3633,10 +3570,8 @@ KEPT_IMAGES = 3  # of each repository, by a prune that names no number
 
 
 def count_users(engine: Engine) -> collections.Counter[tuple[str, str]]:
-    """Return how many containers, stopped ones included, use each thing: {("volume", name): 2}.
-
-    Images are counted by id; networks by id, and by what a container that never ran calls them.
-    """
+    """Return how many containers, stopped ones included, use each thing: {("volume", name): 2}."""
+    # Images are counted by id; networks by id, or by what a container that never ran calls them.
     users: collections.Counter[tuple[str, str]] = collections.Counter()
     for container in find_containers(engine):
         networks = container["NetworkSettings"].get("Networks", {})
@@ -3682,12 +3617,10 @@ def creation_key(engine: Engine, image: Json) -> tuple[int, str, str, str]:
 
 
 def prune_images(engine: Engine, key: Key, repository: str, keep: int, *, dry_run: bool) -> Json:
-    """Remove old images; return {"removed", "reclaimed"}. Raises EngineError.
-
-    Of each repository that the key's patterns cover (or the named one alone) the newest `keep`
-    images stay, and so does every image in use. An unused image with neither tag nor digest goes,
-    unless one repository is named.
-    """
+    """Remove old images; return {"removed", "reclaimed"}. Raises EngineError."""
+    # Of each repository that the key's patterns cover (or the named one alone) the newest `keep`
+    # images stay, and so does every image in use. An unused image with neither tag nor digest goes,
+    # unless one repository is named.
     removed: list[Json] = []
     reclaimed = 0  # bytes of the images that lost their last reference
     counts: collections.Counter[str] = collections.Counter()  # images of a repository so far
@@ -3782,10 +3715,9 @@ class LogDamaged(EngineError):
 
 
 class Demultiplexer:
-    """Takes frames out of bytes: {type, 0, 0, 0, size as big-endian uint32}, then the payload.
+    """Takes frames out of bytes: {type, 0, 0, 0, size as big-endian uint32}, then the payload."""
 
-    Docker Engine API, "Attach to a container", section "Stream format".
-    """
+    # Docker Engine API, "Attach to a container", section "Stream format".
 
     def __init__(self) -> None:
         self._rest = b""
@@ -4082,12 +4014,10 @@ class LogReading:
 
 
 class LogCursor:
-    """A place in a log, behind the line `last`; it moves on as lines are handed out.
-
-    wanted: how many of the log's last lines to begin with, if there is no `last`.
-    """
+    """A place in a log, behind the line `last`; it moves on as lines are handed out."""
 
     def __init__(self, source: LogSource, last: Point = None, wanted: int = ALL) -> None:
+        """wanted: how many of the log's last lines to begin with, if there is no `last`."""
         self.last = last
         self.due = time.monotonic() + PING_INTERVAL  # until when to wait for lines
         self.ending = REMOVED  # unless the Engine still has the container
@@ -4119,10 +4049,7 @@ class LogCursor:
             self._reading((0, None), seconds=HEAD_WAIT).response.close()
 
     def follow(self, found: Json | None, patience: float = 0) -> Generator[list[Line], None, None]:
-        """Yield lines until the container ends, [] at times; set `ending`. Raises EngineError.
-
-        found: the container; None: it was removed. patience: seconds in which it may run again.
-        """
+        """Yield lines until the container ends, [] at times; set `ending`. Raises EngineError."""
         started = found["State"].get("StartedAt") if found else None
         self._doubt = NUMBERED
         with tolerate(404, 409):  # it is removed, or being removed while it still runs
@@ -4246,12 +4173,10 @@ class LogCursor:
         return (until - time.time_ns()) / 10**9 if until else math.inf
 
     def _tail(self, *, unfinished: bool = False) -> Generator[list[Line], None, LogReading | None]:
-        """Yield the last `wanted` lines; move before them, and return None, if they are too many.
-
-        The Engine's own tail counts entries, of which a long line has several, and of both streams.
-        So larger ones are read, up to one that has a line more. If damage takes from one what the
-        Engine's own has, that is the answer.
-        """
+        """Yield the last `wanted` lines; move before them and return None if they are too many."""
+        # The Engine's own tail counts entries, of which a long line has several, and of both
+        # streams. So larger ones are read, up to one that has a line more. If damage takes from one
+        # what the Engine's own has, that is the answer.
         wanted = self._wanted
         least = max(wanted, 1)  # what comes after no line at all is found behind the last
         found = theirs = self._reading((least, None), http10=False)
@@ -4942,11 +4867,7 @@ RunPart = Union[list[Line], Json]  # lines, or at last how the run ended
 def run_parts(
     source: LogSource, deadline: float, stop: socket.socket | None, removal: contextlib.ExitStack
 ) -> Iterator[RunPart]:
-    """Yield a run's lines, [] after PING_INTERVAL of silence, and at last how it ended.
-
-    At the deadline (monotonic) the container is killed; before the last part or an error comes out
-    of here, it is removed. Raises EngineError, ClientGone or Stopping.
-    """
+    """Yield a run's lines, [] at times, and at last, its container removed, how it ended."""
     timed_out, due = False, time.monotonic() + PING_INTERVAL
     with removal:
         cursor = LogCursor(source)
@@ -5083,11 +5004,9 @@ def is_running(found: Json | None) -> bool:
 
 
 def stats_events(engine: Engine, container: str, interrupts: Interrupts) -> Stream:
-    """Yield a container's statistics as server-sent events until it stops. Raises EngineError.
-
-    The Engine sends empty samples of a container that has stopped, but also when it could not
-    measure one. So after each, and at the end, it is asked whether the container runs.
-    """
+    """Yield a container's statistics as server-sent events until it stops. Raises EngineError."""
+    # The Engine sends empty samples of a container that has stopped, but also when it could not
+    # measure one. So after each, and at the end, it is asked whether the container runs.
     yield STREAM_START
     path, query = container_path(container, "stats"), {"stream": "true"}
     with engine.open("GET", path, query, interrupts=interrupts) as response:
@@ -5279,13 +5198,10 @@ def health(request: Request, agent: Agent) -> Response:
 
 
 def create_new(request: Request, agent: Agent, body: Json, held: contextlib.ExitStack) -> Json:
-    """Create a container, without starting it; return {"Id", "Warnings"}. Raises ApiError.
-
-    Its image is pulled as in docker run. No deploy of its name begins before `held` is closed.
-    """
+    """Create a container, without starting it; return {"Id", "Warnings"}. Raises ApiError."""
     engine, auth = agent.engine, registry_auth(request)
     request.target.update(name=body.get("name", ""), image=body["image"])
-    if "name" in body:
+    if "name" in body:  # no deploy of it begins before `held` is closed
         held.enter_context(agent.deploys.changing(body["name"]))
     pull = functools.partial(pull_image, engine, body, auth, request.interrupts._replace(stop=None))
     query, container = engine_container(engine, body)
@@ -5554,11 +5470,9 @@ def file_tree(request: Request, agent: Agent, path: str) -> Tree:
 
 
 def run_stream(request: Request, agent: Agent, *, events: bool) -> Stream:
-    """Yield the response of a run.
-
-    The first piece comes once the container has started: until then an error is a status. However
-    the stream ends, the container is removed first. Raises ApiError or ClientGone.
-    """
+    """Yield the response of a run. Raises ApiError or ClientGone."""
+    # The first piece comes once the container has started: until then an error is a status. However
+    # the stream ends, the container is removed first.
     engine, body, token = agent.engine, request.body, secrets.token_hex(16)
     labels = {**body.get("labels", {}), RUN_LABEL: token}
     log = body.get("log", {})
@@ -5862,16 +5776,14 @@ def raise_open_files(wanted: int) -> int:
 
 
 def finish_requests(server: Server, agent: Agent, log: Log) -> int:
-    """Stop accepting, and wait up to GRACE for the requests to end; return the exit status.
-
-    A second signal ends the wait. A request cut off is logged: the Engine may still carry it out.
-    """
+    """Stop accepting, and wait up to GRACE for the requests to end; return the exit status."""
     agent.deploys.stopping.set()
     server.stop()
     deadline, status = time.monotonic() + GRACE, 0
     while (server.slots or agent.deploys.busy) and time.monotonic() < deadline:
-        if signal.sigtimedwait(STOP_SIGNALS, 0.05):
+        if signal.sigtimedwait(STOP_SIGNALS, 0.05):  # a second one ends the wait
             deadline, status = 0, 1
+    # Those that are cut off are logged: the Engine may still carry them out.
     for request in filter(None, [slot.request for slot in list(server.slots)]):
         request.error = "cut off by the stop"
         log("warning", "request", **request.log_fields(time.monotonic() - request.started))
