@@ -1909,7 +1909,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.slots.discard(request)
 
     def _make_room(self) -> bool:
-        """Revoke the slot of the stranger longest without a complete request; False: of nobody."""
+        """Revoke the slot of the stranger longest without a request; return False for none."""
         # Invariant: strangers cannot keep a key holder out by holding connections.
         with self._lock:
             slots = [s for s in list(self.slots) if s.key is STRANGER and not s.request]
@@ -2302,8 +2302,8 @@ def set_attributes(descriptor: int, wanted: Attributes) -> None:
 
 
 def copy_extended(descriptor: int, found: int) -> None:
-    """Give an open file the extended attributes of the one that it replaces, where permitted."""
-    # Its access list must be: without it, the file's group gets what the list's mask allows.
+    """Give an open file the extended attributes of the one it replaces. Raises OSError."""
+    # Only the access list must be copied: without it, the group gets what the list's mask allows.
     old = f"/proc/self/fd/{found}"
     with if_supported():
         names = set(os.listxattr(old))
@@ -2832,7 +2832,7 @@ class EngineStream(io.RawIOBase):
     """One request to the Engine and its response; to http.client, the socket and its file."""
 
     def __init__(self, sock: socket.socket, deadline: float, interrupts: Interrupts) -> None:
-        # One deadline for all reads together; each ends early by the interrupts.
+        # One deadline for all reads together; the interrupts end any of them early.
         self.sock, self.deadline, self.interrupts = sock, deadline, interrupts
         self.has_ended = False
 
