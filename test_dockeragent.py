@@ -2904,6 +2904,29 @@ def test_route_refused(method, path, key, status, allow, pair):
     assert pair.engine.requests() == []
 
 
+@pytest.mark.parametrize(
+    "fields, body, word",
+    cases(
+        ("body where none is taken", ["Content-Length: 2"], b"{}", "body: none is taken here"),
+        ("header twice", ["Last-Event-ID: 1.000000000-1"] * 2, b"", "Last-Event-ID: is given more"),
+    ),
+)
+def test_what_a_route_does_not_take_is_refused(fields, body, word, pair):
+    data = message("GET /api/v1/containers/x/logs", *fields, LAST) + body
+    assert_envelope(split_replies(pair.agent.raw(data))[0], 400, word)
+    assert pair.engine.requests() == []
+
+
+def test_route_without_a_permission_cannot_exist():
+    with pytest.raises(ValueError, match="GET /x has no permission"):
+        da.check_routes(da.Route("GET", "/x", da.health, ""))
+
+
+def test_head_of_a_stream_has_no_body(agent, engine):
+    path = f"/api/v1/containers/{engine.run('echo', 'one')}/logs"
+    assert agent.request("HEAD", path)[::2] == (200, b"")
+
+
 def split_head(data: bytes) -> Reply:
     """The one answer in data, whatever its body's length."""
     head, _, body = data.partition(b"\r\n\r\n")
@@ -3784,6 +3807,15 @@ def test_open_files_bound_the_connections():
     code += "da.raise_open_files(500), resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
     for most, printed in ((2000, "500 2000\n"), (1000, "468 1000\n"), (60, "1 60\n")):
         assert in_child(code.format(most=most)) == printed
+
+
+def test_connections_past_the_limit_on_open_files_are_lowered_with_a_warning(fake_engine):
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = (hard - da.DESCRIPTORS_KEPT) // 2
+    if not 0 < most < 10**6:
+        pytest.skip("there is no limit on open files to speak of")
+    with Agent(DOCKER_HOST=fake_engine.url, MAX_CONNECTIONS="1000000") as agent:
+        assert agent.lines(f"MAX_CONNECTIONS: lowered to {most} by the limit on open files")
 
 
 def test_bug_of_a_handler_is_a_500_that_shows_none_of_it_and_the_server_goes_on():
@@ -5016,6 +5048,26 @@ def test_bridge_and_tmpfs_are_told_as_docker_run_tells_them(fakes):
     mount = {"Type": "tmpfs", "Target": "/t"}
     assert sent["HostConfig"] == {"Mounts": [mount], "NetworkMode": "bridge"}
     assert sent["NetworkingConfig"] == {"EndpointsConfig": {}}
+
+
+@pytest.mark.parametrize("gpus, count", [("all", -1), (2, 2)])
+def test_graphics_cards_are_told_as_docker_run_tells_them(fakes, gpus, count):
+    fake, agent = fakes
+    fake.script["POST /containers/create"] = http_answer({"message": "seen"}, 409)
+    fake.requests()
+    assert_envelope(agent.post("/api/v1/containers", image(gpus=gpus)), 409, "seen")
+    sent = json.loads(fake.changes()[0].body)["HostConfig"]
+    assert sent == {"DeviceRequests": [{"Count": count, "Capabilities": [["gpu"]]}]}
+
+
+def test_image_by_an_id_that_is_not_there_is_404_and_not_pulled(fakes):
+    fake, agent = fakes
+    fake.script["POST /containers/create"] = http_answer({"message": "No such image"}, 404)
+    fake.script[f"GET /images/{'f' * 64}/json"] = http_answer({"message": "No such image"}, 404)
+    fake.requests()
+    reply = agent.post("/api/v1/containers", image(image="f" * 64))
+    assert_envelope(reply, 404, "no such image: ffff", "an id cannot be pulled")
+    assert [seen.target for seen in fake.changes()] == ["/containers/create"]
 
 
 def test_inspect_is_byte_for_byte(agent, engine):
