@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2414, and a reviewer may stop there:
+stands first, up to line 2419, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -149,8 +149,9 @@ ENTRY_SIZE = 16 * 1024  # bytes; the Engine's log drivers cut longer lines into 
 STREAM_START = b"retry: 3000\n"  # milliseconds before a client reconnects
 PING = b": ping\n"  # no empty line after either: some clients would dispatch an empty message
 PING_INTERVAL = 15.0  # seconds of silence before a comment keeps an event stream's proxies awake
-# The Engine writes each log entry by itself. With a pause after each read that waited less than
-BURST_PAUSE = 0.0004  # seconds, a read finds some 200, and a whole log takes a third less time
+# The Engine writes each log entry by itself. After a read that waited less than this, the agent
+# waits this long: the next read finds some 200 entries, and a whole log takes a third less time.
+BURST_PAUSE = 0.0004  # seconds
 HEAD_WAIT = 1.0  # seconds for the Engine to refuse a log, before an event stream begins
 RESTART_WAIT = 1.0  # seconds for a container that was stopped to run again; it takes some 0.2
 LOOK = NUMBERED + 1024  # entries at a log's end that are searched first for a line
@@ -314,7 +315,10 @@ class NotJson(str):
 
 
 def validate(schema: Schema, value: Any, path: str = "") -> Any:
-    """Return value in the one form that all code after this sees. Raises ApiError (400)."""
+    """Return value in the one form that all code after this sees. Raises ApiError (400).
+
+    Members that are null are left out. A schema's `check` may change the value or raise ValueError.
+    """
     example = f", such as {json.dumps(schema['example'])}" if schema.get("example") else ""
     rule = f"must be {schema['description']}{example}"
     if isinstance(value, NotJson):
@@ -1190,7 +1194,8 @@ class Log:
             line, written = self._mend + fit_line(record), 0
             # A full disk, a closed pipe or a stopped reader must not end a request.
             with contextlib.suppress(OSError):
-                # Invariant: no wait: a pipe polls writable while PIPE_BUF bytes, our most, fit.
+                # Invariant: a full pipe never blocks. It polls writable only while PIPE_BUF bytes
+                # fit, and no line is longer.
                 if self._poll.poll(0):
                     written = os.write(self._descriptor, line)
                     self._mend = b"\n" if written < len(line) else b""
@@ -1909,7 +1914,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.slots.discard(request)
 
     def _make_room(self) -> bool:
-        """Revoke the slot of the stranger longest without a request; return False for none."""
+        """Revoke the slot of the stranger who was idle longest; return whether there was one."""
         # Invariant: strangers cannot keep a key holder out by holding connections.
         with self._lock:
             slots = [s for s in list(self.slots) if s.key is STRANGER and not s.request]
@@ -3246,7 +3251,10 @@ def check_shape(value: Any, shape: Any, name: str = "it") -> None:
 
 
 def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[Json | None]:
-    """Yield the objects of a body that has one on each line, and None each PING_INTERVAL."""
+    """Yield the objects of a body that has one on each line, and None each PING_INTERVAL.
+
+    silence: seconds without a byte, after which it raises EngineError (504); 502 for another body.
+    """
     rest, heard = b"", time.monotonic()
     due = heard + PING_INTERVAL
     data: bytes | None = None
@@ -3258,7 +3266,7 @@ def json_lines(response: EngineResponse, silence: float = math.inf) -> Iterator[
         came = b"\n" if data == b"" else data or b""  # the end of the body ends a line, too
         *lines, rest = (rest + came).split(b"\n")
         rest = rest[: MAX_LINE + 1]  # Invariant: no more of a line of the Engine's is held
-        # An image's labels can make an event so long: that must not end the stream.
+        # An image's labels can make an event too long: that must not end the stream.
         for line in filter(bytes.strip, lines):
             yield LINE_TOO_LONG if len(line) > MAX_LINE else decode_response(line)
         if time.monotonic() >= due:
@@ -3715,9 +3723,10 @@ class LogDamaged(EngineError):
 
 
 class Demultiplexer:
-    """Takes frames out of bytes: {type, 0, 0, 0, size as big-endian uint32}, then the payload."""
+    """Takes frames out of bytes: {type, 0, 0, 0, size as big-endian uint32}, then the payload.
 
-    # Docker Engine API, "Attach to a container", section "Stream format".
+    Docker Engine API, "Attach to a container", section "Stream format".
+    """
 
     def __init__(self) -> None:
         self._rest = b""
