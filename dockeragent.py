@@ -4058,7 +4058,11 @@ class LogCursor:
             self._reading((0, None), seconds=HEAD_WAIT).response.close()
 
     def follow(self, found: Json | None, patience: float = 0) -> Generator[list[Line], None, None]:
-        """Yield lines until the container ends, [] at times; set `ending`. Raises EngineError."""
+        """Yield lines until the container ends, [] at times; set `ending`. Raises EngineError.
+
+        found: the container; None: it was removed. patience: seconds in which it may run again; 0:
+        it runs once, and is followed for as long, however often the Engine ends its response.
+        """
         started = found["State"].get("StartedAt") if found else None
         self._doubt = NUMBERED
         with tolerate(404, 409):  # it is removed, or being removed while it still runs
@@ -4073,8 +4077,10 @@ class LogCursor:
                     later = log_ending(self._source.inspect(), started)
                     ending = later if later and later[0] == "restart" else ending
                 if was_dropped and not ending and self._seconds_left() > 0:
-                    message = "the Engine ended the log of a running container; reconnect"
-                    raise EngineError(502, message)
+                    if patience:
+                        message = "the Engine ended the log of a running container; reconnect"
+                        raise EngineError(502, message)
+                    time.sleep(HEAD_WAIT)  # a proxy may have ended it, as it was quiet
             self.ending = ending or ("end", {"reason": "until", "exit_code": None})
             yield from self.read()
 
@@ -5498,10 +5504,11 @@ def run_stream(request: Request, agent: Agent, *, events: bool) -> Stream:
         removal.callback(repeat, remove, START_TIMEOUT, 500, *UNREACHABLE)
         container = create_new(request, agent, body, held)["Id"]
         connect_networks(engine, container, body)
-        start_container(engine, container)
-        deadline = time.monotonic() + body.get("timeout", RUN_TIMEOUT)
         client = request.interrupts._replace(stop=None)  # being stopped, the run has time to end
         source = LogSource(engine, container, body.get("tty", False), interrupts=client)
+        LogCursor(source).check()  # a run whose log turned out to be unreadable would be killed
+        start_container(engine, container)
+        deadline = time.monotonic() + body.get("timeout", RUN_TIMEOUT)
         parts = run_parts(source, deadline, request.interrupts.stop, removal)
         texts = run_texts(parts, events=events)
         yield from with_ending(texts) if events else texts

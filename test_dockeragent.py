@@ -9385,13 +9385,24 @@ def test_broken_log_of_a_run_never_looks_complete_and_the_container_goes(
     assert removal.target == "/containers/x?force=1&v=1"
 
 
-def test_run_whose_container_runs_on_when_its_log_ends_is_no_success(fake_agent, fake_engine):
+def test_run_is_followed_again_if_its_log_ends_while_it_runs_on(fake_agent, fake_engine):
+    # As behind a proxy that ends what is quiet for some time.
     done = run_of(fake_engine, chunked_answer(FIRST))
-    running = {"Id": "x", "State": {"Running": True, "ExitCode": 0}}
-    fake_engine.script["GET /containers/x/json"] = http_answer(running)
-    reply = fake_agent.post("/api/v1/run", {"image": "x"}, headers=EVENT_STREAM)
-    assert [event.type for event in parse_events(reply.body)] == ["message", "error"]
-    assert done == ["create", "start", "remove"]
+    states = [EXITED, *[{"Running": True, "ExitCode": 0}] * 3]
+    fake_engine.script["GET /containers/x/json"] = lambda sock: sock.sendall(
+        http_answer({"Id": "x", "State": states.pop()})
+    )
+    reply = fake_agent.post("/api/v1/run", {"image": "x"})
+    assert read_run(reply) == ([("stdout", "one")], {"exit_code": 7})
+    assert (done, states) == (["create", "start", "remove"], [])
+
+
+def test_run_whose_log_cannot_be_read_is_not_started(fake_agent, fake_engine):
+    message = "configured logging driver does not support reading"
+    done = run_of(fake_engine, http_answer({"message": message}, 501))
+    reply = fake_agent.post("/api/v1/run", {"image": "x"})
+    assert_envelope(reply, 501, message)
+    assert done == ["create", "remove"]
 
 
 def test_container_whose_creation_was_answered_by_nobody_is_found_by_its_label(
@@ -9429,7 +9440,7 @@ def test_removal_that_the_engine_forbids_is_not_tried_again(fake_agent, fake_eng
 def test_run_that_did_not_start_is_not_called_left_behind_once_it_is_removed(
     fake_agent, fake_engine
 ):
-    run_of(fake_engine, b"")
+    run_of(fake_engine, chunked_answer(FIRST))
     fake_engine.script["POST /containers/x/start"] = http_answer({"message": "no port"}, 500)
     answers = [http_answer({"message": "busy"}, 500), NO_CONTENT]
     fake_engine.script["DELETE /containers/x"] = lambda sock: sock.sendall(answers.pop(0))
@@ -11572,7 +11583,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_885
+LINES = 5_892
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
