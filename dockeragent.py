@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2419, and a reviewer may stop there:
+stands first, up to line 2420, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -261,7 +261,8 @@ def envelope(error: ApiError) -> Json:
 def describe(error: Exception) -> str:
     """Return one line for an error; for an OSError, without its number and its file."""
     if isinstance(error, OSError) and error.strerror:
-        return getattr(error, "reason", None) or error.strerror
+        texts = [getattr(error, name, "") for name in ("verify_message", "reason")]  # of ssl's
+        return str(next(filter(None, texts), error.strerror))
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -5508,17 +5508,17 @@ def tls_engine(engine: RealEngine, certificates: Path) -> Iterator[TlsProxy]:
 
 
 @pytest.mark.parametrize(
-    "certs, host, verify, scheme, status",
+    "certs, host, verify, scheme, status, word",
     [
-        pytest.param("good", "127.0.0.1", "1", "tcp", 200, id="both sides verified"),
-        pytest.param("good", "127.0.0.1", "", "https", 200, id="https:// is TLS without VERIFY"),
-        pytest.param("wrong", "127.0.0.1", "1", "tcp", 503, id="Engine's CA is not ours"),
-        pytest.param("good", "localhost", "1", "tcp", 503, id="certificate is for another host"),
-        pytest.param("bare", "127.0.0.1", "1", "tcp", None, id="no client certificate"),
-        pytest.param("good", "127.0.0.1", "", "tcp", 502, id="plain HTTP to a TLS port"),
+        pytest.param("good", "127.0.0.1", "1", "tcp", 200, "", id="both sides verified"),
+        pytest.param("good", "127.0.0.1", "", "https", 200, "", id="https:// without VERIFY"),
+        pytest.param("wrong", "127.0.0.1", "1", "tcp", 503, "certificate", id="other CA"),
+        pytest.param("good", "localhost", "1", "tcp", 503, "localhost'", id="for another host"),
+        pytest.param("bare", "127.0.0.1", "1", "tcp", None, "", id="no client certificate"),
+        pytest.param("good", "127.0.0.1", "", "tcp", 502, "", id="plain HTTP to a TLS port"),
     ],
 )
-def test_tls(tls_engine, certificates, certs, host, verify, scheme, status):
+def test_tls(tls_engine, certificates, certs, host, verify, scheme, status, word):
     with Agent(
         DOCKER_HOST=f"{scheme}://{host}:{tls_engine.server_address[1]}",
         DOCKER_TLS_VERIFY=verify,
@@ -5529,7 +5529,7 @@ def test_tls(tls_engine, certificates, certs, host, verify, scheme, status):
             if status == 200:
                 assert "containers" in reply.json()
             else:
-                assert_envelope(reply, status or reply.status)
+                assert_envelope(reply, status or reply.status, word)
                 assert reply.status in (502, 503)
 
 
@@ -11583,7 +11583,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_892
+LINES = 5_893
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
