@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2420, and a reviewer may stop there:
+stands first, up to line 2435, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -283,7 +283,7 @@ KINDS |= {list: "array", dict: "object"}
 BOOLEANS = {"1": True, "t": True, "true": True, "0": False, "f": False, "false": False}
 KEYWORDS = "type description example properties required names values items pattern maxLength raw"
 KEYWORDS += " minimum maximum zero check place convert since"  # the last three are read by `fill`
-# Names of docker run, compose and the Engine, without - and _, that difflib does not match to ours.
+# Names of docker run, compose and the Engine, without - and _, that are not nearly ours.
 OTHER_NAMES = dict.fromkeys(("binds", "mount", "mounts", "tmpfs"), "volumes")
 OTHER_NAMES.update(environment="env", containername="name", rm="auto_remove", test="cmd")
 OTHER_NAMES.update(publish="ports", exposedports="ports", portbindings="ports", net="networks")
@@ -295,6 +295,13 @@ OTHER_NAMES.update(networkingconfig="networks", devicerequests="gpus", args="cmd
 OTHER_NAMES.update(repo="image", tag="image", ip="host_ip", type="driver", stream="follow")
 OTHER_NAMES.update(host="host_port", ro="read_only", lines="tail")
 OTHER_NAMES.update(hostconfig="volumes, ports, resources and so on, beside image")
+OTHER_NAMES.update(command="cmd", restart="restart_policy", envfile="env", src="source")
+OTHER_NAMES.update(logging="log", logopt="log", logdriver="driver", networkalias="networks")
+OTHER_NAMES.update(health="healthcheck", healthcmd="shell", healthretries="retries")
+OTHER_NAMES.update(healthinterval="interval", healthtimeout="timeout", size="size_mb")
+OTHER_NAMES.update(healthstartperiod="start_period", readonlyrootfs="read_only")
+OTHER_NAMES.update(workdir="working_dir", target="container_port", hosts="extra_hosts")
+OTHER_NAMES.update(memswaplimit="memory_swap_mb", nanocpus="cpus", limits="cpus, memory_mb, pids")
 
 
 def check_schema(schema: Schema) -> Schema:
@@ -378,13 +385,18 @@ def suggest_name(name: str, properties: Json) -> str:
     rows = properties.items()
     known = {name: f"{outer}.{name}" for outer, row in rows for name in row.get("properties", ())}
     known.update(zip(properties, properties))
-    word = name[:64].lower()
-    nearest = [known[match] for match in difflib.get_close_matches(word, known, 1)]
-    other = OTHER_NAMES.get(re.sub("[-_]", "", word), "")
-    for hint in (known.get(other, other), *nearest):
-        if re.split(r"\W", hint)[0] in properties:
-            return f"did you mean {hint}?"
-    return f"known here: {', '.join(properties)}" if properties else "nothing can be set here"
+    hints = {word: known.get(other, other) for word, other in OTHER_NAMES.items()}
+    hints.update((name.replace("_", ""), hint) for name, hint in known.items())
+    hints = {word: hint for word, hint in hints.items() if re.split(r"\W", hint)[0] in properties}
+    word = re.sub("[-_]", "", name[:64].lower())
+    left_out = {name: row["description"] for name, row in rows if row["type"] == "nothing"}
+    # Nearly the same, or there is no hint: oom_kill_disable is not healthcheck.disable.
+    for nearest in difflib.get_close_matches(word, hints, 1, 0.85):
+        hint = hints[nearest]
+        more = f" It must be {left_out[hint]}" if hint in left_out else ""
+        return f"did you mean {hint}?{more}"
+    names = [name for name in properties if name not in left_out]
+    return f"known here: {', '.join(names)}" if names else "nothing can be set here"
 
 
 def string_schema(
@@ -398,10 +410,13 @@ def one_of(*words: str) -> Schema:
     return string_schema("|".join(words), f"one of {', '.join(words)}")
 
 
-def integer_schema(low: float, high: int, zero: str = "", kind: str = "integer") -> Schema:
+def integer_schema(
+    low: float, high: int, zero: str = "", kind: str = "integer", unit: str = ""
+) -> Schema:
     """zero: what 0 means, if it is allowed outside of the bounds."""
     noun = "an integer" if kind == "integer" else "a number"
     rule = (f"0 ({zero}) or " if zero else "") + f"{noun} from {low:,} to {high:,}"
+    rule += f", in {unit}" if unit else ""
     return {"type": kind, "description": rule, "minimum": low, "maximum": high, "zero": zero}
 
 
@@ -2596,8 +2611,9 @@ NAME = string_schema(NAME_PATTERN, f"at least two {NAME_RULE}, and {NAME_END}", 
 NETWORK_NAME = string_schema(CONTAINER, f"a network's name: {NAME_RULE}", 255, "front")
 MODE_RULE = "bridge, host, none, container:ID or a network's name"
 NETWORK_MODE = string_schema(f"(container:)?{CONTAINER}", MODE_RULE)
-CAPABILITIES = array_of(string_schema("[A-Za-z][A-Za-z0-9_]*", "a capability", 64, "ALL"))
-SECONDS = integer_schema(0.001, 10**6, "the image's own", "integer|number")
+CAPABILITY = string_schema("[A-Za-z][A-Za-z0-9_]*", "a capability", 64)
+SECONDS = integer_schema(0.001, 10**6, "the image's own", "integer|number", "seconds")
+STOP_TIMEOUT = integer_schema(0, MAX_STOP, unit="seconds")
 ULIMIT = {**array_of(integer_schema(-1, 2**63 - 1)), **integer_schema(-1, 2**63 - 1)}
 ULIMIT.update(type="integer|array", description=ULIMIT_RULE, check=check_ulimit)
 # As docker run has them (go-units, ulimit.go): any other would fail at the start, as a 500.
@@ -2658,11 +2674,13 @@ RESOURCES = object_schema(
     shm_size_mb=at("ShmSize", integer_schema(0, MAX_MEGABYTES), times(2**20), since=22),
     ulimits=at("Ulimits", ULIMITS, engine_ulimits),
 )
+HEALTH_CMD = array_of(STRING, ["curl", "-f", "http://localhost/"])
+HEALTH_CMD["description"] += " (a command of the shell goes into shell)"
 HEALTHCHECK = object_schema(
     "",
     {"cmd": ["curl", "-f", "http://localhost/"], "interval": 10},
     check_health,
-    cmd=at("Test", STRINGS, lambda cmd: ["CMD", *cmd]),
+    cmd=at("Test", HEALTH_CMD, lambda cmd: ["CMD", *cmd]),
     shell=at("Test", COMMAND, lambda shell: ["CMD-SHELL", shell]),
     disable=at("Test", BOOLEAN, lambda disable: ["NONE"]),
     interval=at("Interval", SECONDS, times(10**9)),
@@ -2702,10 +2720,10 @@ CREATE = object_schema(
     init=at("HostConfig.Init", BOOLEAN, since=25),
     tty=at("Tty", BOOLEAN),
     read_only=at("HostConfig.ReadonlyRootfs", BOOLEAN),
-    cap_drop=at("HostConfig.CapDrop", CAPABILITIES),
+    cap_drop=at("HostConfig.CapDrop", array_of(CAPABILITY, ["ALL"])),
     no_new_privileges=at("HostConfig.SecurityOpt", BOOLEAN, lambda on: ["no-new-privileges"] * on),
     stop_signal=at("StopSignal", STOP_SIGNAL, signal_name, since=21),
-    stop_timeout=at("StopTimeout", integer_schema(0, MAX_STOP), since=25),
+    stop_timeout=at("StopTimeout", STOP_TIMEOUT, since=25),
     extra_hosts=at("HostConfig.ExtraHosts", HOSTS, lambda hosts: [*map(":".join, hosts.items())]),
     dns=at("HostConfig.Dns", array_of(IP)),
     platform=at("query.platform", PLATFORM, since=41),
@@ -2713,7 +2731,7 @@ CREATE = object_schema(
     pull=one_of("missing", "always", "never"),
     # For the master key alone: LIMITED_FIELDS has none of these.
     privileged=at("HostConfig.Privileged", BOOLEAN),
-    cap_add=at("HostConfig.CapAdd", CAPABILITIES),
+    cap_add=at("HostConfig.CapAdd", array_of(CAPABILITY, ["NET_ADMIN"])),
     devices=at("HostConfig.Devices", array_of(DEVICE), lambda d: [*map(engine_device, d)]),
     gpus=at("HostConfig.DeviceRequests", GPUS, engine_gpus, since=40),
     security_opt=at("HostConfig.SecurityOpt", array_of(STRING, ["seccomp=unconfined"])),
@@ -2721,12 +2739,12 @@ CREATE = object_schema(
     pid_mode=at("HostConfig.PidMode", string_schema(SHARED, "host or container:ID")),
     ipc_mode=at("HostConfig.IpcMode", string_schema(f"{SHARED}|none|private|shareable", IPC_RULE)),
 )
-RUN_ROWS = {"timeout": integer_schema(1, MAX_STOP), **CREATE["properties"]}
+RUN_ROWS = {"timeout": integer_schema(1, MAX_STOP, unit="seconds"), **CREATE["properties"]}
 RUN_ROWS["auto_remove"] = absent("the container of a run is always removed")
 RUN = object_schema("image", {"image": "nginx:1.27", "cmd": ["nginx", "-t"]}, check_run, **RUN_ROWS)
-GATE_TIME = integer_schema(0, MAX_GATE, kind="integer|number")  # seconds
-DEPLOY_ROWS = {"deploy": object_schema("", {"stable": 5}, timeout=GATE_TIME, stable=GATE_TIME)}
-DEPLOY_ROWS.update(CREATE["properties"], name=absent("the path has it"))
+GATE_TIME = integer_schema(0, MAX_GATE, kind="integer|number", unit="seconds")
+DEPLOY_ROWS = {**CREATE["properties"], "name": absent("the path has it")}
+DEPLOY_ROWS["deploy"] = object_schema("", {"stable": 5}, timeout=GATE_TIME, stable=GATE_TIME)
 DEPLOY_ROWS["auto_remove"] = absent("nothing could bring the container back")
 DEPLOY = object_schema("image", {"image": "nginx:1.27"}, check_create, **DEPLOY_ROWS)
 DEPLOY_QUERY = object_schema("", adopt=BOOLEAN)
@@ -2738,7 +2756,7 @@ JOURNAL = {
     "gate": object_schema("timeout stable", timeout=GATE_TIME, stable=GATE_TIME),
 }
 PULL = object_schema("image", {"image": "nginx:1.27"}, image=NAMED_IMAGE, platform=PLATFORM)
-STOP = object_schema("", timeout=integer_schema(0, MAX_STOP), signal=SIGNAL)
+STOP = object_schema("", timeout=STOP_TIMEOUT, signal=SIGNAL)
 KILL = object_schema("", signal=SIGNAL)
 FILE_PATH = string_schema("(?s:.*)", "an absolute path", MAX_PATH, "/etc/app.conf")
 FILE_QUERY = object_schema("path", path=FILE_PATH)

@@ -2655,6 +2655,22 @@ def test_create_is_refused_before_it_reaches_anything(body, word, pair):
         ("the Engine's log Type", CREATE, image(log={"Type": "local"}), "did you mean driver?"),
         ("the Engine's tag", PULL, image(tag="1"), "did you mean image?"),
         ("mode of a file", FILES, {"path": "/a", "mode": "0644"}, "did you mean permission?"),
+        ("a misspelt name of compose's", CREATE, image(enviroment={}), "did you mean env?"),
+        ("compose's target", CREATE, image(ports=[{"target": 80}]), "did you mean container_port?"),
+        ("compose's limits", CREATE, image(resources={"limits": {}}), "did you mean cpus, memory_"),
+        ("docker run's --health-cmd", CREATE, image(**{"health-cmd": "a"}), "healthcheck.shell?"),
+        ("docker run's --log-driver", CREATE, image(**{"log-driver": "a"}), "mean log.driver?"),
+        ("docker run's --workdir", CREATE, image(workdir="/a"), "did you mean working_dir?"),
+        ("test as a string", CREATE, health(cmd="a"), 'shell goes into shell), such as ["curl'),
+        ("compose's interval", CREATE, health(interval="30s"), "1,000,000, in seconds"),
+        ("compose's stop_grace_period", CREATE, image(stop_timeout="1m"), "86,400, in seconds"),
+        ("a capability", CREATE, image(cap_add="SYS_TIME"), 'as ["NET_ADMIN"]'),
+        (
+            "field that is left out",
+            "/api/v1/run",
+            image(rm=1),
+            "auto_remove? It must be left out: the con",
+        ),
         (
             "nested field at the top",
             CREATE,
@@ -2681,6 +2697,24 @@ def test_create_is_refused_before_it_reaches_anything(body, word, pair):
 def test_message_says_what_to_write(path, body, message, pair):
     assert_envelope(pair.agent.post(path, body), 400, message)
     assert pair.engine.requests() == []
+
+
+# None of them has a counterpart here: what a hint would name does something else.
+NOT_HERE = "oom_kill_disable group_add cpuset cpu_period label_file uts userns interactive adopt"
+NOT_HERE += " driver_opts volume-driver memory-swappiness services scale start_interval dns_opt"
+
+
+@pytest.mark.parametrize("name", NOT_HERE.split())
+def test_no_hint_to_a_field_that_does_something_else(pair, name):
+    for body, first in ((image(**{name: 1}), "image"), (health(**{name: 1}), "cmd")):
+        reply = pair.agent.post(CREATE, body)
+        assert_envelope(reply, 400, f"{name}: is unknown; known here: {first}, ")
+
+
+def test_no_list_of_names_has_one_that_must_be_left_out(pair):
+    reply = pair.agent.post(CREATE, volume(bind={}))
+    known = "source, target, read_only, type, size_mb, mode"
+    assert reply.json()["message"] == f"volumes[0].bind: is unknown; known here: {known}"
 
 
 @pytest.mark.parametrize(
@@ -11088,6 +11122,9 @@ def test_what_fails_before_the_swap_touches_nothing(agent, engine, site, fields,
         ("name in the body", "da-x", {"name": "da-y"}, "name: must be left out: the path"),
         ("label of the agent's", "da-x", {"labels": {"dockeragent.name": "a"}}, "labels"),
         ("adopt in the body", "da-x", {"adopt": True}, "adopt"),
+        ("timeout of the gate", "da-x", {"timeout": 5}, "did you mean deploy.timeout?"),
+        ("compose's container_name", "da-x", {"container_name": "a"}, "left out: the path has it"),
+        ("gate as a duration", "da-x", {"deploy": {"stable": "10s"}}, "3,600, in seconds"),
     ),
 )
 def test_refused_deploy_reaches_nothing(pair, path, fields, word):
@@ -11583,7 +11620,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_893
+LINES = 5_911
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
