@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2435, and a reviewer may stop there:
+stands first, up to line 2437, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -1528,7 +1528,7 @@ def route_table(routes: Iterable[Route]) -> RouteTable:
 def find_route(table: RouteTable, method: str, segments: list[str]) -> tuple[Route, str]:
     """Return a route and the parameter in its path. Raises ApiError (400, 404, 405)."""
     methods, name = table.get(tuple(segments)), None
-    if not methods and len(segments) > PARAMETER:
+    if not methods and len(segments) > PARAMETER and segments[-1]:
         name = segments[PARAMETER]
         methods = table.get((*segments[:PARAMETER], None, *segments[PARAMETER + 1 :]))
     if not methods:
@@ -1609,6 +1609,8 @@ class Connection(socketserver.BaseRequestHandler):
                     # skip it for a socket that was reset, and read plain text (CVE-2023-40217).
                     return self.sock.version() is not None
         except (Stopping, OSError, ValueError) as error:
+            # A TLS alert says why, such as that a certificate is required: let it be read.
+            self.has_answered = isinstance(error, ssl.SSLError)
             self.server.log("debug", "handshake failed", error=describe(error))
         return False
 

@@ -2917,10 +2917,11 @@ def test_booleans_in_any_case(value, sent, pair):
         ("wrong method with an id", "GET", "/api/v1/containers/x/stop", KEY, 405, "POST"),
         ("HEAD where only POST goes", "HEAD", "/api/v1/images/pull", KEY, 405, "POST"),
         ("method in small letters", "get", "/health", "", 405, "GET, HEAD"),
-        ("empty id", "DELETE", "/api/v1/containers/", KEY, 400, None),
+        ("slash behind a list", "GET", "/api/v1/networks/", KEY, 404, None),
         ("dots", "DELETE", "/api/v1/containers/..", KEY, 400, None),
         ("dots in percent codes", "DELETE", "/api/v1/containers/%2e%2e", KEY, 400, None),
-        ("no id at all", "DELETE", "/api/v1/containers/", KEY, 400, None),
+        ("no id at all", "DELETE", "/api/v1/containers/", KEY, 404, None),
+        ("empty id", "POST", "/api/v1/containers//stop", KEY, 400, None),
         ("slash in percent codes", "DELETE", "/api/v1/containers/a%2Fb", KEY, 400, None),
         ("query in percent codes", "DELETE", "/api/v1/containers/a%3Fforce=1", KEY, 400, None),
         ("decoded twice it would be an a", "DELETE", "/api/v1/containers/%2561", KEY, 400, None),
@@ -3674,6 +3675,31 @@ def test_client_without_a_certificate_of_the_ca_gets_no_answer(pki, fake_engine)
         assert fake_engine.requests() == []
         assert split_replies(pki.raw(agent, data, "client"))[0].status == 200
     assert len(fake_engine.requests()) == 1
+
+
+def test_client_without_a_certificate_is_told_so(pki, fake_engine):
+    """Its first request comes with the end of the handshake; a reset would discard the alert."""
+    context = ssl.create_default_context(cafile=pki.file("server.pem"))
+    inward, outward = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(inward, outward, server_hostname="localhost")
+    with pki.agent(fake_engine, TLS_CLIENT_CA_FILE=pki.file("ca.pem")) as agent:
+        with agent.connect() as sock:
+            while True:
+                try:
+                    tls.do_handshake()
+                    break
+                except ssl.SSLWantReadError:
+                    sock.sendall(outward.read())
+                    inward.write(sock.recv(65536))
+            tls.write(message("GET /health", LAST))
+            sock.sendall(outward.read())
+            while data := sock.recv(65536):
+                inward.write(data)
+            poll = select.poll()
+            poll.register(sock, 0)
+            assert poll.poll(500) == []  # neither POLLERR nor POLLHUP: no reset has followed
+        with pytest.raises(ssl.SSLError, match=r"(?i)certificate.required"):
+            tls.read()
 
 
 def test_plain_text_before_a_reset_is_not_taken_for_decrypted(pki, fake_engine):
@@ -11620,7 +11646,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_911
+LINES = 5_913
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
