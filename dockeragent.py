@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2437, and a reviewer may stop there:
+stands first, up to line 2438, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -300,6 +300,7 @@ OTHER_NAMES.update(logging="log", logopt="log", logdriver="driver", networkalias
 OTHER_NAMES.update(health="healthcheck", healthcmd="shell", healthretries="retries")
 OTHER_NAMES.update(healthinterval="interval", healthtimeout="timeout", size="size_mb")
 OTHER_NAMES.update(healthstartperiod="start_period", readonlyrootfs="read_only")
+OTHER_NAMES.update(nohealthcheck="disable", nostream="follow=false")
 OTHER_NAMES.update(workdir="working_dir", target="container_port", hosts="extra_hosts")
 OTHER_NAMES.update(memswaplimit="memory_swap_mb", nanocpus="cpus", limits="cpus, memory_mb, pids")
 

@@ -2659,6 +2659,7 @@ def test_create_is_refused_before_it_reaches_anything(body, word, pair):
         ("compose's target", CREATE, image(ports=[{"target": 80}]), "did you mean container_port?"),
         ("compose's limits", CREATE, image(resources={"limits": {}}), "did you mean cpus, memory_"),
         ("docker run's --health-cmd", CREATE, image(**{"health-cmd": "a"}), "healthcheck.shell?"),
+        ("docker run's --no-healthcheck", CREATE, image(no_healthcheck=1), "healthcheck.disable?"),
         ("docker run's --log-driver", CREATE, image(**{"log-driver": "a"}), "mean log.driver?"),
         ("docker run's --workdir", CREATE, image(workdir="/a"), "did you mean working_dir?"),
         ("test as a string", CREATE, health(cmd="a"), 'shell goes into shell), such as ["curl'),
@@ -2867,6 +2868,7 @@ def test_good_body(body, target, pair):
     cases(
         ("unknown", "/api/v1/containers?al=1", "query.al: "),
         ("unknown, where none is known", "/api/v1/containers/web?size=1", "query.size: "),
+        ("docker's --no-stream", f"{CREATE}/web/stats?no-stream=1", "mean follow=false?"),
         ("repeated", "/api/v1/containers?all=1&all=0", "all"),
         ("repeated, written in two ways", "/api/v1/containers?all=1&%61ll=1", "all"),
         ("boolean without a value", "/api/v1/containers?all", "query.all: "),
@@ -11646,7 +11648,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_913
+LINES = 5_914
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
