@@ -4878,7 +4878,7 @@ class Deploys:
         """Recover a name and log it. retries: while the Engine is unreachable."""
         while not self.stopping.is_set():
             try:
-                deployment.recover()
+                repeat(deployment.recover, RETRY_TIME if retries else 0, 500)
             except ApiError as error:
                 if retries and error.status in UNREACHABLE:
                     deployment.settle(error)

@@ -10795,6 +10795,25 @@ def test_old_container_that_the_engine_never_starts_keeps_its_name_and_policy(
     assert left["HostConfig"]["RestartPolicy"]["Name"] == "always"
 
 
+@pytest.mark.parametrize("read", ["/images/", "/containers/json", "/json"])
+def test_read_that_the_engine_fails_is_repeated_in_a_recovery(
+    fragile, engine, site, monkeypatch, read
+):
+    """As its store of images does while containerd is being restarted."""
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+    harms: list[Harm] = []
+
+    def harm_to(method: str, target: str) -> Callable[..., None] | None:
+        if target.endswith("/update"):  # its swap begins, or its rollback is nearly done
+            harms.extend([] if harms else [fail_call] * 5)
+        return harms.pop() if harms and method == "GET" and read in target else None
+
+    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
+    assert put(agent, site, BAD).status == 422
+    assert_settled(engine, site, old, "bad")
+
+
 def test_container_that_is_just_being_renamed_is_not_touched(pair):
     twice = [{"Id": "c" * 64, "Names": ["/renamed", "/renamed.next"]}]
     pair.engine.script["its own look"] = http_answer(twice)
