@@ -4534,12 +4534,23 @@ class Deployment:
 
     def roll_back(self, new: Found, old: Found) -> None:
         """Give the old container back its name, policy and run; remove the new one."""
+        was = new.journal.was
         self.told.put(("step", {"step": "rollback"}))
-        self.stop(new)
-        self.set_restart(new, NO_RESTART)  # a commit may have begun
-        self.rename(new, NEXT)
+        try:
+            self.stop(new)
+            self.set_restart(new, NO_RESTART)  # a commit may have begun
+            self.rename(new, NEXT)
+        except EngineError as error:
+            names = old.container["Name"], old.journal.name
+            is_told = was["running"] and names == (f"/{self.name}{PREV}", self.name)
+            if error.status != 500 or not is_told:
+                raise
+            # It may have filled the disk. Without it, the old one's name and labels tell enough.
+            remove_container(self.engine, new.id)
+            self.give_back(None, old)
+            return
         self.rename(old, "")
-        self.revive(old, new.journal.was["restart"], running=new.journal.was["running"])
+        self.revive(old, was["restart"], running=was["running"])
         remove_container(self.engine, new.id)  # last: its labels tell how the old one was
         self.outcome = "rolled back"
 

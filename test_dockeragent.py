@@ -10814,6 +10814,24 @@ def test_read_that_the_engine_fails_is_repeated_in_a_recovery(
     assert_settled(engine, site, old, "bad")
 
 
+def test_new_container_that_has_filled_the_disk_is_rolled_back(fragile, engine, site, monkeypatch):
+    """The Engine then writes nothing of any container until its removal makes room."""
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+    calls: list[str] = []
+
+    def harm_to(method: str, target: str) -> Callable[..., None] | None:
+        is_full = any(call.endswith("/start") for call in calls) and "DELETE" not in calls
+        calls.append("DELETE" if method == "DELETE" else target)
+        is_write = re.search("/(rename|update|start)", target)
+        return fail_call if is_full and is_write else None
+
+    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
+    reply = put(agent, site, BAD)
+    assert (reply.status, reply.json()["rolled_back"]) == (422, True)
+    assert_settled(engine, site, old, "bad")
+
+
 def test_container_that_is_just_being_renamed_is_not_touched(pair):
     twice = [{"Id": "c" * 64, "Names": ["/renamed", "/renamed.next"]}]
     pair.engine.script["its own look"] = http_answer(twice)
@@ -11667,7 +11685,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_914
+LINES = 5_925
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
