@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2438, and a reviewer may stop there:
+stands first, up to line 2441, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -391,8 +391,11 @@ def suggest_name(name: str, properties: Json) -> str:
     hints = {word: hint for word, hint in hints.items() if re.split(r"\W", hint)[0] in properties}
     word = re.sub("[-_]", "", name[:64].lower())
     left_out = {name: row["description"] for name, row in rows if row["type"] == "nothing"}
-    # Nearly the same, or there is no hint: oom_kill_disable is not healthcheck.disable.
-    for nearest in difflib.get_close_matches(word, hints, 1, 0.85):
+    # A slip of the hand among the names here; other hints must be nearly the same, as
+    # oom_kill_disable is not healthcheck.disable.
+    found = difflib.get_close_matches(word, hints, 1, 0.85)
+    here = [other for other, hint in hints.items() if hint in properties]
+    for nearest in found or difflib.get_close_matches(word, here, 1, 0.75):
         hint = hints[nearest]
         more = f" It must be {left_out[hint]}" if hint in left_out else ""
         return f"did you mean {hint}?{more}"
@@ -1529,7 +1532,7 @@ def route_table(routes: Iterable[Route]) -> RouteTable:
 def find_route(table: RouteTable, method: str, segments: list[str]) -> tuple[Route, str]:
     """Return a route and the parameter in its path. Raises ApiError (400, 404, 405)."""
     methods, name = table.get(tuple(segments)), None
-    if not methods and len(segments) > PARAMETER and segments[-1]:
+    if not methods and len(segments) > PARAMETER:
         name = segments[PARAMETER]
         methods = table.get((*segments[:PARAMETER], None, *segments[PARAMETER + 1 :]))
     if not methods:
