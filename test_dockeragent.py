@@ -10610,7 +10610,9 @@ def put_steps(agent: Agent, name: str, body: Any) -> list[tuple[str, Any]]:
     return [(kind, data["step"] if kind == "step" else data) for kind, data in found]
 
 
-GOOD, BAD = spec(env=["NEW=1"]), spec("sh", "-c", "echo broken; exit 3")
+GOOD = spec(env=["NEW=1"])
+# Its exit fails the gate at once; on a busy machine it may come later than 0.2 s.
+BAD = spec("sh", "-c", "echo broken; exit 3", deploy={"stable": 10})
 # The calls of a deploy that change something, in their order.
 SWAPPING = ["create", "update", "stop", "rename", "rename", "start"]
 BACK = ["stop", "rename", "rename", "stop", "update", "start", "DELETE"]
