@@ -394,7 +394,7 @@ def suggest_name(name: str, properties: Json) -> str:
     # A slip of the hand among the names here; other hints must be nearly the same, as
     # oom_kill_disable is not healthcheck.disable.
     found = difflib.get_close_matches(word, hints, 1, 0.85)
-    here = [other for other, hint in hints.items() if hint in properties]
+    here = [name.replace("_", "") for name in properties]
     for nearest in found or difflib.get_close_matches(word, here, 1, 0.75):
         hint = hints[nearest]
         more = f" It must be {left_out[hint]}" if hint in left_out else ""
