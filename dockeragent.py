@@ -4598,6 +4598,7 @@ class Deployment:
         self.rename(old, "")  # last: its helper name is all that tells that this is to be done
         self.outcome = "rolled back"
 
+    # What is done, by the names that are there.
     STEPS: ClassVar[dict[tuple[str, ...], Callable[..., None]]] = {
         ("", NEXT): roll_back,  # crashed before the swap, or in a rollback
         (NEXT, PREV): roll_back,  # between the renames
@@ -5020,7 +5021,10 @@ METRICS = {
 
 
 def stats_sample(raw: Json) -> Json:
-    """Return a sample, computed as `docker stats` does it. Raises EngineError (502)."""
+    """Return a sample of the Engine's statistics as `docker stats` computes it.
+
+    Engine API, "Get container stats based on resource usage". Raises EngineError (502).
+    """
     try:
         cpu, before, memory = raw["cpu_stats"], raw["precpu_stats"], raw["memory_stats"]
         busy = cpu["cpu_usage"]["total_usage"] - before["cpu_usage"]["total_usage"]
@@ -5337,7 +5341,10 @@ def post_action(
 
 
 def takes_signal(engine: Engine, wanted: str, config: Json, action: str) -> bool:
-    """Return whether to send the signal: an Engine that takes none sends the container's own."""
+    """Return whether to name a signal in a request; it is the container's own if not.
+
+    Before API 1.42 a stop takes none, and podman ignores it. Raises ApiError (400) for another.
+    """
     if action == "kill":
         return True
     # Asked anew: it may be another by now.
