@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2441, and a reviewer may stop there:
+stands first, up to line 2443, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -303,6 +303,8 @@ OTHER_NAMES.update(healthstartperiod="start_period", readonlyrootfs="read_only")
 OTHER_NAMES.update(nohealthcheck="disable", nostream="follow=false")
 OTHER_NAMES.update(workdir="working_dir", target="container_port", hosts="extra_hosts")
 OTHER_NAMES.update(memswaplimit="memory_swap_mb", nanocpus="cpus", limits="cpus, memory_mb, pids")
+# Nearly ours, but something else: no name here is hinted at.
+OTHER_NAMES.update(dict.fromkeys(("userns", "cpuset", "gpus", "startinterval", "external"), ""))
 
 
 def check_schema(schema: Schema) -> Schema:
@@ -394,7 +396,7 @@ def suggest_name(name: str, properties: Json) -> str:
     # A slip of the hand among the names here; other hints must be nearly the same, as
     # oom_kill_disable is not healthcheck.disable.
     found = difflib.get_close_matches(word, hints, 1, 0.85)
-    here = [name.replace("_", "") for name in properties]
+    here = [name.replace("_", "") for name in properties if word not in OTHER_NAMES]
     for nearest in found or difflib.get_close_matches(word, here, 1, 0.75):
         hint = hints[nearest]
         more = f" It must be {left_out[hint]}" if hint in left_out else ""

@@ -2704,7 +2704,7 @@ def test_message_says_what_to_write(path, body, message, pair):
 
 # None of them has a counterpart here: what a hint would name does something else.
 NOT_HERE = "oom_kill_disable group_add cpuset cpu_period label_file uts interactive adopt scale"
-NOT_HERE += " driver_opts volume-driver memory-swappiness dns_opt configs"
+NOT_HERE += " driver_opts volume-driver memory-swappiness dns_opt userns blkio_config configs ip"
 
 
 @pytest.mark.parametrize("name", NOT_HERE.split())
@@ -2712,6 +2712,19 @@ def test_no_hint_to_a_field_that_does_something_else(pair, name):
     for body, first in ((image(**{name: 1}), "image"), (health(**{name: 1}), "cmd")):
         reply = pair.agent.post(CREATE, body)
         assert_envelope(reply, 400, f"{name}: is unknown; known here: {first}, ")
+
+
+@pytest.mark.parametrize(
+    "path, body, word",
+    [
+        pytest.param(CREATE, image(resources={"gpus": 1}), "resources.gpus", id="gpus"),
+        pytest.param(CREATE, image(resources={"cpuset": "0"}), "resources.cpuset", id="cpuset"),
+        pytest.param(CREATE, health(start_interval=1), "healthcheck.start_interval", id="interval"),
+        pytest.param("/api/v1/networks", {"external": True}, "external", id="external"),
+    ],
+)
+def test_no_hint_to_a_neighbour_that_does_something_else(pair, path, body, word):
+    assert_envelope(pair.agent.post(path, body), 400, f"{word}: is unknown; known here: ")
 
 
 def test_no_list_of_names_has_one_that_must_be_left_out(pair):
@@ -11688,7 +11701,7 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_935
+LINES = 5_937
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
