@@ -4552,7 +4552,7 @@ class Deployment:
                 raise
             # It may have filled the disk. Without it, the old one's name and labels tell enough.
             remove_container(self.engine, new.id)
-            self.give_back(None, old)
+            self.give_back(None, old, was["restart"])
             return
         self.rename(old, "")
         self.revive(old, was["restart"], running=was["running"])
@@ -4594,9 +4594,9 @@ class Deployment:
             rule = f"is all that is left, but {error.message}: remove it"
             raise ApiError(409, f"{self.name}{NEXT} {rule}") from error
 
-    def give_back(self, _: None, old: Found) -> None:
-        """Start the old container again, which has lost its new one."""
-        self.revive(old, old.journal.restart, running=True)
+    def give_back(self, _: None, old: Found, policy: Json | None = None) -> None:
+        """Start the old container again, which has lost its new one; policy: if not its label's."""
+        self.revive(old, policy or old.journal.restart, running=True)
         self.rename(old, "")  # last: its helper name is all that tells that this is to be done
         self.outcome = "rolled back"
 

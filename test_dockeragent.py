@@ -10834,6 +10834,8 @@ def test_new_container_that_has_filled_the_disk_is_rolled_back(fragile, engine, 
     """The Engine then writes nothing of any container until its removal makes room."""
     proxy, agent = fragile
     old = put(agent, site, spec()).json()["id"]
+    changed = {"RestartPolicy": {"Name": "unless-stopped"}}  # by hand: its labels do not tell it
+    assert engine.call("POST", f"/containers/{old}/update", changed)[0] == 200
     calls: list[str] = []
 
     def harm_to(method: str, target: str) -> Callable[..., None] | None:
@@ -10845,7 +10847,34 @@ def test_new_container_that_has_filled_the_disk_is_rolled_back(fragile, engine, 
     monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
     reply = put(agent, site, BAD)
     assert (reply.status, reply.json()["rolled_back"]) == (422, True)
-    assert_settled(engine, site, old, "bad")
+    assert_settled(engine, site, old, "bad", "unless-stopped")
+
+
+@pytest.mark.parametrize("case", ["adopted", "stopped"])
+def test_new_container_stays_if_only_its_labels_tell_how_the_old_one_was(
+    fragile, engine, site, monkeypatch, case
+):
+    proxy, agent = fragile
+    if case == "adopted":
+        old = run_by_hand(engine, site)
+    else:
+        old = put(agent, site, spec()).json()["id"]
+        assert engine.call("POST", f"/containers/{old}/stop?t=0")[0] == 204
+    calls: list[str] = []
+    is_full = True
+
+    def harm_to(method: str, target: str) -> Callable[..., None] | None:
+        has_begun = any(call.endswith("/start") for call in calls)
+        calls.append("DELETE" if method == "DELETE" else target)
+        return fail_call if is_full and has_begun and "/rename" in target else None
+
+    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
+    reply = put(agent, site, BAD, "?adopt=true")
+    assert (reply.status, reply.json()["rolled_back"], "DELETE" in calls) == (422, False, False)
+    is_full = False
+    until(lambda: names_of(engine, site).keys() == {site}, "the rollback")
+    state = engine.inspect(site)
+    assert (state["Id"], state["State"]["Running"]) == (old, case == "adopted")
 
 
 def test_container_that_is_just_being_renamed_is_not_touched(pair):
