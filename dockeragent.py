@@ -4611,7 +4611,7 @@ class Deployment:
 
     def recover(self) -> None:
         """Finish or undo what is unfinished. Raises ApiError (409) for what no deploy has left."""
-        ids = self.look()
+        self.problem, ids = "", self.look()
         if ids.keys() <= {""}:
             return
         found = {suffix: self.find(container) for suffix, container in ids.items()}

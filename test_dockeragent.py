@@ -10877,6 +10877,25 @@ def test_new_container_stays_if_only_its_labels_tell_how_the_old_one_was(
     assert (state["Id"], state["State"]["Running"]) == (old, case == "adopted")
 
 
+def test_recovery_tells_no_problem_that_its_last_attempt_has_solved(
+    fragile, engine, site, monkeypatch
+):
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+    calls: list[str] = []
+
+    def harm_to(method: str, target: str) -> Callable[..., None] | None:
+        is_harmed = any(call.endswith("/start") for call in calls) and "DELETE" not in calls
+        calls.append("DELETE" if method == "DELETE" else target)
+        return fail_call if is_harmed and (method == "DELETE" or "/start" in target) else None
+
+    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
+    assert "could not be undone yet" in put(agent, site, BAD).json()["message"]
+    assert_settled(engine, site, old, "bad")
+    lines = until(lambda: [x for x in agent.lines("recovery") if x["container"] == site], "a line")
+    assert [(line["outcome"], line["error"]) for line in lines] == [("rolled back", "")]
+
+
 def test_container_that_is_just_being_renamed_is_not_touched(pair):
     twice = [{"Id": "c" * 64, "Names": ["/renamed", "/renamed.next"]}]
     pair.engine.script["its own look"] = http_answer(twice)
