@@ -9468,9 +9468,27 @@ def test_run_is_followed_again_if_its_log_ends_while_it_runs_on(fake_agent, fake
     fake_engine.script["GET /containers/x/json"] = lambda sock: sock.sendall(
         http_answer({"Id": "x", "State": states.pop()})
     )
+    begun = time.monotonic()
     reply = fake_agent.post("/api/v1/run", {"image": "x"})
     assert read_run(reply) == ([("stdout", "one")], {"exit_code": 7})
     assert (done, states) == (["create", "start", "remove"], [])
+    assert time.monotonic() - begun >= 2 * da.HEAD_WAIT  # not again and again without a pause
+
+
+def test_run_whose_log_ends_at_once_again_and_again_is_killed_in_time(fake_agent, fake_engine):
+    done = run_of(fake_engine, http_answer(b""))
+    running = {"Id": "x", "State": {"Running": True, "ExitCode": 0}}
+    fake_engine.script["GET /containers/x/json"] = http_answer(running)
+
+    def kill(sock: socket.socket) -> None:
+        done.append("kill")
+        fake_engine.script["GET /containers/x/json"] = http_answer({"Id": "x", "State": EXITED})
+        sock.sendall(NO_CONTENT)
+
+    fake_engine.script["POST /containers/x/kill"] = kill
+    reply = fake_agent.post("/api/v1/run", {"image": "x", "timeout": 1})
+    assert read_run(reply) == ([], {"exit_code": None, "timed_out": True})
+    assert done == ["create", "start", "kill", "remove"]
 
 
 def test_run_whose_log_cannot_be_read_is_not_started(fake_agent, fake_engine):
@@ -11742,6 +11760,24 @@ def test_write_recovers_the_name_first(engine, site, tmp_path):
         assert names_of(engine, site).keys() == {site, f"{site}.prev"}
         assert agent.post(f"/api/v1/containers/{site}/restart").status == 200
         assert_settled(engine, site, old, "bad")
+
+
+def test_write_does_not_wait_for_reads_that_the_engine_fails(engine, site, tmp_path, monkeypatch):
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy, Agent(DOCKER_HOST=proxy.url) as agent:
+        with FaultyProxy(tmp_path / "q.sock", engine) as other:
+            deploy_and_crash(other, site, "good", 5, after=False)
+        with monkeypatch.context() as patch:
+            harm_to = proxy.harm_to
+            patch.setattr(
+                proxy,
+                "harm_to",
+                lambda *call: fail_call if "/images/" in call[1] else harm_to(*call),
+            )
+            begun = time.monotonic()
+            agent.post(f"/api/v1/containers/{site}/restart")
+            assert time.monotonic() - begun < da.RETRY_TIME - 2
+        (line,) = (x for x in agent.lines("recovery") if x["container"] == site)
+        assert line["error"] == "harm"
 
 
 # --------------------------------------------------------------------------------------------------
