@@ -4611,7 +4611,7 @@ class Deployment:
 
     def recover(self) -> None:
         """Finish or undo what is unfinished. Raises ApiError (409) for what no deploy has left."""
-        self.problem, ids = "", self.look()
+        ids = self.look()
         if ids.keys() <= {""}:
             return
         found = {suffix: self.find(container) for suffix, container in ids.items()}
@@ -4629,6 +4629,7 @@ class Deployment:
         if not step or owner.name != self.name or (new and old and owner.replaces != old.id):
             names = " and ".join(self.name + suffix for suffix in found if suffix)
             raise ApiError(409, f"no deploy of {self.name} has left {names}: remove or rename it")
+        self.problem = ""  # of the attempt before
         step(self, new, old)
 
     # The deploy

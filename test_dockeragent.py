@@ -10914,6 +10914,27 @@ def test_recovery_tells_no_problem_that_its_last_attempt_has_solved(
     assert [(line["outcome"], line["error"]) for line in lines] == [("rolled back", "")]
 
 
+def test_recovery_tells_a_problem_that_is_left_even_if_its_last_attempt_finds_nothing_to_do(
+    fragile, engine, site, monkeypatch
+):
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+    starts: list[str] = []
+
+    def harm_to(method: str, target: str) -> Callable[..., None] | None:
+        if method == "DELETE":
+            return cut_after_call
+        if target.endswith("/start"):
+            starts.append(target)
+        return refuse_call if starts[1:] and target.endswith("/start") else None
+
+    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
+    assert put(agent, site, BAD).status == 422
+    lines = until(lambda: [x for x in agent.lines("recovery") if x["container"] == site], "a line")
+    assert [line["error"] for line in lines] == ["the old container does not start: harm"]
+    assert names_of(engine, site)[site]["Id"] == old
+
+
 def test_container_that_is_just_being_renamed_is_not_touched(pair):
     twice = [{"Id": "c" * 64, "Names": ["/renamed", "/renamed.next"]}]
     pair.engine.script["its own look"] = http_answer(twice)
@@ -11785,7 +11806,7 @@ def test_write_does_not_wait_for_reads_that_the_engine_fails(engine, site, tmp_p
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_937
+LINES = 5_938
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
