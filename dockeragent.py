@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2443, and a reviewer may stop there:
+stands first, up to line 2446, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -102,7 +102,7 @@ IDLE_TIMEOUT = 75.0  # between two requests of one connection
 STRANGER_IDLE_TIMEOUT = 10.0  # the same, for a connection that has not shown a valid key
 WRITE_TIMEOUT = 30.0  # without a byte taken by the client
 HALF_CLOSED = 2.0  # of waiting before a client that has half-closed counts as disconnected
-LINGER_TIMEOUT = 3.0  # for a client to read a response sent before the request's body was read
+LINGER_TIMEOUT = 3.0  # for a client to read a TLS alert, or a response to a body left unread
 GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
 RECV_SIZE = 64 * 1024  # bytes of one recv()
 STREAM_BUFFER = 128 * 1024  # bytes of SO_SNDBUF: what the kernel holds for a stream's slow reader
@@ -1361,7 +1361,10 @@ NEVER = Interrupts()
 def receive(
     sock: socket.socket, deadline: float, interrupts: Interrupts = NEVER, size: int = RECV_SIZE
 ) -> bytes:
-    """Return the next bytes of sock, b"" at the end. Raises OSError, ClientGone and Stopping."""
+    """Return the next bytes of a non-blocking socket, b"" at the end.
+
+    Raises socket.timeout past deadline (monotonic), OSError, ClientGone and Stopping.
+    """
     # Invariant: a peer that never stops sending is held to the deadline, too.
     while interrupts.wait_readable(sock, deadline) and time.monotonic() < deadline:
         try:
@@ -1587,7 +1590,7 @@ class Connection(socketserver.BaseRequestHandler):
         self.deadline = time.monotonic() + HEAD_TIMEOUT  # monotonic; for the next bytes received
         self.interrupts = self.until_stop  # what ends a wait for them early
         self.is_kept = True  # whether another request is read
-        self.has_answered = False  # whether `finish` gives the client time to read a response
+        self.has_answered = False  # whether `finish` gives the client time to read what was sent
         self.sock.setblocking(False)
         if self.sock.family != socket.AF_UNIX:
             self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -2910,7 +2913,10 @@ class EngineResponse(http.client.HTTPResponse):
         self.until_end = not self.chunked and self.length is None
 
     def read_part(self, deadline: float) -> bytes | None:
-        """Return bytes of the body, b"" at its end, None if none came. Raises EngineError (502)."""
+        """Return bytes of the body, b"" at its end, None if none came until deadline (monotonic).
+
+        Raises EngineError (502) if the body is cut short, ClientGone and Stopping.
+        """
         if self._is_done:
             return b""
         if (pause := self._next_read - time.monotonic()) > 0:
@@ -2996,7 +3002,10 @@ def exchange(
 
 
 def connect(address: Address, tls: ssl.SSLContext | None, deadline: float) -> socket.socket:
-    """Return a connected non-blocking socket, its TLS done. Raises OSError and ValueError."""
+    """Return a non-blocking socket, connected and its TLS done by deadline (monotonic).
+
+    Raises OSError and ValueError.
+    """
     with contextlib.ExitStack() as on_error:
         if address.path:
             sock = on_error.enter_context(socket.socket(socket.AF_UNIX))
@@ -4922,7 +4931,10 @@ RunPart = Union[list[Line], Json]  # lines, or at last how the run ended
 def run_parts(
     source: LogSource, deadline: float, stop: socket.socket | None, removal: contextlib.ExitStack
 ) -> Iterator[RunPart]:
-    """Yield a run's lines, [] at times, and at last, its container removed, how it ended."""
+    """Yield a run's lines, [] at times, and at last, its container removed, how it ended.
+
+    At the deadline (monotonic) the container is killed. Raises EngineError, ClientGone, Stopping.
+    """
     timed_out, due = False, time.monotonic() + PING_INTERVAL
     with removal:
         cursor = LogCursor(source)
@@ -5645,7 +5657,8 @@ def remove_network(request: Request, agent: Agent) -> Response:
     names = network["id"], network["id"][:12], name
     with engine.reserve(names, removes=True):
         users = count_users(engine)
-        # The Engine minds only running containers. Why a predefined network stays, it says itself.
+        # The Engine minds only running containers; a stopped one could not start again. Why a
+        # predefined network stays, the Engine says itself.
         if any(users["network", n] for n in names) and name not in ("bridge", "host", "none"):
             raise ApiError(409, f"network {name} is used by a container")
         engine.call("DELETE", f"/networks/{quote(network['id'], safe='')}")
