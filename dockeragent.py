@@ -4559,6 +4559,7 @@ class Deployment:
             is_told = was["running"] and names == (f"/{self.name}{PREV}", self.name)
             if error.status != 500 or not is_told:
                 raise
+            self.inspect(old.id)  # Invariant: one of the two stays; somebody may have removed it
             # It may have filled the disk. Without it, the old one's name and labels tell enough.
             remove_container(self.engine, new.id)
             self.give_back(None, old, was["restart"])

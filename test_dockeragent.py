@@ -10896,6 +10896,27 @@ def test_new_container_stays_if_only_its_labels_tell_how_the_old_one_was(
     assert (state["Id"], state["State"]["Running"]) == (old, case == "adopted")
 
 
+def test_new_container_stays_if_somebody_removes_the_old_one_to_make_room(
+    fragile, engine, site, monkeypatch
+):
+    proxy, agent = fragile
+    old = put(agent, site, spec()).json()["id"]
+    calls: list[str] = []
+
+    def harm_to(method: str, target: str) -> Callable[..., None] | None:
+        has_begun = any(call.endswith("/start") for call in calls)
+        calls.append("DELETE" if method == "DELETE" else target)
+        if not has_begun or "/rename" not in target:
+            return None
+        engine.remove(old)
+        return fail_call
+
+    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
+    reply = put(agent, site, BAD)
+    assert (reply.status, reply.json()["rolled_back"], "DELETE" in calls) == (422, False, False)
+    assert names_of(engine, site).keys() == {site}
+
+
 def test_recovery_tells_no_problem_that_its_last_attempt_has_solved(
     fragile, engine, site, monkeypatch
 ):
@@ -11807,7 +11828,7 @@ def test_write_does_not_wait_for_reads_that_the_engine_fails(engine, site, tmp_p
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_951
+LINES = 5_952
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
