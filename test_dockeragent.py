@@ -7488,28 +7488,33 @@ def test_kernel_setting_is_written_in_place(name):
 @pytest.mark.parametrize("names", ["old", "new{turn}"], ids=["replaced", "new names"])
 def test_killed_writer_leaves_old_or_new_and_no_litter(tree, names):
     whole = [letter * 300_000 for letter in (b"a", b"b")]
-    code = (
-        "import itertools\n"
-        "print('go', flush=True)\n"
-        "for turn in itertools.count(os.getpid() * 10_000):\n"
-        "    content = b'ab'[turn % 2 :][:1] * 300_000\n"
-        f"    da.write_beneath(tree, f'/app/full/{names}', da.FileWrite(content))"
-    )
+    code = f"""
+import itertools, signal, time
+for line in sys.stdin:
+    if (writer := os.fork()) == 0:
+        for turn in itertools.count(os.getpid() * 10_000):
+            content = b'ab'[turn % 2 :][:1] * 300_000
+            da.write_beneath(tree, f'/app/full/{names}', da.FileWrite(content))
+    time.sleep(float(line))
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    print("killed", flush=True)
+"""
     (tree / "host/app/full/kept").unlink()
-    for _ in range(30):
-        command = [sys.executable, "-c", CHILD + code, str(tree / "host")]
-        with subprocess.Popen(command, cwd=HERE, stdout=subprocess.PIPE) as child:
-            child.stdout.readline()
-            time.sleep(secrets.randbelow(20_000) / 1e6)
-            child.kill()
-        # A rename takes two steps: what a kill between them has left goes with the next write.
-        if names == "old":
-            there = da.Tree(str(tree / "host"), {})
-            da.write_beneath(there, "/app/full/old", da.FileWrite(b"c"))
-            (tree / "host/app/full/old").write_bytes(whole[0])
-        for path in (tree / "host/app/full").iterdir():
-            assert path.name.startswith(names[:3]), path.name
-            assert path.read_bytes() in whole, path.name
+    command = [sys.executable, "-c", CHILD + code, str(tree / "host")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=HERE, **pipes) as child:
+        for _ in range(30):
+            print(secrets.randbelow(20_000) / 1e6, file=child.stdin, flush=True)
+            assert child.stdout.readline() == "killed\n"
+            # A rename takes two steps: what a kill between them has left goes with the next write.
+            if names == "old":
+                there = da.Tree(str(tree / "host"), {})
+                da.write_beneath(there, "/app/full/old", da.FileWrite(b"c"))
+                (tree / "host/app/full/old").write_bytes(whole[0])
+            for path in (tree / "host/app/full").iterdir():
+                assert path.name.startswith(names[:3]), path.name
+                assert path.read_bytes() in whole, path.name
     assert list((tree / "host/app/full").iterdir())
 
 
@@ -7888,6 +7893,12 @@ def stored_log(
     """A stopped container whose log is made of these entries, or of bytes as they are."""
     config = {"NetworkMode": "none", "LogConfig": JSON_FILE, **host}
     name = engine.run("sh", "-c", script, tty=tty, HostConfig=config)
+    store(engine, name, entries)
+    return name
+
+
+def store(engine: RealEngine, name: str, entries: list[Entry | bytes]) -> None:
+    """Make the log of a stopped container of these entries, or of bytes as they are."""
     lines = []
     for entry in entries:
         if isinstance(entry, Entry):
@@ -7898,7 +7909,6 @@ def stored_log(
             entry = data.encode() + b"\n"
         lines.append(entry)
     log_file(engine, name).write_bytes(b"".join(lines))
-    return name
 
 
 def log_file(engine: RealEngine, name: str) -> Path:
@@ -8000,16 +8010,31 @@ STAMP_PATTERNS = {
 # fmt: on
 
 
+# Ends at once; started again, it waits to be told, and then writes two lines.
+SECOND_RUN = """[ -e /ran ] || { touch /ran; exit; }
+until [ -e /told/end ]; do sleep 0.05; done
+echo later
+echo last"""
+
+
+@pytest.fixture(scope="module")
+def logged(engine: RealEngine, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A stopped container whose log is stored anew by each test, and the file that ends its run."""
+    told = tmp_path_factory.mktemp("told")
+    return stored_log(engine, [], script=SECOND_RUN, Binds=[f"{told}:/told"]), told / "end"
+
+
 def some(count: int) -> list[int]:
-    """The indices of a list of this length, or of a long one its ends and some between."""
-    if count < 150:
-        return list(range(count))
-    return [0, 1, count // 3, count // 2, *range(count - 30, count)]
+    """The indices of a list of this length: its last ones, and some before them."""
+    last = range(max(0, count - 12), count)
+    # No divisor of the patterns' periods: the lines before each of their places have their turn.
+    return sorted({*range(0, count, 7 if count < 150 else count // 3), *last})
 
 
 @pytest.mark.parametrize("entries", STAMP_PATTERNS.values(), ids=STAMP_PATTERNS)
-def test_log_is_read_in_its_own_order_whatever_its_stamps(agent, engine, entries):
-    name, lines = stored_log(engine, entries), lines_of(entries)
+def test_log_is_read_in_its_own_order_whatever_its_stamps(agent, engine, logged, entries):
+    (name, _), lines = logged, lines_of(entries)
+    store(engine, name, entries)
     assert read_lines(agent, name) == lines
     for stream in STREAMS:
         asked = f"{({*STREAMS} - {stream}).pop()}=0"
@@ -8033,19 +8058,11 @@ def test_log_is_read_in_its_own_order_whatever_its_stamps(agent, engine, entries
         assert set(follow_lines(agent, name, *query)) == left
 
 
-# Ends at once; started again, it waits to be told, and then writes two lines.
-SECOND_RUN = """[ -e /ran ] || { touch /ran; exit; }
-until [ -e /told/end ]; do sleep 0.05; done
-echo later
-echo last"""
-
-
 @pytest.mark.parametrize("entries", STAMP_PATTERNS.values(), ids=STAMP_PATTERNS)
-def test_log_of_a_container_that_runs_is_followed_in_its_own_order(
-    agent, engine, entries, tmp_path
-):
-    name = stored_log(engine, entries, script=SECOND_RUN, Binds=[f"{tmp_path}:/told"])
-    lines = lines_of(entries)
+def test_log_of_a_container_that_runs_is_followed_in_its_own_order(agent, engine, logged, entries):
+    (name, end), lines = logged, lines_of(entries)
+    store(engine, name, entries)
+    end.unlink(missing_ok=True)
     stopped = follow(agent, name)
     held = 1 if entries and not entries[-1].text.endswith("\n") else 0  # it may still go on
     whole = len(lines) - held
@@ -8053,20 +8070,22 @@ def test_log_of_a_container_that_runs_is_followed_in_its_own_order(
     starts.update({f"tail={n}": max(0, whole - n) for n in (0, 1, 3, 10, 59, whole, 10_000)})
     for index in {0, whole // 2, whole - 1} if lines else ():
         starts[f"last_event_id={stopped[index].id}"] = index + 1
+    asked = {query: secrets.token_hex(8) for query in starts}
     found: dict[str, Any] = {}
 
     def keep(query: str) -> None:
-        found[query] = follow(agent, name, *filter(None, [query]))
+        headers = {"X-Request-ID": asked[query]}
+        found[query] = follow(agent, name, *filter(None, [query]), headers=headers)
 
-    def opened() -> int:
-        return sum(line.get("target", {}).get("id") == name for line in agent.lines("stream"))
+    def are_open() -> bool:
+        return {*asked.values()} <= {line["request_id"] for line in agent.lines("stream")}
 
     engine.call("POST", f"/containers/{name}/start")
     threads = [threading.Thread(target=keep, args=(query,), daemon=True) for query in starts]
     for thread in threads:
         thread.start()
-    until(lambda: opened() == 1 + len(starts), "all streams")
-    (tmp_path / "end").touch()
+    until(are_open, "all streams")
+    end.touch()
     for thread in threads:
         thread.join(WAIT)
     events = follow(agent, name)
@@ -8077,8 +8096,9 @@ def test_log_of_a_container_that_runs_is_followed_in_its_own_order(
         assert found[query] in [events[start + n :] for n in range(new + 1)], query
 
 
-def test_line_is_not_taken_for_one_of_its_stamp_far_behind_it(agent, engine):
-    name = stored_log(engine, numbered(*(n * MS for n in range(5180)), 120 * MS, *[6 * SECOND] * 9))
+def test_line_is_not_taken_for_one_of_its_stamp_far_behind_it(agent, engine, logged):
+    name, times = logged[0], (*(n * MS for n in range(5180)), 120 * MS, *[6 * SECOND] * 9)
+    store(engine, name, numbered(*times))
     events = follow(agent, name)
     assert events[120].id == events[5180].id  # so far apart it counts anew
     assert follow(agent, name, f"last_event_id={events[120].id}") == events[121:]
@@ -8160,17 +8180,17 @@ DAMAGES = {
 
 @pytest.mark.parametrize("distance", [2, 10, 11, 50])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_log_gives_what_the_engine_gives(agent, engine, damage, distance):
+def test_damaged_log_gives_what_the_engine_gives(agent, engine, logged, damage, distance):
     """An Engine ends a read at the damage; some of them with an error, 26.1 now and then."""
-    entries: list[Any] = stepping(0, lines=100)
-    name = stored_log(engine, entries)
+    name, tries = logged[0], 20 if engine.call("GET", "/version")[1]["ApiVersion"] > "1.41" else 1
+    store(engine, name, stepping(0, lines=100))
     path = log_file(engine, name)
     stored = path.read_bytes().splitlines(keepends=True)
     stored[-distance] = damage(stored[-distance])
     path.write_bytes(b"".join(stored))
     for wanted in (1, 4, 10, 49, 60):
         theirs = engine.logs(name, f"&tail={wanted}").decode().splitlines()
-        if not any(engine.logs(name, f"&tail={wanted}") and engine.logs_fail for _ in range(20)):
+        if not any(engine.logs(name, f"&tail={wanted}") and engine.logs_fail for _ in range(tries)):
             lines = read_lines(agent, name, f"tail={wanted}")
             assert lines[len(lines) - len(theirs) :] == theirs
             events = follow(agent, name, f"tail={wanted}")
@@ -8183,11 +8203,12 @@ def test_damaged_log_gives_what_the_engine_gives(agent, engine, damage, distance
 
 
 @pytest.mark.parametrize("places", [(97, 10), (100,)], ids=["twice", "at its end"])
-def test_followed_tail_of_a_damaged_log_is_no_longer_than_asked(agent, engine, places):
+def test_followed_tail_of_a_damaged_log_is_no_longer_than_asked(agent, engine, logged, places):
     entries: list[Any] = stepping(0, lines=100)
     for place in places:
         entries.insert(place, b'{"log":"half')
-    name = stored_log(engine, entries)
+    name, _ = logged
+    store(engine, name, entries)
     for wanted in (0, 1, 2, 5, 10, 50):
         reply = agent.get(logs_path(name, f"tail={wanted}", "follow=1"))
         *lines, _ = parse_events(reply.body)  # the last is an error if the Engine gives one
@@ -8216,10 +8237,11 @@ def test_line_comes_at_once_to_who_follows_the_tail_of_a_damaged_log(agent, engi
     engine.remove(name)
 
 
-def test_long_tail_of_a_damaged_log_ends_where_the_engines_does(agent, engine):
+def test_long_tail_of_a_damaged_log_ends_where_the_engines_does(agent, engine, logged):
     entries: list[Any] = [Entry(n * MS, f"{n} {'x' * 1000}\n") for n in range(3000)]
     entries[-300] = b'{"log":"half\n'
-    name = stored_log(engine, entries)
+    name, _ = logged
+    store(engine, name, entries)
     theirs = engine.logs(name, "&tail=1000").decode().splitlines()
     if not engine.logs_fail:
         lines = read_lines(agent, name, "tail=1000")
@@ -8227,10 +8249,11 @@ def test_long_tail_of_a_damaged_log_ends_where_the_engines_does(agent, engine):
         assert follow_lines(agent, name, "tail=1000") == lines
 
 
-def test_tail_of_one_stream_whose_lines_are_too_long_to_keep(agent, engine):
+def test_tail_of_one_stream_whose_lines_are_too_long_to_keep(agent, engine, logged):
     long = [*pieces(2 * HOUR, "y", 200_000, "stderr"), *pieces(3 * HOUR, "z", 200_000, "stderr")]
     first, before = numbered(*range(3), stream="stderr"), Entry(HOUR, "before\n", "stderr")
-    name = stored_log(engine, [*first, *stepping(0, lines=5000), before, *long])
+    name, _ = logged
+    store(engine, name, [*first, *stepping(0, lines=5000), before, *long])
     lines = ["y" * 200_000, "z" * 200_000]
     assert read_lines(agent, name, "tail=2", "stdout=0") == lines
     assert follow_lines(agent, name, "tail=2", "stdout=0") == lines
@@ -8312,8 +8335,9 @@ def test_since_and_until_are_exact_to_the_nanosecond(agent, engine):
 @pytest.mark.parametrize(
     "entries", [two_writers(20), stepping(-HOUR)], ids=["stored late", "set back"]
 )
-def test_since_and_until_are_the_engines_where_stamps_step_back(agent, engine, entries):
-    name = stored_log(engine, entries)
+def test_since_and_until_are_the_engines_where_stamps_step_back(agent, engine, logged, entries):
+    name, _ = logged
+    store(engine, name, entries)
     for entry in entries[::5]:
         moment = "{}.{:09d}".format(*divmod(START + entry.at, 10**9))
         for query in (f"since={moment}", f"until={moment}"):
@@ -9408,18 +9432,7 @@ def test_client_that_leaves_at_any_moment_takes_its_run_along(engine):
 REMOVED = "removed what a killed agent left of a run"
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.4, 0.8])
-def test_what_a_killed_agent_left_goes_when_the_next_starts(engine, seconds):
-    label = {"dockeragent.run": secrets.token_hex(16)}
-    own = make_image(engine, f"da-{secrets.token_hex(4)}:1", **label)
-    bystanders = {
-        engine.run("sleep", "600", wait=False, Image=image, Labels={LABEL: "1", **labels})
-        for image, labels in (
-            (own, {}),
-            (own, {"dockeragent.run": ""}),
-            (IMAGE, {"dockeragent.run": ""}),
-        )
-    }
+def check_killed_runs(engine: RealEngine, bystanders: set[str], seconds: float) -> None:
     with Agent() as agent:
         socks = [begin_run(agent, "echo begun; sleep 600") for _ in range(3)]
         time.sleep(seconds)
@@ -9436,6 +9449,22 @@ def test_what_a_killed_agent_left_goes_when_the_next_starts(engine, seconds):
         assert bystanders.isdisjoint(line["target"]["id"] for line in agent.lines(REMOVED))
     for bystander in bystanders:
         assert engine.inspect(bystander)["State"]["Running"]
+
+
+def test_what_a_killed_agent_left_goes_when_the_next_starts(engine):
+    label = {"dockeragent.run": secrets.token_hex(16)}
+    own = make_image(engine, f"da-{secrets.token_hex(4)}:1", **label)
+    bystanders = {
+        engine.run("sleep", "600", wait=False, Image=image, Labels={LABEL: "1", **labels})
+        for image, labels in (
+            (own, {}),
+            (own, {"dockeragent.run": ""}),
+            (IMAGE, {"dockeragent.run": ""}),
+        )
+    }
+    for seconds in (0.0, 0.1, 0.2, 0.4, 0.8):
+        check_killed_runs(engine, bystanders, seconds)
+    for bystander in bystanders:
         engine.remove(bystander)
     forget(engine, own)
 
@@ -10617,6 +10646,7 @@ class FaultyProxy(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
         self.seen: list[str] = []
         self.calls: list[str] = []  # that changed something, since it was armed
         self.fault: tuple[int, Callable[..., None]] | None = None
+        self.troubled: list[Troubled] = []
         super().__init__(str(path), FaultyProxyHandler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
 
@@ -10640,7 +10670,13 @@ class FaultyProxy(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     def harm_to(self, method: str, target: str) -> Callable[..., None] | None:
         with self.lock:
             self.seen.append(f"{method} {target}")
-            if method == "GET" or self.fault is None:
+            if method == "GET":
+                return None
+        for each in self.troubled:
+            if harm := each.harm_to(method, target):
+                return harm
+        with self.lock:
+            if self.fault is None:
                 return None
             self.calls.append(f"{method} {target}")
             number, harm = self.fault
@@ -10911,25 +10947,6 @@ def test_container_that_no_deploy_has_stopped_runs_on(engine, site, tmp_path, is
     assert engine.inspect(old)["State"]["FinishedAt"] == da.NEVER_STARTED
 
 
-def test_old_container_that_the_engine_never_starts_keeps_its_name_and_policy(
-    fragile, engine, site, monkeypatch
-):
-    proxy, agent = fragile
-    old = put(agent, site, spec()).json()["id"]
-    start = f"/containers/{old}/start"
-
-    def harm_to(_: str, target: str) -> Callable[..., None] | None:
-        return fail_call if target.endswith(start) else None
-
-    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
-    reply = put(agent, site, BAD)
-    assert (reply.status, reply.json()["rolled_back"]) == (422, False)
-    assert "harm" in reply.json()["message"]
-    [(name, left)] = names_of(engine, site).items()
-    assert (name, left["Id"], left["State"]["Running"]) == (site, old, False)
-    assert left["HostConfig"]["RestartPolicy"]["Name"] == "always"
-
-
 @pytest.mark.parametrize("read", ["/images/", "/containers/json", "/json"])
 def test_read_that_the_engine_fails_is_repeated_in_a_recovery(
     fragile, engine, standing, monkeypatch, read
@@ -10948,91 +10965,153 @@ def test_read_that_the_engine_fails_is_repeated_in_a_recovery(
     assert_settled(engine, site, old, "bad")
 
 
-def test_new_container_that_has_filled_the_disk_is_rolled_back(fragile, engine, site, monkeypatch):
-    """The Engine then writes nothing of any container until its removal makes room."""
-    proxy, agent = fragile
-    old = put(agent, site, spec()).json()["id"]
-    changed = {"RestartPolicy": {"Name": "unless-stopped"}}  # by hand: its labels do not tell it
-    assert engine.call("POST", f"/containers/{old}/update", changed)[0] == 200
-    calls: list[str] = []
+class Troubled:
+    """A deployed container whose next deploy the Engine harms; rule tells how, from its calls."""
 
-    def harm_to(method: str, target: str) -> Callable[..., None] | None:
-        is_full = any(call.endswith("/start") for call in calls) and "DELETE" not in calls
-        calls.append("DELETE" if method == "DELETE" else target)
-        is_write = re.search("/(rename|update|start)", target)
-        return fail_call if is_full and is_write else None
+    def __init__(
+        self, proxy: FaultyProxy, agent: Agent, rule: Callable[[Troubled], Harm | None]
+    ) -> None:
+        self.proxy, self.engine, self.agent, self.rule = proxy, proxy.engine, agent, rule
+        self.site = "da-" + secrets.token_hex(6)
+        self.old = put(agent, self.site, spec()).json()["id"]
+        self.calls: list[str] = []  # that changed something, as "start" or "DELETE"
+        self.is_own = functools.cache(  # by id
+            lambda identity: self.site in str(self.engine.inspect(identity).get("Name"))
+        )
+        proxy.troubled.append(self)
 
-    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
-    reply = put(agent, site, BAD)
-    assert (reply.status, reply.json()["rolled_back"]) == (422, True)
-    assert_settled(engine, site, old, "bad", "unless-stopped")
-
-
-@pytest.mark.parametrize("case", ["adopted", "stopped"])
-def test_new_container_stays_if_only_its_labels_tell_how_the_old_one_was(
-    fragile, engine, site, monkeypatch, case
-):
-    proxy, agent = fragile
-    if case == "adopted":
-        old = run_by_hand(engine, site)
-    else:
-        old = put(agent, site, spec()).json()["id"]
-        assert engine.call("POST", f"/containers/{old}/stop?t=0")[0] == 204
-    calls: list[str] = []
-    is_full = True
-
-    def harm_to(method: str, target: str) -> Callable[..., None] | None:
-        has_begun = any(call.endswith("/start") for call in calls)
-        calls.append("DELETE" if method == "DELETE" else target)
-        return fail_call if is_full and has_begun and "/rename" in target else None
-
-    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
-    reply = put(agent, site, BAD, "?adopt=true")
-    assert (reply.status, reply.json()["rolled_back"], "DELETE" in calls) == (422, False, False)
-    is_full = False
-    until(lambda: names_of(engine, site).keys() == {site}, "the rollback")
-    state = engine.inspect(site)
-    assert (state["Id"], state["State"]["Running"]) == (old, case == "adopted")
-
-
-def test_new_container_stays_if_somebody_removes_the_old_one_to_make_room(
-    fragile, engine, site, monkeypatch
-):
-    proxy, agent = fragile
-    old = put(agent, site, spec()).json()["id"]
-    calls: list[str] = []
-
-    def harm_to(method: str, target: str) -> Callable[..., None] | None:
-        has_begun = any(call.endswith("/start") for call in calls)
-        calls.append("DELETE" if method == "DELETE" else target)
-        if not has_begun or "/rename" not in target:
+    def harm_to(self, method: str, target: str) -> Harm | None:
+        identity = re.search("/containers/([0-9a-f]{64})(?:/([a-z]+))?", target)
+        if not identity or not self.is_own(identity[1]):
             return None
-        engine.remove(old)
+        self.calls.append(identity[2] or method)
+        return self.rule(self)
+
+    def has_begun(self, *calls: str) -> bool:
+        """Whether the new one was started, and this is one of these calls."""
+        return "start" in self.calls[:-1] and self.calls[-1] in calls
+
+    def deploy_bad(self) -> tuple[int, bool, bool]:
+        """The status, whether it was rolled back, and whether a container was removed by then."""
+        self.reply = put(self.agent, self.site, BAD, "?adopt=true")
+        return self.reply.status, self.reply.json()["rolled_back"], "DELETE" in self.calls
+
+    def heal(self) -> Any:
+        """Return the one container that is left in the end."""
+        self.rule = lambda _: None
+        put(self.agent, self.site, spec(image="da-no-such:1"))  # a write: what is left is done
+        until(lambda: names_of(self.engine, self.site).keys() == {self.site}, "the rollback")
+        return self.engine.inspect(self.site)
+
+
+TROUBLES: list[Callable[[FaultyProxy, Agent], None]] = []
+
+
+@TROUBLES.append
+def old_container_that_never_starts_keeps_its_name_and_policy(proxy, agent):
+    def rule(it: Troubled) -> Harm | None:
+        return fail_call if it.has_begun("start") else None
+
+    it = Troubled(proxy, agent, rule)
+    assert it.deploy_bad() == (422, False, True)
+    assert "harm" in it.reply.json()["message"]
+    [(name, left)] = names_of(it.engine, it.site).items()
+    assert (name, left["Id"], left["State"]["Running"]) == (it.site, it.old, False)
+    assert left["HostConfig"]["RestartPolicy"]["Name"] == "always"
+
+
+@TROUBLES.append
+def new_container_that_has_filled_the_disk_is_rolled_back(proxy, agent):
+    """The Engine then writes nothing of any container until its removal makes room."""
+
+    def rule(it: Troubled) -> Harm | None:
+        is_full = it.has_begun("rename", "update", "start") and "DELETE" not in it.calls
+        return fail_call if is_full else None
+
+    it = Troubled(proxy, agent, rule)
+    changed = {"RestartPolicy": {"Name": "unless-stopped"}}  # by hand: its labels do not tell it
+    assert it.engine.call("POST", f"/containers/{it.old}/update", changed)[0] == 200
+    assert it.deploy_bad() == (422, True, True)
+    assert_settled(it.engine, it.site, it.old, "bad", "unless-stopped")
+
+
+def fail_renames(it: Troubled) -> Harm | None:
+    return fail_call if it.has_begun("rename") else None
+
+
+@TROUBLES.append
+def new_container_stays_if_only_its_labels_tell_that_the_old_one_ran(proxy, agent):
+    it = Troubled(proxy, agent, fail_renames)
+    it.engine.remove(it.site)
+    it.old = run_by_hand(it.engine, it.site)
+    assert it.deploy_bad() == (422, False, False)
+    state = it.heal()
+    assert (state["Id"], state["State"]["Running"]) == (it.old, True)
+
+
+@TROUBLES.append
+def new_container_stays_if_only_its_labels_tell_that_the_old_one_was_stopped(proxy, agent):
+    it = Troubled(proxy, agent, fail_renames)
+    assert it.engine.call("POST", f"/containers/{it.old}/stop?t=0")[0] == 204
+    assert it.deploy_bad() == (422, False, False)
+    state = it.heal()
+    assert (state["Id"], state["State"]["Running"]) == (it.old, False)
+
+
+@TROUBLES.append
+def new_container_stays_if_the_engine_refuses_what_does_not_show_a_full_disk(proxy, agent):
+    def rule(it: Troubled) -> Harm | None:
+        return refuse_call if it.has_begun("rename") else None
+
+    it = Troubled(proxy, agent, rule)
+    assert it.deploy_bad() == (422, False, False)
+    state = it.heal()
+    assert (state["Id"], state["State"]["Running"]) == (it.old, True)
+
+
+@TROUBLES.append
+def new_container_stays_if_somebody_removes_the_old_one_to_make_room(proxy, agent):
+    def rule(it: Troubled) -> Harm | None:
+        if not it.has_begun("rename"):
+            return None
+        it.engine.remove(it.old)
         return fail_call
 
-    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
-    reply = put(agent, site, BAD)
-    assert (reply.status, reply.json()["rolled_back"], "DELETE" in calls) == (422, False, False)
-    assert names_of(engine, site).keys() == {site}
+    it = Troubled(proxy, agent, rule)
+    assert it.deploy_bad() == (422, False, False)
+    assert names_of(it.engine, it.site).keys() == {it.site}
 
 
-def test_recovery_tells_no_problem_that_its_last_attempt_has_solved(
-    fragile, engine, site, monkeypatch
-):
-    proxy, agent = fragile
-    old = put(agent, site, spec()).json()["id"]
-    calls: list[str] = []
+@TROUBLES.append
+def recovery_tells_no_problem_that_its_last_attempt_has_solved(proxy, agent):
+    def rule(it: Troubled) -> Harm | None:
+        is_first = "DELETE" not in it.calls[:-1]
+        return fail_call if is_first and it.has_begun("start", "DELETE") else None
 
-    def harm_to(method: str, target: str) -> Callable[..., None] | None:
-        is_harmed = any(call.endswith("/start") for call in calls) and "DELETE" not in calls
-        calls.append("DELETE" if method == "DELETE" else target)
-        return fail_call if is_harmed and (method == "DELETE" or "/start" in target) else None
-
-    monkeypatch.setattr(proxy, "harm_to", harm_to)  # of this test alone: others share the proxy
-    assert "could not be undone yet" in put(agent, site, BAD).json()["message"]
-    assert_settled(engine, site, old, "bad")
-    lines = until(lambda: [x for x in agent.lines("recovery") if x["container"] == site], "a line")
+    it = Troubled(proxy, agent, rule)
+    it.deploy_bad()
+    assert "could not be undone yet" in it.reply.json()["message"]
+    assert_settled(it.engine, it.site, it.old, "bad")
+    lines = until(lambda: [x for x in agent.lines("recovery") if x["container"] == it.site], "it")
     assert [(line["outcome"], line["error"]) for line in lines] == [("rolled back", "")]
+
+
+@pytest.fixture(scope="module")
+def troubles(engine: RealEngine, fragile: tuple[FaultyProxy, Agent]) -> dict[Any, Any]:
+    """All of them at once: what the Engine fails is repeated for 12 s."""
+    proxy, agent = fragile
+    with concurrent.futures.ThreadPoolExecutor(len(TROUBLES)) as threads:
+        found = {each: threads.submit(each, proxy, agent) for each in TROUBLES}
+    for it in proxy.troubled:
+        for helper in ("", *HELPERS):
+            engine.remove(it.site + helper)
+    proxy.troubled = []
+    return found
+
+
+@pytest.mark.parametrize("trouble", TROUBLES, ids=[each.__name__ for each in TROUBLES])
+def test_trouble_in_a_rollback(troubles, trouble):
+    troubles[trouble].result()
 
 
 def test_recovery_tells_a_problem_that_is_left_even_if_its_last_attempt_finds_nothing_to_do(
@@ -11347,7 +11426,7 @@ def test_old_container_that_cannot_be_removed_is_one_warning(fragile, engine, si
 
 def test_failure_tells_the_exit_code_and_the_last_lines(agent, engine, site):
     lines = "i=0; while [ $i -lt 60 ]; do i=$((i+1)); echo $i; done; exit 7"
-    reply = put(agent, site, spec("sh", "-c", lines))
+    reply = put(agent, site, spec("sh", "-c", lines, deploy={"stable": 10}))
     assert reply.status == 422
     told = reply.json()
     assert (told["rolled_back"], told["exit_code"], told["health"]) == (False, 7, None)
@@ -11377,7 +11456,7 @@ def test_bad_container_whose_old_one_was_removed_by_hand_is_told_as_a_failure(
 def test_failure_tells_no_more_of_a_line_than_of_a_log_entry(agent, engine, site):
     """Fifty lines of control characters would be 300 MB in JSON."""
     line = "head -c 20000 /dev/zero | tr '\\0' '\\1'; echo; echo last; exit 7"
-    told = put(agent, site, spec("sh", "-c", line)).json()
+    told = put(agent, site, spec("sh", "-c", line, deploy={"stable": 10})).json()
     assert told["logs"] == ["\x01" * da.ENTRY_SIZE, "last"]
 
 
