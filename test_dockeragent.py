@@ -10639,6 +10639,7 @@ class FaultyProxy(socketserver.ThreadingMixIn, socketserver.UnixStreamServer):
     """
 
     daemon_threads = True
+    request_queue_size = 128
 
     def __init__(self, path: Path, engine: RealEngine) -> None:
         self.engine, self.url = engine, f"unix://{path}"
@@ -10973,7 +10974,9 @@ class Troubled:
     ) -> None:
         self.proxy, self.engine, self.agent, self.rule = proxy, proxy.engine, agent, rule
         self.site = "da-" + secrets.token_hex(6)
-        self.old = put(agent, self.site, spec()).json()["id"]
+        reply = put(agent, self.site, spec())
+        assert reply.status == 201, reply.body
+        self.old = reply.json()["id"]
         self.calls: list[str] = []  # that changed something, as "start" or "DELETE"
         self.is_own = functools.cache(  # by id
             lambda identity: self.site in str(self.engine.inspect(identity).get("Name"))
