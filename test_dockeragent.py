@@ -442,6 +442,23 @@ def name(engine: RealEngine) -> Iterator[str]:
     engine.remove(chosen)
 
 
+# What takes an agent's own timeouts: begun at the start, and looked at by the last test.
+LONG_WAITS: list[Callable[[Path], None]] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def long_waits(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Any, concurrent.futures.Future[None]]]:
+    wanted = {item.name for item in request.session.items}
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        yield {
+            each: threads.submit(each, tmp_path_factory.mktemp("waits"))
+            for each in LONG_WAITS
+            if f"test_long_wait[{each.__name__}]" in wanted
+        }
+
+
 def cases(*rows: tuple[Any, ...]) -> list[Any]:
     """pytest parameters from rows whose first item is the id."""
     return [pytest.param(*row[1:], id=row[0]) for row in rows]
@@ -4340,8 +4357,9 @@ def test_answer_past_64_mib_is_not_read_to_its_end(fake_engine, fake_agent):
     assert 64 * 2**20 <= sent.get(timeout=WAIT) < 80 * 2**20
 
 
-def test_silence_and_drips_end_in_504(fake_engine, fake_agent):
-    """The one test that takes the 30 s of a call's timeout: all three at once."""
+@LONG_WAITS.append
+def silence_and_drips_end_in_504(folder):
+    """It takes the 30 s of a call's timeout: all three at once."""
     over = threading.Event()
 
     def drip(sock: socket.socket) -> None:
@@ -4354,10 +4372,10 @@ def test_silence_and_drips_end_in_504(fake_engine, fake_agent):
             sock.sendall(b"HTTP/1.1 200 OK"[:1])
 
     scripts = {"silent": lambda sock: over.wait(60), "drip": drip, "head": drip_head}
-    for what, script in scripts.items():
-        fake_engine.script[f"GET /containers/{what}/json"] = script
-    replies = at_once(lambda what: fake_agent.get(f"/api/v1/containers/{what}"), scripts)
-    over.set()
+    with FakeEngine(folder / "e.sock") as fake, Agent(DOCKER_HOST=fake.url) as agent:
+        fake.script = {f"GET /containers/{what}/json": scripts[what] for what in scripts}
+        replies = at_once(lambda what: agent.get(f"/api/v1/containers/{what}"), scripts)
+        over.set()
     assert [reply.status for reply in replies] == [504] * 3
 
 
@@ -4605,9 +4623,10 @@ def test_pinned_version_that_the_engine_refuses_is_nobodys_fault_but_the_variabl
         assert_envelope(agent.get("/api/v1/containers/none-such"), 404)
 
 
-def test_health_answers_within_4_seconds_of_an_engine_that_swallows_everything(fake_engine):
-    fake_engine.script["GET /_ping"] = lambda sock: time.sleep(3 * WAIT)
-    with Agent(DOCKER_HOST=fake_engine.url) as agent:
+@LONG_WAITS.append
+def health_answers_within_4_seconds_of_an_engine_that_swallows_everything(folder):
+    with FakeEngine(folder / "e.sock") as fake, Agent(DOCKER_HOST=fake.url) as agent:
+        fake.script["GET /_ping"] = lambda sock: time.sleep(3 * WAIT)
         ask = functools.partial(agent.get, key="", timeout=4)
         time.sleep(da.HEALTH_KEPT)  # what the start was told is too old by now
         # One result is for all of them.
@@ -7213,14 +7232,20 @@ class FakeFilesystem:
         raise OSError(errno.ENOSYS, "")
 
 
-@pytest.fixture(params=[errno.EPERM, errno.EINVAL, errno.ENOSYS, 0], ids=errno.errorcode.get)
-def one_mode(tree: Path, request: pytest.FixtureRequest) -> Iterator[FakeFilesystem]:
-    """A filesystem of one mode at /fat that fails to set another one, or ignores it (0)."""
+@contextlib.contextmanager
+def fuse(where: Path, fixed: int) -> Iterator[FakeFilesystem]:
     try:
-        fake = FakeFilesystem(tree / "host/fat", request.param)
+        fake = FakeFilesystem(where, fixed)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"mounting FUSE takes root: {error}")
     with fake:
+        yield fake
+
+
+@pytest.fixture(params=[errno.EPERM, errno.EINVAL, errno.ENOSYS, 0], ids=errno.errorcode.get)
+def one_mode(tree: Path, request: pytest.FixtureRequest) -> Iterator[FakeFilesystem]:
+    """A filesystem of one mode at /fat that fails to set another one, or ignores it (0)."""
+    with fuse(tree / "host/fat", request.param) as fake:
         yield fake
 
 
@@ -7269,46 +7294,53 @@ def test_folder_that_is_put_in_a_files_place_meanwhile_is_409(tree):
     assert [*folder.glob(".dockeragent-*")] == [] and (folder / "taken/inside").is_dir()
 
 
-@pytest.mark.parametrize("one_mode", [errno.EPERM], ids=["frozen"], indirect=True)
-def test_frozen_filesystem_holds_up_requests_to_itself_alone(tree_agent, tree, one_mode):
-    """The one test that takes the agent's 30 s: the first write hangs, the others are refused."""
-    assert write(tree_agent, "/fat/f", "old").status == 201
-    statuses: dict[str, int] = {}
+@LONG_WAITS.append
+def frozen_filesystem_holds_up_requests_to_itself_alone(folder):
+    """It takes the agent's 30 s: the first write hangs, the others are refused."""
+    (folder / "host/app").mkdir(parents=True)
+    env = {"HOST_ROOT": str(folder / "host"), "DOCKER_HOST": f"unix://{folder}/none"}
+    with fuse(folder / "host/fat", errno.EPERM) as one_mode, Agent(**env) as agent:
+        tree_agent = (agent, folder)
+        assert write(tree_agent, "/fat/f", "old").status == 201
+        statuses: dict[str, int] = {}
 
-    def send(method: str, path: str, **body: Any) -> None:
-        target = "/api/v1/files" if body else file_url(path)
-        reply = tree_agent[0].request(method, target, {"path": path, **body} if body else None)
-        statuses[f"{method} {path} {body}"] = reply.status
+        def send(method: str, path: str, **body: Any) -> None:
+            target = "/api/v1/files" if body else file_url(path)
+            reply = agent.request(method, target, {"path": path, **body} if body else None)
+            statuses[f"{method} {path} {body}"] = reply.status
 
-    def start(method: str, path: str, **body: Any) -> threading.Thread:
-        thread = threading.Thread(target=send, args=(method, path), kwargs=body)
-        thread.start()
-        return thread
+        def start(method: str, path: str, **body: Any) -> threading.Thread:
+            thread = threading.Thread(target=send, args=(method, path), kwargs=body)
+            thread.start()
+            return thread
 
-    one_mode.frozen = True
-    first = start("POST", "/fat/first", content="x")
-    until(lambda: one_mode.waiting, "the first write to hang")
-    before, large = memory(tree_agent[0], "VmRSS"), "x" * 9 * MIB
-    others = [start("POST", "/fat/second", content=large), start("POST", "/fat/f", content=large)]
-    others += [start("POST", "/fat/f", content=large, atomic=False), start("DELETE", "/fat/f")]
-    others += [start("POST", "/fat/d/e/f", content=large)]
-    try:
-        for turn in range(50):
-            assert write(tree_agent, f"/app/{turn % 5}", str(turn)).status == 201
-            assert write(tree_agent, "/app/old", str(turn), atomic=False).status == 201
-        assert tree_agent[0].get(file_url("/fat/f")).body == b"old"
-        # What waits is held once.
-        until(lambda: memory(tree_agent[0], "VmRSS") - before < 4 * 14 * MIB, "little memory")
-        assert not statuses
-        for thread in others:
-            thread.join()
-        assert sorted(statuses.values()) == [503] * 5
-    finally:
-        one_mode.thaw()
-    first.join()
-    assert sorted(statuses.values()) == [201] + [503] * 5
-    assert one_mode.files() == {b"f": b"old", b"first": b"x"}
-    assert write(tree_agent, "/fat/f", "new").status == 201
+        one_mode.frozen = True
+        first = start("POST", "/fat/first", content="x")
+        until(lambda: one_mode.waiting, "the first write to hang")
+        before, large = memory(agent, "VmRSS"), "x" * 9 * MIB
+        others = [
+            start("POST", "/fat/second", content=large),
+            start("POST", "/fat/f", content=large),
+        ]
+        others += [start("POST", "/fat/f", content=large, atomic=False), start("DELETE", "/fat/f")]
+        others += [start("POST", "/fat/d/e/f", content=large)]
+        try:
+            for turn in range(50):
+                assert write(tree_agent, f"/app/{turn % 5}", str(turn)).status == 201
+                assert write(tree_agent, "/app/old", str(turn), atomic=False).status == 201
+            assert agent.get(file_url("/fat/f")).body == b"old"
+            # What waits is held once.
+            until(lambda: memory(agent, "VmRSS") - before < 4 * 14 * MIB, "little memory")
+            assert not statuses
+            for thread in others:
+                thread.join()
+            assert sorted(statuses.values()) == [503] * 5
+        finally:
+            one_mode.thaw()
+        first.join()
+        assert sorted(statuses.values()) == [201] + [503] * 5
+        assert one_mode.files() == {b"f": b"old", b"first": b"x"}
+        assert write(tree_agent, "/fat/f", "new").status == 201
 
 
 @pytest.mark.parametrize("turns", [3])
@@ -12455,3 +12487,8 @@ def test_readme_stack_runs(agent_image: str, engine: RealEngine, tmp_path: Path)
     finally:
         shell("docker stack rm dockeragent || true; docker swarm leave --force", tmp_path)
         os.close(lock)
+
+
+@pytest.mark.parametrize("waits", LONG_WAITS, ids=[each.__name__ for each in LONG_WAITS])
+def test_long_wait(long_waits, waits):
+    long_waits[waits].result()
