@@ -576,88 +576,59 @@ def pair(shared_pair: Pair) -> Pair:
 # Configuration
 
 
-@pytest.mark.parametrize(
-    "variable, env, word",
-    cases(
-        ("no key at all", "API_KEY", {"API_KEY": ""}, "required"),
-        ("key with a newline", "API_KEY", {"API_KEY": "a\nb" * 20}, "control"),
-        ("key with a space at its end", "API_KEY", {"API_KEY": KEY + " "}, "space"),
-        ("both keys", "API_KEY_FILE", {"API_KEY_FILE": str(SOURCE.parent / "key")}, ""),
-        ("key file missing", "API_KEY_FILE", {"API_KEY": "", "API_KEY_FILE": "/none"}, "No such"),
-        ("key file a folder", "API_KEY_FILE", {"API_KEY": "", "API_KEY_FILE": "/"}, "directory"),
-        ("key file empty", "API_KEY_FILE", {"API_KEY": "", "API_KEY_FILE": "/dev/null"}, "no key"),
-        ("no colon", "LISTEN_ADDR", {"LISTEN_ADDR": "3000"}, ""),
-        ("no port", "LISTEN_ADDR", {"LISTEN_ADDR": "127.0.0.1:"}, "65535"),
-        ("port too high", "LISTEN_ADDR", {"LISTEN_ADDR": ":65536"}, "65535"),
-        ("port with a sign", "LISTEN_ADDR", {"LISTEN_ADDR": ":+80"}, "65535"),
-        ("port in Arabic digits", "LISTEN_ADDR", {"LISTEN_ADDR": ":٣٠٠٠"}, "65535"),
-        ("IPv6 without brackets", "LISTEN_ADDR", {"LISTEN_ADDR": "::1:3000"}, ""),
-        ("not an address", "LISTEN_ADDR", {"LISTEN_ADDR": "999.0.0.1:3000"}, ""),
-        ("relative socket", "LISTEN_ADDR", {"LISTEN_ADDR": "unix://a.sock"}, "unix:///"),
-        ("folder of the socket missing", "LISTEN_ADDR", {"LISTEN_ADDR": "unix:///none/s"}, ""),
-        (
-            "no socket there",
-            "LISTEN_ADDR",
-            {"LISTEN_ADDR": "unix:///dev/null"},
-            "other than a socket",
-        ),
-        ("foreign address", "LISTEN_ADDR", {"LISTEN_ADDR": "192.0.2.1:0"}, ""),
-        ("path of a socket too long", "LISTEN_ADDR", {"LISTEN_ADDR": f"unix:///{'é' * 54}"}, "107"),
-        ("Engine's path too long", "DOCKER_HOST", {"DOCKER_HOST": f"unix:///{'x' * 107}"}, "107"),
-        ("ssh", "DOCKER_HOST", {"DOCKER_HOST": "ssh://host"}, "ssh://"),
-        ("npipe", "DOCKER_HOST", {"DOCKER_HOST": "npipe:////./pipe/x"}, "npipe://"),
-        ("bare path", "DOCKER_HOST", {"DOCKER_HOST": "/run/docker.sock"}, ""),
-        ("Engine without a host", "DOCKER_HOST", {"DOCKER_HOST": "tcp://:2375"}, ""),
-        ("Engine without a path", "DOCKER_HOST", {"DOCKER_HOST": "unix:///"}, ""),
-        ("Engine port 0", "DOCKER_HOST", {"DOCKER_HOST": "tcp://h:0"}, "65535"),
-        ("Engine with a user", "DOCKER_HOST", {"DOCKER_HOST": "tcp://@h:1"}, ""),
-        ("Engine with a fragment", "DOCKER_HOST", {"DOCKER_HOST": "tcp://h:1#x"}, ""),
-        ("Engine with a newline", "DOCKER_HOST", {"DOCKER_HOST": "tcp://h\no:1"}, ""),
-        (
-            "file with a newline",
-            "API_KEY_FILE",
-            {"API_KEY": "", "API_KEY_FILE": "/a\nb\x1b"},
-            "/a?b?",
-        ),
-        ("Engine port too high", "DOCKER_HOST", {"DOCKER_HOST": "tcp://h:65536"}, ""),
-        (
-            "no certificates for the Engine",
-            "DOCKER_CERT_PATH",
-            {"DOCKER_HOST": "tcp://h:1", "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": "/none"},
-            "No such",
-        ),
-        ("Engine version", "DOCKER_API_VERSION", {"DOCKER_API_VERSION": "v1.41"}, "1.41"),
-        ("relative root", "HOST_ROOT", {"HOST_ROOT": "host"}, "absolute"),
-        ("negative limit", "RATE_LIMIT", {"RATE_LIMIT": "-1"}, "integer"),
-        ("limit as a float", "RATE_LIMIT", {"RATE_LIMIT": "1.5"}, "integer"),
-        ("limit with an underscore", "RATE_LIMIT", {"RATE_LIMIT": "1_0"}, "integer"),
-        ("proxy by name", "TRUSTED_PROXIES", {"TRUSTED_PROXIES": "10.0.0.0/8,proxy"}, "proxy"),
-        (
-            "proxy as a mapped address",
-            "TRUSTED_PROXIES",
-            {"TRUSTED_PROXIES": "::ffff:1.2.3.0/120"},
-            "",
-        ),
-        ("proxy with host bits", "TRUSTED_PROXIES", {"TRUSTED_PROXIES": "10.0.0.1/8"}, "host bits"),
-        ("certificate alone", "TLS_KEY_FILE", {"TLS_CERT_FILE": "/dev/null"}, "required"),
-        ("TLS key alone", "TLS_CERT_FILE", {"TLS_KEY_FILE": "/dev/null"}, "required"),
-        ("client CA alone", "TLS_CERT_FILE", {"TLS_CLIENT_CA_FILE": "/dev/null"}, "CA_FILE"),
-        (
-            "certificate missing",
-            "TLS_CERT_FILE",
-            {"TLS_CERT_FILE": "/none", "TLS_KEY_FILE": "/none"},
-            "No such",
-        ),
-        (
-            "certificate that is none",
-            "TLS_CERT_FILE",
-            {"TLS_CERT_FILE": str(SOURCE), "TLS_KEY_FILE": str(SOURCE)},
-            "",
-        ),
-        ("no connections", "MAX_CONNECTIONS", {"MAX_CONNECTIONS": "0"}, "from 1"),
-        ("unknown level", "LOG_LEVEL", {"LOG_LEVEL": "trace"}, "debug, info, warning or error"),
-    ),
-)
+@pytest.mark.parametrize("variable, env, word", cases(
+    ("no key at all", "API_KEY", {"API_KEY": ""}, "required"),
+    ("key with a newline", "API_KEY", {"API_KEY": "a\nb" * 20}, "control"),
+    ("key with a space at its end", "API_KEY", {"API_KEY": KEY + " "}, "space"),
+    ("both keys", "API_KEY_FILE", {"API_KEY_FILE": str(SOURCE.parent / "key")}, ""),
+    ("key file missing", "API_KEY_FILE", {"API_KEY": "", "API_KEY_FILE": "/none"}, "No such"),
+    ("key file a folder", "API_KEY_FILE", {"API_KEY": "", "API_KEY_FILE": "/"}, "directory"),
+    ("key file empty", "API_KEY_FILE", {"API_KEY": "", "API_KEY_FILE": "/dev/null"}, "no key"),
+    ("no colon", "LISTEN_ADDR", {"LISTEN_ADDR": "3000"}, ""),
+    ("no port", "LISTEN_ADDR", {"LISTEN_ADDR": "127.0.0.1:"}, "65535"),
+    ("port too high", "LISTEN_ADDR", {"LISTEN_ADDR": ":65536"}, "65535"),
+    ("port with a sign", "LISTEN_ADDR", {"LISTEN_ADDR": ":+80"}, "65535"),
+    ("port in Arabic digits", "LISTEN_ADDR", {"LISTEN_ADDR": ":٣٠٠٠"}, "65535"),
+    ("IPv6 without brackets", "LISTEN_ADDR", {"LISTEN_ADDR": "::1:3000"}, ""),
+    ("not an address", "LISTEN_ADDR", {"LISTEN_ADDR": "999.0.0.1:3000"}, ""),
+    ("relative socket", "LISTEN_ADDR", {"LISTEN_ADDR": "unix://a.sock"}, "unix:///"),
+    ("folder of the socket missing", "LISTEN_ADDR", {"LISTEN_ADDR": "unix:///none/s"}, ""),
+    ("no socket there", "LISTEN_ADDR", {"LISTEN_ADDR": "unix:///dev/null"}, "other than a socket"),
+    ("foreign address", "LISTEN_ADDR", {"LISTEN_ADDR": "192.0.2.1:0"}, ""),
+    ("path of a socket too long", "LISTEN_ADDR", {"LISTEN_ADDR": f"unix:///{'é' * 54}"}, "107"),
+    ("Engine's path too long", "DOCKER_HOST", {"DOCKER_HOST": f"unix:///{'x' * 107}"}, "107"),
+    ("ssh", "DOCKER_HOST", {"DOCKER_HOST": "ssh://host"}, "ssh://"),
+    ("npipe", "DOCKER_HOST", {"DOCKER_HOST": "npipe:////./pipe/x"}, "npipe://"),
+    ("bare path", "DOCKER_HOST", {"DOCKER_HOST": "/run/docker.sock"}, ""),
+    ("Engine without a host", "DOCKER_HOST", {"DOCKER_HOST": "tcp://:2375"}, ""),
+    ("Engine without a path", "DOCKER_HOST", {"DOCKER_HOST": "unix:///"}, ""),
+    ("Engine port 0", "DOCKER_HOST", {"DOCKER_HOST": "tcp://h:0"}, "65535"),
+    ("Engine with a user", "DOCKER_HOST", {"DOCKER_HOST": "tcp://@h:1"}, ""),
+    ("Engine with a fragment", "DOCKER_HOST", {"DOCKER_HOST": "tcp://h:1#x"}, ""),
+    ("Engine with a newline", "DOCKER_HOST", {"DOCKER_HOST": "tcp://h\no:1"}, ""),
+    ("file with a newline", "API_KEY_FILE", {"API_KEY": "", "API_KEY_FILE": "/a\nb\x1b"}, "/a?b?"),
+    ("Engine port too high", "DOCKER_HOST", {"DOCKER_HOST": "tcp://h:65536"}, ""),
+    ("no certificates for the Engine", "DOCKER_CERT_PATH",
+     {"DOCKER_HOST": "tcp://h:1", "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": "/none"},
+     "No such"),
+    ("Engine version", "DOCKER_API_VERSION", {"DOCKER_API_VERSION": "v1.41"}, "1.41"),
+    ("relative root", "HOST_ROOT", {"HOST_ROOT": "host"}, "absolute"),
+    ("negative limit", "RATE_LIMIT", {"RATE_LIMIT": "-1"}, "integer"),
+    ("limit as a float", "RATE_LIMIT", {"RATE_LIMIT": "1.5"}, "integer"),
+    ("limit with an underscore", "RATE_LIMIT", {"RATE_LIMIT": "1_0"}, "integer"),
+    ("proxy by name", "TRUSTED_PROXIES", {"TRUSTED_PROXIES": "10.0.0.0/8,proxy"}, "proxy"),
+    ("proxy as a mapped address", "TRUSTED_PROXIES", {"TRUSTED_PROXIES": "::ffff:1.2.3.0/120"}, ""),
+    ("proxy with host bits", "TRUSTED_PROXIES", {"TRUSTED_PROXIES": "10.0.0.1/8"}, "host bits"),
+    ("certificate alone", "TLS_KEY_FILE", {"TLS_CERT_FILE": "/dev/null"}, "required"),
+    ("TLS key alone", "TLS_CERT_FILE", {"TLS_KEY_FILE": "/dev/null"}, "required"),
+    ("client CA alone", "TLS_CERT_FILE", {"TLS_CLIENT_CA_FILE": "/dev/null"}, "CA_FILE"),
+    ("certificate missing", "TLS_CERT_FILE", {"TLS_CERT_FILE": "/none", "TLS_KEY_FILE": "/none"},
+     "No such"),
+    ("certificate that is none", "TLS_CERT_FILE",
+     {"TLS_CERT_FILE": str(SOURCE), "TLS_KEY_FILE": str(SOURCE)}, ""),
+    ("no connections", "MAX_CONNECTIONS", {"MAX_CONNECTIONS": "0"}, "from 1"),
+    ("unknown level", "LOG_LEVEL", {"LOG_LEVEL": "trace"}, "debug, info, warning or error"),
+))  # fmt: skip
 def test_wrong_value_is_one_line_that_names_its_variable(variable, env, word, tmp_path):
     if env.get("API_KEY_FILE", "").endswith("/key"):
         (tmp_path / "key").write_text(KEY)
@@ -913,45 +884,32 @@ def test_limited_keys_together_leave_the_master_a_quarter_of_the_connections(fak
         assert agent.get("/api/v1/containers").status == 200
 
 
-@pytest.mark.parametrize(
-    "pattern, image, whole",
-    cases(
-        ("no host is Docker Hub", "nginx:1", "nginx:1", "docker.io/library/nginx:1"),
-        ("no tag is latest", "nginx", "docker.io/nginx", "docker.io/library/nginx:latest"),
-        (
-            "the Hub's other host",
-            "nginx",
-            "index.docker.io/nginx",
-            "docker.io/library/nginx:latest",
-        ),
-        ("a port is no tag", "localhost:5000/a", "localhost:5000/a", "localhost:5000/a:latest"),
-        ("any tag", "nginx:*", "nginx:2", "docker.io/library/nginx:2"),
-        ("any repository", "acme/*", "acme/a/b:2", "docker.io/acme/a/b:2"),
-        ("any image", "*", "x.io/a", "x.io/a:latest"),
-        ("capitals make a host", "*", "ACME/a", "ACME/a:latest"),
-        (
-            "an id's beginning is a name",
-            "*",
-            "19fb8dfd23d8",
-            "docker.io/library/19fb8dfd23d8:latest",
-        ),
-        ("another tag", "nginx:1", "nginx:2", None),
-        ("a tag that begins alike", "nginx:1", "nginx:1.2", None),
-        ("another repository of the Hub", "nginx", "evil/nginx", None),
-        ("a repository that begins alike", "nginx:*", "nginx-evil", None),
-        ("a user of the Hub named as a host", "ghcr.io/acme/*", "acme/a", None),
-        ("a host that begins alike", "ghcr.io/acme/*", "ghcr.io.evil.com/acme/a", None),
-        ("a host in capitals", "ghcr.io/acme/*", "GHCR.IO/acme/a", None),
-        ("a host with a port", "ghcr.io/acme/*", "ghcr.io:443/acme/a", None),
-        ("a user that begins alike", "ghcr.io/acme/*", "ghcr.io/acme-evil/a", None),
-        ("the host in the path", "ghcr.io/acme/*", "evil.com/ghcr.io/acme/a", None),
-        ("the Hub in the path", "nginx", "evil.com/library/nginx", None),
-        ("an id", "*", "sha256:" + "a" * 64, None),
-        ("an id's digits", "*", "a" * 64, None),
-        ("a digest", "nginx*", "nginx@sha256:" + "a" * 64, None),
-        ("a tag and a digest", "nginx*", "nginx:1@sha256:" + "a" * 64, None),
-    ),
-)
+@pytest.mark.parametrize("pattern, image, whole", cases(
+    ("no host is Docker Hub", "nginx:1", "nginx:1", "docker.io/library/nginx:1"),
+    ("no tag is latest", "nginx", "docker.io/nginx", "docker.io/library/nginx:latest"),
+    ("the Hub's other host", "nginx", "index.docker.io/nginx", "docker.io/library/nginx:latest"),
+    ("a port is no tag", "localhost:5000/a", "localhost:5000/a", "localhost:5000/a:latest"),
+    ("any tag", "nginx:*", "nginx:2", "docker.io/library/nginx:2"),
+    ("any repository", "acme/*", "acme/a/b:2", "docker.io/acme/a/b:2"),
+    ("any image", "*", "x.io/a", "x.io/a:latest"),
+    ("capitals make a host", "*", "ACME/a", "ACME/a:latest"),
+    ("an id's beginning is a name", "*", "19fb8dfd23d8", "docker.io/library/19fb8dfd23d8:latest"),
+    ("another tag", "nginx:1", "nginx:2", None),
+    ("a tag that begins alike", "nginx:1", "nginx:1.2", None),
+    ("another repository of the Hub", "nginx", "evil/nginx", None),
+    ("a repository that begins alike", "nginx:*", "nginx-evil", None),
+    ("a user of the Hub named as a host", "ghcr.io/acme/*", "acme/a", None),
+    ("a host that begins alike", "ghcr.io/acme/*", "ghcr.io.evil.com/acme/a", None),
+    ("a host in capitals", "ghcr.io/acme/*", "GHCR.IO/acme/a", None),
+    ("a host with a port", "ghcr.io/acme/*", "ghcr.io:443/acme/a", None),
+    ("a user that begins alike", "ghcr.io/acme/*", "ghcr.io/acme-evil/a", None),
+    ("the host in the path", "ghcr.io/acme/*", "evil.com/ghcr.io/acme/a", None),
+    ("the Hub in the path", "nginx", "evil.com/library/nginx", None),
+    ("an id", "*", "sha256:" + "a" * 64, None),
+    ("an id's digits", "*", "a" * 64, None),
+    ("a digest", "nginx*", "nginx@sha256:" + "a" * 64, None),
+    ("a tag and a digest", "nginx*", "nginx:1@sha256:" + "a" * 64, None),
+))  # fmt: skip
 def test_image_is_compared_and_sent_in_full(pattern, image, whole, pair, tmp_path):
     entry = {"name": "ci", "key": "ci", "allow": ["images"], "images": [pattern]}
     keys = da.parse_keys(Path(keys_file(tmp_path, entry)).read_bytes(), CONFIG)
@@ -1186,126 +1144,83 @@ def ports(*numbers: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "key, fields, word",
-    cases(
-        ("another's image", "ci", {"image": "redis"}, "images: docker.io/library/redis:latest"),
-        ("an image by its id", "ci", {"image": "IMAGEID"}, "images: "),
-        ("an image by its id's digits", "ci", {"image": "IMAGEDIGITS"}, "images: "),
-        ("a look-alike registry", "ci", {"image": "ghcr.io.evil.com/acme/a"}, "images: "),
-        ("a bind of the root", "ci", volumes(source="/"), "binds: /"),
-        ("a bind of the root by its type", "ci", volumes(source="/", type="bind"), "binds: /"),
-        ("a bind that no list has", "bare", volumes(source="FOLDER/static"), "binds: "),
-        ("a link below a listed bind", "ci", volumes(source="FOLDER/static/l"), "binds: "),
-        ("a folder above it", "ci", volumes(source="FOLDER"), "binds: "),
-        ("a folder that begins alike", "ci", volumes(source="FOLDER/static2"), "binds: "),
-        (
-            "a bind that can be written",
-            "ci",
-            volumes(source="FOLDER/static", read_only=False),
-            "writable",
-        ),
-        ("another's volume", "ci", volumes(source="unSCOPE"), "volumes: un"),
-        ("a volume that no list has", "bare", volumes(source="SCOPE-plain"), "volumes: "),
-        (
-            "a volume that is a bind of the root",
-            "ci",
-            volumes(source="SCOPE-root"),
-            "which has options",
-        ),
-        ("the host's network", "wide", {"network_mode": "host"}, "network_mode: host"),
-        ("the host's network in the list", "wide", joined("host"), "network_mode: host"),
-        ("another's network", "ci", joined("SCOPE-back"), "networks: "),
-        ("another's network as the second", "ci", joined("SCOPE-front", "SCOPE-back"), "-back"),
-        ("another's network as the mode", "ci", {"network_mode": "SCOPE-back"}, "networks: "),
-        ("a network that no list has", "bare", joined("SCOPE-front"), "networks: "),
-        ("the default network", "ci", {"network_mode": None}, "networks: bridge"),
-        ("the default network for a star", "wide", {"network_mode": "bridge"}, "networks: bridge"),
-        (
-            "a website as alias",
-            "ci",
-            joined({"name": "SCOPE-front", "aliases": ["api.stripe.com"]}),
-            "stripe",
-        ),
-        (
-            "thousands of aliases",
-            "ci",
-            joined({"name": "SCOPE-front", "aliases": [f"SCOPE-{n}" for n in range(33)]}),
-            "networks: more than 32 aliases",
-        ),
-        ("another's name as hostname", "ci", {"hostname": "unSCOPE"}, "hostname or alias: un"),
-        (
-            "another's name as hostname, networked",
-            "ci",
-            {**joined("SCOPE-front"), "hostname": "db"},
-            "alias: db",
-        ),
-        ("the network of another's container", "ci", peer("unSCOPE"), "container:un"),
-        ("the same by its id", "ci", peer("OTHERID"), "container:"),
-        ("the network of nobody", "ci", peer("SCOPE-none"), "container:"),
-        ("that of one made with more rights", "ci", peer("SCOPE-hand"), "container:"),
-        ("that of one whose image says so", "ci", peer("SCOPE-forged"), "container:"),
-        ("that of a master's", "ci", peer("SCOPE-master"), "container:"),
-        ("a port below its range", "ci", ports(19999), "ports: 19999"),
-        ("a port above its range", "ci", ports(20000, 20004), "ports: 20004"),
-        ("a port beside a single one", "ci", ports("20011"), "ports: 20011"),
-        ("any port, without a range", "bare", ports(0), "ports: one that the Engine picks"),
-        ("hundreds of ports", "ci", ports(*[0] * 33), "ports: more than 32"),
-        ("hundreds of volumes", "ci", many_volumes(33), "volumes: more than 32"),
-        (
-            "what makes the list of all too long",
-            "ci",
-            {"env": ["A=" + "a" * 2**17]},
-            "size: more than",
-        ),
-        (
-            "what makes it so by its mounts",
-            "ci",
-            {"volumes": [{"target": f"/{number}/{'a' * 4090}"} for number in range(32)]},
-            "size: more than",
-        ),
-        ("a proxy's label", "ci", {"labels": {"traefik.enable": "true"}}, "labels: traefik.enable"),
-        ("a label that no list has", "bare", {"labels": {"com.acme.a": "1"}}, "labels: com.acme.a"),
-        ("too much memory", "ci", limits(memory_mb=65), "memory_mb: more than 64"),
-        ("too many processors", "ci", limits(cpus=0.51), "cpus: more than 0.5"),
-        ("too many processes", "ci", limits(pids=51), "pids: more than 50"),
-        ("swap without end", "ci", limits(memory_swap_mb=-1), "memory_swap_mb: "),
-        (
-            "swap beside the memory",
-            "ci",
-            limits(memory_mb=64, memory_swap_mb=65),
-            "memory_swap_mb: ",
-        ),
-        ("a large share", "ci", limits(cpu_shares=1025), "cpu_shares: more than 1024"),
-        ("locked memory", "ci", limits(ulimits={"memlock": -1}), "ulimits: memlock"),
-        ("real time", "ci", limits(ulimits={"nofile": 9, "rtprio": 9}), "ulimits: rtprio"),
-        (
-            "a check each millisecond",
-            "ci",
-            {"healthcheck": {"cmd": ["a"], "interval": 0.001}},
-            "interval",
-        ),
-        (
-            "a check just too often",
-            "ci",
-            {"healthcheck": {"cmd": ["a"], "interval": 0.999}},
-            "interval",
-        ),
-        ("a long stop", "ci", {"stop_timeout": 121}, "stop_timeout: more than 120"),
-        ("a log that calls out", "ci", {"log": {"driver": "syslog"}}, "log.driver: syslog"),
-        ("a large log", "ci", {"log": {"max_size_mb": 101}}, "log.max_size_mb: more than 100"),
-        ("many log files", "ci", {"log": {"max_files": 11}}, "log.max_files: more than 10"),
-        ("all privileges", "wide", {"privileged": True}, "privileged: "),
-        ("a capability", "wide", {"cap_add": ["NET_ADMIN"]}, "cap_add: "),
-        ("a disk", "wide", {"devices": ["/dev/sda"]}, "devices: "),
-        ("a processor of graphics", "wide", {"gpus": "all"}, "gpus: "),
-        ("no seccomp", "wide", {"security_opt": ["seccomp=unconfined"]}, "security_opt: "),
-        ("a sysctl", "wide", {"sysctls": {"net.core.somaxconn": "1"}}, "sysctls: "),
-        ("the host's processes", "wide", {"pid_mode": "host"}, "pid_mode: "),
-        ("the host's shared memory", "wide", {"ipc_mode": "host"}, "ipc_mode: "),
-        ("no privileges, in so many words", "wide", {"privileged": False}, "privileged: "),
-    ),
-)
+@pytest.mark.parametrize("key, fields, word", cases(
+    ("another's image", "ci", {"image": "redis"}, "images: docker.io/library/redis:latest"),
+    ("an image by its id", "ci", {"image": "IMAGEID"}, "images: "),
+    ("an image by its id's digits", "ci", {"image": "IMAGEDIGITS"}, "images: "),
+    ("a look-alike registry", "ci", {"image": "ghcr.io.evil.com/acme/a"}, "images: "),
+    ("a bind of the root", "ci", volumes(source="/"), "binds: /"),
+    ("a bind of the root by its type", "ci", volumes(source="/", type="bind"), "binds: /"),
+    ("a bind that no list has", "bare", volumes(source="FOLDER/static"), "binds: "),
+    ("a link below a listed bind", "ci", volumes(source="FOLDER/static/l"), "binds: "),
+    ("a folder above it", "ci", volumes(source="FOLDER"), "binds: "),
+    ("a folder that begins alike", "ci", volumes(source="FOLDER/static2"), "binds: "),
+    ("a bind that can be written", "ci", volumes(source="FOLDER/static", read_only=False),
+     "writable"),
+    ("another's volume", "ci", volumes(source="unSCOPE"), "volumes: un"),
+    ("a volume that no list has", "bare", volumes(source="SCOPE-plain"), "volumes: "),
+    ("a volume that is a bind of the root", "ci", volumes(source="SCOPE-root"),
+     "which has options"),
+    ("the host's network", "wide", {"network_mode": "host"}, "network_mode: host"),
+    ("the host's network in the list", "wide", joined("host"), "network_mode: host"),
+    ("another's network", "ci", joined("SCOPE-back"), "networks: "),
+    ("another's network as the second", "ci", joined("SCOPE-front", "SCOPE-back"), "-back"),
+    ("another's network as the mode", "ci", {"network_mode": "SCOPE-back"}, "networks: "),
+    ("a network that no list has", "bare", joined("SCOPE-front"), "networks: "),
+    ("the default network", "ci", {"network_mode": None}, "networks: bridge"),
+    ("the default network for a star", "wide", {"network_mode": "bridge"}, "networks: bridge"),
+    ("a website as alias", "ci", joined({"name": "SCOPE-front", "aliases": ["api.stripe.com"]}),
+     "stripe"),
+    ("thousands of aliases", "ci",
+     joined({"name": "SCOPE-front", "aliases": [f"SCOPE-{n}" for n in range(33)]}),
+     "networks: more than 32 aliases"),
+    ("another's name as hostname", "ci", {"hostname": "unSCOPE"}, "hostname or alias: un"),
+    ("another's name as hostname, networked", "ci", {**joined("SCOPE-front"), "hostname": "db"},
+     "alias: db"),
+    ("the network of another's container", "ci", peer("unSCOPE"), "container:un"),
+    ("the same by its id", "ci", peer("OTHERID"), "container:"),
+    ("the network of nobody", "ci", peer("SCOPE-none"), "container:"),
+    ("that of one made with more rights", "ci", peer("SCOPE-hand"), "container:"),
+    ("that of one whose image says so", "ci", peer("SCOPE-forged"), "container:"),
+    ("that of a master's", "ci", peer("SCOPE-master"), "container:"),
+    ("a port below its range", "ci", ports(19999), "ports: 19999"),
+    ("a port above its range", "ci", ports(20000, 20004), "ports: 20004"),
+    ("a port beside a single one", "ci", ports("20011"), "ports: 20011"),
+    ("any port, without a range", "bare", ports(0), "ports: one that the Engine picks"),
+    ("hundreds of ports", "ci", ports(*[0] * 33), "ports: more than 32"),
+    ("hundreds of volumes", "ci", many_volumes(33), "volumes: more than 32"),
+    ("what makes the list of all too long", "ci", {"env": ["A=" + "a" * 2**17]}, "size: more than"),
+    ("what makes it so by its mounts", "ci",
+     {"volumes": [{"target": f"/{number}/{'a' * 4090}"} for number in range(32)]},
+     "size: more than"),
+    ("a proxy's label", "ci", {"labels": {"traefik.enable": "true"}}, "labels: traefik.enable"),
+    ("a label that no list has", "bare", {"labels": {"com.acme.a": "1"}}, "labels: com.acme.a"),
+    ("too much memory", "ci", limits(memory_mb=65), "memory_mb: more than 64"),
+    ("too many processors", "ci", limits(cpus=0.51), "cpus: more than 0.5"),
+    ("too many processes", "ci", limits(pids=51), "pids: more than 50"),
+    ("swap without end", "ci", limits(memory_swap_mb=-1), "memory_swap_mb: "),
+    ("swap beside the memory", "ci", limits(memory_mb=64, memory_swap_mb=65), "memory_swap_mb: "),
+    ("a large share", "ci", limits(cpu_shares=1025), "cpu_shares: more than 1024"),
+    ("locked memory", "ci", limits(ulimits={"memlock": -1}), "ulimits: memlock"),
+    ("real time", "ci", limits(ulimits={"nofile": 9, "rtprio": 9}), "ulimits: rtprio"),
+    ("a check each millisecond", "ci", {"healthcheck": {"cmd": ["a"], "interval": 0.001}},
+     "interval"),
+    ("a check just too often", "ci", {"healthcheck": {"cmd": ["a"], "interval": 0.999}},
+     "interval"),
+    ("a long stop", "ci", {"stop_timeout": 121}, "stop_timeout: more than 120"),
+    ("a log that calls out", "ci", {"log": {"driver": "syslog"}}, "log.driver: syslog"),
+    ("a large log", "ci", {"log": {"max_size_mb": 101}}, "log.max_size_mb: more than 100"),
+    ("many log files", "ci", {"log": {"max_files": 11}}, "log.max_files: more than 10"),
+    ("all privileges", "wide", {"privileged": True}, "privileged: "),
+    ("a capability", "wide", {"cap_add": ["NET_ADMIN"]}, "cap_add: "),
+    ("a disk", "wide", {"devices": ["/dev/sda"]}, "devices: "),
+    ("a processor of graphics", "wide", {"gpus": "all"}, "gpus: "),
+    ("no seccomp", "wide", {"security_opt": ["seccomp=unconfined"]}, "security_opt: "),
+    ("a sysctl", "wide", {"sysctls": {"net.core.somaxconn": "1"}}, "sysctls: "),
+    ("the host's processes", "wide", {"pid_mode": "host"}, "pid_mode: "),
+    ("the host's shared memory", "wide", {"ipc_mode": "host"}, "ipc_mode: "),
+    ("no privileges, in so many words", "wide", {"privileged": False}, "privileged: "),
+))  # fmt: skip
 def test_limited_key_is_refused(policed, way, key, fields, word):
     before = policed.things()
     reply = policed.create(way, f"{policed.scope}-a", fields, key)
@@ -1314,47 +1229,22 @@ def test_limited_key_is_refused(policed, way, key, fields, word):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "key, name, fields, query, status, word",
-    cases(
-        ("another's name", "ci", "unSCOPE", {}, "", 403, "containers: unSCOPE"),
-        ("a name that begins another", "few", "SCOPE-fe", {}, "", 403, "containers: "),
-        ("no name", "ci", "", {}, "", 403, "containers: no name"),
-        ("no name for a star", "star", "", {}, "", 403, "containers: no name"),
-        ("a deploy's helper name", "ci", "SCOPE-hand.old", {}, "", 400, "name"),
-        ("a container that no deploy made", "ci", "SCOPE-hand", {}, "", 409, ""),
-        ("the same, adopted", "ci", "SCOPE-hand", {}, "?adopt=true", 403, "adopt: "),
-        (
-            "a network by the beginning of its id",
-            "wide",
-            "SCOPE-a",
-            joined("FRONTID"),
-            "",
-            404,
-            "FRONTID",
-        ),
-        ("a network that is not there", "wide", "SCOPE-a", joined("SCOPE-none"), "", 404, "-none"),
-        (
-            "the agent's own label",
-            "ci",
-            "SCOPE-a",
-            {"labels": {"dockeragent.key": ""}},
-            "",
-            400,
-            "",
-        ),
-        (
-            "a path that the Engine would clean",
-            "ci",
-            "SCOPE-a",
-            volumes(source="FOLDER/static/../../x"),
-            "",
-            400,
-            "",
-        ),
-        ("doubled slashes", "ci", "SCOPE-a", volumes(source="FOLDER//static"), "", 400, ""),
-    ),
-)
+@pytest.mark.parametrize("key, name, fields, query, status, word", cases(
+    ("another's name", "ci", "unSCOPE", {}, "", 403, "containers: unSCOPE"),
+    ("a name that begins another", "few", "SCOPE-fe", {}, "", 403, "containers: "),
+    ("no name", "ci", "", {}, "", 403, "containers: no name"),
+    ("no name for a star", "star", "", {}, "", 403, "containers: no name"),
+    ("a deploy's helper name", "ci", "SCOPE-hand.old", {}, "", 400, "name"),
+    ("a container that no deploy made", "ci", "SCOPE-hand", {}, "", 409, ""),
+    ("the same, adopted", "ci", "SCOPE-hand", {}, "?adopt=true", 403, "adopt: "),
+    ("a network by the beginning of its id", "wide", "SCOPE-a", joined("FRONTID"), "", 404,
+     "FRONTID"),
+    ("a network that is not there", "wide", "SCOPE-a", joined("SCOPE-none"), "", 404, "-none"),
+    ("the agent's own label", "ci", "SCOPE-a", {"labels": {"dockeragent.key": ""}}, "", 400, ""),
+    ("a path that the Engine would clean", "ci", "SCOPE-a", volumes(source="FOLDER/static/../../x"),
+     "", 400, ""),
+    ("doubled slashes", "ci", "SCOPE-a", volumes(source="FOLDER//static"), "", 400, ""),
+))  # fmt: skip
 def test_limited_key_creates_nothing_else(policed, way, key, name, fields, query, status, word):
     if (way == "deploy" and not name) or (way != "deploy" and query):
         return
@@ -1396,42 +1286,22 @@ def test_what_a_limited_container_gets_unasked(policed):
         forget(engine, image)
 
 
-@pytest.mark.parametrize(
-    "fields, place, value",
-    cases(
-        ("0 is no way around the memory", limits(memory_mb=0), "Memory", 64 * 2**20),
-        (
-            "0 is no way around the swap",
-            limits(memory_mb=32, memory_swap_mb=0),
-            "MemorySwap",
-            32 * 2**20,
-        ),
-        ("0 is no way around the processors", limits(cpus=0), "NanoCpus", 5 * 10**8),
-        ("0 is no way around the processes", limits(pids=0), "PidsLimit", 50),
-        ("null is as good as not asked", {"resources": None, "log": None}, "Memory", 64 * 2**20),
-        ("less is less", limits(memory_mb=32, pids=5), "PidsLimit", 5),
-        (
-            "its own log",
-            {"log": {"driver": "local", "max_size_mb": 100, "max_files": 10}},
-            "LogConfig.Type",
-            "local",
-        ),
-        (
-            "half a log is rotated",
-            {"log": {"max_files": 2}},
-            "LogConfig.Config",
-            {"max-size": "10m", "max-file": "2"},
-        ),
-        ("the last port of a range", ports(20003, 20010, 0), "PortBindings.80/tcp", None),
-        ("a listed network", joined("SCOPE-front"), "NetworkMode", "FRONT"),
-        (
-            "without privileges to gain",
-            {"cap_drop": ["ALL"]},
-            "CapDrop",
-            ["ALL", "NET_RAW", "MKNOD"],
-        ),
-    ),
-)
+@pytest.mark.parametrize("fields, place, value", cases(
+    ("0 is no way around the memory", limits(memory_mb=0), "Memory", 64 * 2**20),
+    ("0 is no way around the swap", limits(memory_mb=32, memory_swap_mb=0), "MemorySwap",
+     32 * 2**20),
+    ("0 is no way around the processors", limits(cpus=0), "NanoCpus", 5 * 10**8),
+    ("0 is no way around the processes", limits(pids=0), "PidsLimit", 50),
+    ("null is as good as not asked", {"resources": None, "log": None}, "Memory", 64 * 2**20),
+    ("less is less", limits(memory_mb=32, pids=5), "PidsLimit", 5),
+    ("its own log", {"log": {"driver": "local", "max_size_mb": 100, "max_files": 10}},
+     "LogConfig.Type", "local"),
+    ("half a log is rotated", {"log": {"max_files": 2}}, "LogConfig.Config",
+     {"max-size": "10m", "max-file": "2"}),
+    ("the last port of a range", ports(20003, 20010, 0), "PortBindings.80/tcp", None),
+    ("a listed network", joined("SCOPE-front"), "NetworkMode", "FRONT"),
+    ("without privileges to gain", {"cap_drop": ["ALL"]}, "CapDrop", ["ALL", "NET_RAW", "MKNOD"]),
+))  # fmt: skip
 def test_limited_key_asks_for_what_it_may(policed, fields, place, value):
     name = f"{policed.scope}-c"
     try:
@@ -1805,26 +1675,17 @@ def test_limited_key_is_not_told_which_container_of_another_is_in_the_way(police
         forget(engine, image)
 
 
-@pytest.mark.parametrize(
-    "method, path, body, status",
-    cases(
-        ("another's volume", "DELETE", "volumes/unSCOPE", None, 403),
-        ("a network, though listed", "DELETE", "networks/SCOPE-front", None, 403),
-        ("a network of its own", "POST", "networks", {"name": "SCOPE-new"}, 403),
-        ("another's image", "DELETE", "images?image=redis", None, 403),
-        ("its own image by its id", "DELETE", "images?image=IMAGEID", None, 403),
-        (
-            "its own image by the beginning of its id",
-            "DELETE",
-            "images?image=IMAGESHORT",
-            None,
-            403,
-        ),
-        ("another's images", "POST", "images/prune", {"repository": "redis"}, 403),
-        ("a pull of another's", "POST", "images/pull", {"image": "redis"}, 403),
-        ("a pull of an id", "POST", "images/pull", {"image": "IMAGEDIGITS"}, 403),
-    ),
-)
+@pytest.mark.parametrize("method, path, body, status", cases(
+    ("another's volume", "DELETE", "volumes/unSCOPE", None, 403),
+    ("a network, though listed", "DELETE", "networks/SCOPE-front", None, 403),
+    ("a network of its own", "POST", "networks", {"name": "SCOPE-new"}, 403),
+    ("another's image", "DELETE", "images?image=redis", None, 403),
+    ("its own image by its id", "DELETE", "images?image=IMAGEID", None, 403),
+    ("its own image by the beginning of its id", "DELETE", "images?image=IMAGESHORT", None, 403),
+    ("another's images", "POST", "images/prune", {"repository": "redis"}, 403),
+    ("a pull of another's", "POST", "images/pull", {"image": "redis"}, 403),
+    ("a pull of an id", "POST", "images/pull", {"image": "IMAGEDIGITS"}, 403),
+))  # fmt: skip
 def test_limited_key_changes_nothing_that_is_anothers(policed, method, path, body, status):
     before = policed.things()
     path = policed.fill(path).replace("IMAGESHORT", policed.words["IMAGEDIGITS"][:12])
@@ -2056,43 +1917,28 @@ def test_log_and_health_tell_what_time_it_is(fake_agent):
         until(lambda after=after: time.time() > int(after) + 1, "the next second")
 
 
-@pytest.mark.parametrize(
-    "data, status",
-    cases(
-        ("in a path", message("GET /%b"), 404),
-        ("in a query of the public path", message("GET /health?%b=1", key=""), 400),
-        ("in the value of one", message("GET /health?a=%b", key=""), 400),
-        (
-            "in a body of the public path",
-            message("GET /health", "Content-Length: 40", key="", body=b"%b"),
-            400,
-        ),
-        ("in a path under the API", message("GET /api/v1/%b", key=""), 401),
-        ("as an id", message("DELETE /api/v1/containers/%b?x=%b", key=""), 401),
-        ("as a key", message("GET /api/v1/containers", "X-API-Key: %b", key=""), 401),
-        (
-            "as a bearer token",
-            message("GET /api/v1/containers", "Authorization: Bearer %b", key=""),
-            401,
-        ),
-        (
-            "as two keys",
-            message("GET /api/v1/containers", "X-API-Key: %b", "Authorization: Bearer %b", key=""),
-            401,
-        ),
-        ("on the metrics", message("GET /metrics?%b", key=""), 401),
-        (
-            "as a header's name",
-            message("GET /health", "%b: 1", "X-Forwarded-For: %b", "User-Agent: %b", key=""),
-            200,
-        ),
-        ("in a wrong host", message("GET /health", "Host: %b", key=""), 400),
-        ("in an absolute form", message("GET http://[%b/health", key=""), 400),
-        ("in a bad version", b"GET / HTTP/%b\r\n\r\n", 400),
-        ("in an expectation", message("GET /api/v1/containers", "Expect: %b", key=""), 401),
-        ("in a coding", message("POST /health", "Transfer-Encoding: %b", key=""), 501),
-    ),
-)
+@pytest.mark.parametrize("data, status", cases(
+    ("in a path", message("GET /%b"), 404),
+    ("in a query of the public path", message("GET /health?%b=1", key=""), 400),
+    ("in the value of one", message("GET /health?a=%b", key=""), 400),
+    ("in a body of the public path",
+     message("GET /health", "Content-Length: 40", key="", body=b"%b"), 400),
+    ("in a path under the API", message("GET /api/v1/%b", key=""), 401),
+    ("as an id", message("DELETE /api/v1/containers/%b?x=%b", key=""), 401),
+    ("as a key", message("GET /api/v1/containers", "X-API-Key: %b", key=""), 401),
+    ("as a bearer token", message("GET /api/v1/containers", "Authorization: Bearer %b", key=""),
+     401),
+    ("as two keys",
+     message("GET /api/v1/containers", "X-API-Key: %b", "Authorization: Bearer %b", key=""), 401),
+    ("on the metrics", message("GET /metrics?%b", key=""), 401),
+    ("as a header's name",
+     message("GET /health", "%b: 1", "X-Forwarded-For: %b", "User-Agent: %b", key=""), 200),
+    ("in a wrong host", message("GET /health", "Host: %b", key=""), 400),
+    ("in an absolute form", message("GET http://[%b/health", key=""), 400),
+    ("in a bad version", b"GET / HTTP/%b\r\n\r\n", 400),
+    ("in an expectation", message("GET /api/v1/containers", "Expect: %b", key=""), 401),
+    ("in a coding", message("POST /health", "Transfer-Encoding: %b", key=""), 501),
+))  # fmt: skip
 def test_nothing_that_a_stranger_sent_is_repeated(data, status, pair):
     secret = secrets.token_hex(20)
     for shown in (secret, "%" + secret.encode().hex("%")):
@@ -2291,21 +2137,13 @@ def test_reset_is_never_longer_than_the_window():
     assert headers["X-RateLimit-Reset"] == "60"
 
 
-@pytest.mark.parametrize(
-    "first, second, shared",
-    cases(
-        ("two IPv4 clients", ("192.0.2.1", True), ("192.0.2.2", True), False),
-        (
-            "stranger behind a key holder's address",
-            ("192.0.2.1", False),
-            ("192.0.2.1", True),
-            False,
-        ),
-        ("another address of one /64", ("2001:db8::1", True), ("2001:db8::ffff:2", True), True),
-        ("another /64", ("2001:db8::1", True), ("2001:db8:0:1::1", True), False),
-        ("two clients on a Unix socket", ("unix", True), ("unix", True), True),
-    ),
-)
+@pytest.mark.parametrize("first, second, shared", cases(
+    ("two IPv4 clients", ("192.0.2.1", True), ("192.0.2.2", True), False),
+    ("stranger behind a key holder's address", ("192.0.2.1", False), ("192.0.2.1", True), False),
+    ("another address of one /64", ("2001:db8::1", True), ("2001:db8::ffff:2", True), True),
+    ("another /64", ("2001:db8::1", True), ("2001:db8:0:1::1", True), False),
+    ("two clients on a Unix socket", ("unix", True), ("unix", True), True),
+))  # fmt: skip
 def test_who_shares_a_window(first, second, shared):
     limiter = da.RateLimiter(1, lambda: 1000.0)
     limiter.admit(*first)
@@ -2415,100 +2253,67 @@ def volume(**fields: Any) -> dict[str, Any]:
     return image(volumes=[fields])
 
 
-@pytest.mark.parametrize(
-    "path, body, word",
-    cases(
-        ("no body", CREATE, b"", "JSON"),
-        ("not JSON", CREATE, b"image=nginx", "JSON"),
-        ("two values", KILL, b"{}{}", "JSON"),
-        ("comma at the end", KILL, b'{"signal":"HUP",}', "JSON"),
-        ("byte order mark", KILL, b"\xef\xbb\xbf{}", "JSON"),
-        ("list", KILL, b"[]", "body: must be a JSON object"),
-        ("string", CREATE, b'"nginx"', "body: must be a JSON object"),
-        ("UTF-16", KILL, '{"signal":"HUP"}'.encode("utf-16"), "UTF-8"),
-        ("invalid UTF-8", FILES, b'{"path":"/a","content":"\xff"}', "UTF-8"),
-        ("overlong UTF-8", FILES, b'{"path":"/a","content":"\xc0\xaf"}', "UTF-8"),
-        ("surrogate as UTF-8", FILES, b'{"path":"/a","content":"\xed\xa0\x80"}', "UTF-8"),
-        ("lone surrogate", FILES, b'{"path":"/a","content":"\\ud800"}', "content"),
-        (
-            "lone surrogate in a label's name",
-            CREATE,
-            b'{"image":"a","labels":{"\\udfff":""}}',
-            "labels",
-        ),
-        ("unknown field with a surrogate", KILL, b'{"\\ud800":1}', "is unknown"),
-        ("NUL in a path", FILES, {"path": "/a\0", "content": ""}, "path: "),
-        ("control character in a string", FILES, b'{"path":"/a\n","content":""}', "JSON"),
-        ("NaN", CREATE, b'{"image":"a","resources":{"cpus":NaN}}', "NaN"),
-        ("infinity", CREATE, b'{"image":"a","resources":{"cpus":-Infinity}}', "Infinity"),
-        (
-            "more than a double holds",
-            CREATE,
-            b'{"image":"a","resources":{"cpus":1e999}}',
-            "resources.cpus: ",
-        ),
-        ("number of a million digits", STOP, b'{"timeout":' + b"1" * 1_000_000 + b"}", "digits"),
-        ("repeated key", KILL, b'{"signal":"HUP","signal":"KILL"}', '"signal"'),
-        (
-            "repeated key, written in two ways",
-            KILL,
-            b'{"signal":"HUP","sign\\u0061l":"KILL"}',
-            '"signal"',
-        ),
-        ("repeated key further down", CREATE, b'{"image":"a","labels":{"a":"","a":""}}', '"a"'),
-        ("arrays nested too deep", KILL, b"[" * 100_000 + b"]" * 100_000, "deep"),
-        ("objects nested too deep", KILL, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "deep"),
-        ("deep behind an escaped quote", KILL, b'["\\"",' + b"[" * 50_000, "deep"),
-        ("millions of arrays", KILL, b"[" + b"[]," * 3_000_000 + b"[]]", "values"),
-        ("millions of strings", KILL, b'["",' + b'"",' * 2_000_000 + b'""]', "values"),
-        ("millions of numbers", KILL, b"[1" + b",1" * 4_000_000 + b"]", "values"),
-        (
-            "NaN, with its path",
-            CREATE,
-            b'{"image":"a","resources":{"cpus":NaN}}',
-            "resources.cpus: NaN",
-        ),
-        ("key twice in a list", CREATE, b'{"image":"a","ports":[{"a":1,"a":2}]}', "ports[0]: has"),
-        (
-            "digits without an end",
-            CREATE,
-            b'{"image":"a","resources":{"memory_mb":%s}}' % (b"9" * 30),
-            "resources.memory_mb: has",
-        ),
-        ("wait for ever", STOP, {"timeout": -1}, "timeout: "),
-        ("wait for days", STOP, {"timeout": 86_401}, "timeout: "),
-        ("timeout as a string", STOP, {"timeout": "10"}, "timeout: "),
-        ("timeout true", STOP, {"timeout": True}, "timeout: "),
-        ("timeout as a float", STOP, {"timeout": 1.0}, "timeout: "),
-        ("signal by number", KILL, {"signal": "9"}, "signal: "),
-        ("number as a signal", KILL, {"signal": 9}, "signal: "),
-        ("unknown signal", KILL, {"signal": "SIGFOO"}, "signal: "),
-        ("long s, which is S in capitals", KILL, {"signal": "\u017fIGKILL"}, "signal: "),
-        ("kelvin sign, which is k in small letters", KILL, {"signal": "\u212aILL"}, "signal: "),
-        ("dotless i, which is I in capitals", KILL, {"signal": "K\u0131LL"}, "signal: "),
-        ("field of another endpoint", KILL, {"timeout": 1}, "timeout: is unknown"),
-        ("pull without an image", PULL, {"platform": "linux/amd64"}, "image: is required"),
-        ("platform", PULL, image(platform="linux/amd64&a=b"), "platform: "),
-        ("path that climbs", FILES, {"path": "/a/../b", "content": ""}, "path: "),
-        ("relative path", FILES, {"path": "a", "content": ""}, "path: "),
-        (
-            "mode past 7777",
-            FILES,
-            {"path": "/a", "content": "", "permission": "17777"},
-            "permission: ",
-        ),
-        ("no base64", FILES, {"path": "/a", "content": "_-", "encoding": "base64"}, "content: "),
-        ("encoding", FILES, {"path": "/a", "content": "", "encoding": "latin-1"}, "encoding: "),
-        ("owner below 0", FILES, {"path": "/a", "content": "", "uid": -1}, "uid: "),
-        (
-            "owner that means no change",
-            FILES,
-            {"path": "/a", "content": "", "gid": 2**32 - 1},
-            "gid: ",
-        ),
-        ("atomic as a number", FILES, {"path": "/a", "content": "", "atomic": 1}, "atomic: "),
-    ),
-)
+@pytest.mark.parametrize("path, body, word", cases(
+    ("no body", CREATE, b"", "JSON"),
+    ("not JSON", CREATE, b"image=nginx", "JSON"),
+    ("two values", KILL, b"{}{}", "JSON"),
+    ("comma at the end", KILL, b'{"signal":"HUP",}', "JSON"),
+    ("byte order mark", KILL, b"\xef\xbb\xbf{}", "JSON"),
+    ("list", KILL, b"[]", "body: must be a JSON object"),
+    ("string", CREATE, b'"nginx"', "body: must be a JSON object"),
+    ("UTF-16", KILL, '{"signal":"HUP"}'.encode("utf-16"), "UTF-8"),
+    ("invalid UTF-8", FILES, b'{"path":"/a","content":"\xff"}', "UTF-8"),
+    ("overlong UTF-8", FILES, b'{"path":"/a","content":"\xc0\xaf"}', "UTF-8"),
+    ("surrogate as UTF-8", FILES, b'{"path":"/a","content":"\xed\xa0\x80"}', "UTF-8"),
+    ("lone surrogate", FILES, b'{"path":"/a","content":"\\ud800"}', "content"),
+    ("lone surrogate in a label's name", CREATE, b'{"image":"a","labels":{"\\udfff":""}}',
+     "labels"),
+    ("unknown field with a surrogate", KILL, b'{"\\ud800":1}', "is unknown"),
+    ("NUL in a path", FILES, {"path": "/a\0", "content": ""}, "path: "),
+    ("control character in a string", FILES, b'{"path":"/a\n","content":""}', "JSON"),
+    ("NaN", CREATE, b'{"image":"a","resources":{"cpus":NaN}}', "NaN"),
+    ("infinity", CREATE, b'{"image":"a","resources":{"cpus":-Infinity}}', "Infinity"),
+    ("more than a double holds", CREATE, b'{"image":"a","resources":{"cpus":1e999}}',
+     "resources.cpus: "),
+    ("number of a million digits", STOP, b'{"timeout":' + b"1" * 1_000_000 + b"}", "digits"),
+    ("repeated key", KILL, b'{"signal":"HUP","signal":"KILL"}', '"signal"'),
+    ("repeated key, written in two ways", KILL, b'{"signal":"HUP","sign\\u0061l":"KILL"}',
+     '"signal"'),
+    ("repeated key further down", CREATE, b'{"image":"a","labels":{"a":"","a":""}}', '"a"'),
+    ("arrays nested too deep", KILL, b"[" * 100_000 + b"]" * 100_000, "deep"),
+    ("objects nested too deep", KILL, b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "deep"),
+    ("deep behind an escaped quote", KILL, b'["\\"",' + b"[" * 50_000, "deep"),
+    ("millions of arrays", KILL, b"[" + b"[]," * 3_000_000 + b"[]]", "values"),
+    ("millions of strings", KILL, b'["",' + b'"",' * 2_000_000 + b'""]', "values"),
+    ("millions of numbers", KILL, b"[1" + b",1" * 4_000_000 + b"]", "values"),
+    ("NaN, with its path", CREATE, b'{"image":"a","resources":{"cpus":NaN}}',
+     "resources.cpus: NaN"),
+    ("key twice in a list", CREATE, b'{"image":"a","ports":[{"a":1,"a":2}]}', "ports[0]: has"),
+    ("digits without an end", CREATE, b'{"image":"a","resources":{"memory_mb":%s}}' % (b"9" * 30),
+     "resources.memory_mb: has"),
+    ("wait for ever", STOP, {"timeout": -1}, "timeout: "),
+    ("wait for days", STOP, {"timeout": 86_401}, "timeout: "),
+    ("timeout as a string", STOP, {"timeout": "10"}, "timeout: "),
+    ("timeout true", STOP, {"timeout": True}, "timeout: "),
+    ("timeout as a float", STOP, {"timeout": 1.0}, "timeout: "),
+    ("signal by number", KILL, {"signal": "9"}, "signal: "),
+    ("number as a signal", KILL, {"signal": 9}, "signal: "),
+    ("unknown signal", KILL, {"signal": "SIGFOO"}, "signal: "),
+    ("long s, which is S in capitals", KILL, {"signal": "\u017fIGKILL"}, "signal: "),
+    ("kelvin sign, which is k in small letters", KILL, {"signal": "\u212aILL"}, "signal: "),
+    ("dotless i, which is I in capitals", KILL, {"signal": "K\u0131LL"}, "signal: "),
+    ("field of another endpoint", KILL, {"timeout": 1}, "timeout: is unknown"),
+    ("pull without an image", PULL, {"platform": "linux/amd64"}, "image: is required"),
+    ("platform", PULL, image(platform="linux/amd64&a=b"), "platform: "),
+    ("path that climbs", FILES, {"path": "/a/../b", "content": ""}, "path: "),
+    ("relative path", FILES, {"path": "a", "content": ""}, "path: "),
+    ("mode past 7777", FILES, {"path": "/a", "content": "", "permission": "17777"}, "permission: "),
+    ("no base64", FILES, {"path": "/a", "content": "_-", "encoding": "base64"}, "content: "),
+    ("encoding", FILES, {"path": "/a", "content": "", "encoding": "latin-1"}, "encoding: "),
+    ("owner below 0", FILES, {"path": "/a", "content": "", "uid": -1}, "uid: "),
+    ("owner that means no change", FILES, {"path": "/a", "content": "", "gid": 2**32 - 1}, "gid: "),
+    ("atomic as a number", FILES, {"path": "/a", "content": "", "atomic": 1}, "atomic: "),
+))  # fmt: skip
 def test_bad_body_is_400_with_the_path_and_reaches_nothing(path, body, word, pair):
     assert_envelope(pair.agent.post(path, body), 400, word)
     assert pair.engine.requests() == []
@@ -2527,234 +2332,175 @@ ANON = {"target": "/t"}
 PORT_PATH = "ports[0].container_port: "
 
 
-@pytest.mark.parametrize(
-    "body, word",
-    cases(
-        ("NUL", image(env=["A=\0"]), "env[0]: "),
-        ("NUL in a label's name", image(labels={"\0": ""}), "labels"),
-        ("misspelt read_only", volume(read_onyl=True, **ANON), "volumes[0].read_onyl: is unknown"),
-        ("null for what is required", {"image": None}, "image: is required"),
-        ("null in a list", image(cmd=[None]), "cmd[0]: "),
-        ("empty image", {"image": ""}, "image: "),
-        ("image with a query in it", {"image": "a?tag=b"}, "image: "),
-        ("image in capitals", {"image": "Nginx:1"}, "image: "),
-        ("name with a slash", image(name="a/b"), "name: "),
-        ("name with a newline at its end", image(name="ab\n"), "name: "),
-        ("number in cmd", image(cmd=["sleep", 1]), "cmd[1]: must be a string"),
-        ("environment without =", image(env=["A"]), "env[0]: "),
-        ("label that is no string", image(labels={"k": 1}), "labels.k: "),
-        ("relative folder", image(working_dir="srv"), "working_dir: "),
-        ("port 0", port(0), PORT_PATH),
-        ("port 65536", port("65536"), PORT_PATH),
-        ("port in Arabic digits", port("٨٠"), PORT_PATH),
-        ("port as a float", port(80.0), PORT_PATH),
-        ("port true", port(True), PORT_PATH),
-        ("port with a sign", port("+80"), PORT_PATH),
-        ("port of 5,000 digits", port("0" * 5000 + "1"), PORT_PATH),
-        ("range of ports", port("80-90"), PORT_PATH),
-        ("protocol", port(1, protocol="TCP"), "ports[0].protocol: "),
-        (
-            "host address",
-            image(ports=[{"container_port": 1}, {"container_port": 2, "host_ip": "1.2.3"}]),
-            "ports[1].host_ip: ",
-        ),
-        ("option in a bind's source", volume(source="a:/etc", **ANON), "volumes[0].source: "),
-        ("relative bind", volume(source="a", type="bind", **ANON), "volumes[0].source: "),
-        ("tmpfs with a source", volume(source="/a", type="tmpfs", **ANON), "volumes[0].source: "),
-        ("relative target", volume(source="/a", target="a"), "volumes[0].target: "),
-        (
-            "read_only as a string",
-            volume(source="/a", read_only="false", **ANON),
-            "volumes[0].read_only: ",
-        ),
-        (
-            "retries without on-failure",
-            image(restart_policy={"name": "always", "max_retry_count": 1}),
-            "restart_policy.max_retry_count: ",
-        ),
-        ("restart policy", image(restart_policy={"name": "never"}), "restart_policy.name: "),
-        ("cpus as a string", resources(cpus="1"), "resources.cpus: "),
-        ("too little memory", resources(memory_mb=5), "resources.memory_mb: "),
-        ("half a megabyte", resources(memory_mb=6.5), "resources.memory_mb: "),
-        ("too few shares", resources(cpu_shares=1), "resources.cpu_shares: "),
-        ("pull", image(pull="sometimes"), "pull: "),
-        ("network twice", image(networks=["a", "a"]), "networks: "),
-        ("port range as in docker run", image(ports=["80:80"]), "ports[0]: must be a JSON object"),
-        ("host port 65536", port(80, host_port=65536), "ports[0].host_port: "),
-        ("host port below 0", port(80, host_port=-1), "ports[0].host_port: "),
-        ("host address with a zone", port(80, host_ip="fe80::1%eth0"), "ports[0].host_ip: "),
-        ("empty host address", port(80, host_ip=""), "ports[0].host_ip: "),
-        ("parent in a bind", volume(source="/a/../b", target="/t"), "volumes[0].source: "),
-        ("dot in a bind", volume(source="/a/./b", target="/t"), "volumes[0].source: "),
-        ("parent at a bind's end", volume(source="/a/..", target="/t"), "volumes[0].source: "),
-        ("two slashes in a bind", volume(source="/a//b", target="/t"), "volumes[0].source: "),
-        ("two slashes at a bind's end", volume(source="/a//", target="/t"), "volumes[0].source: "),
-        ("bind of two slashes", volume(source="//", target="/t"), "volumes[0].source: "),
-        ("bind without a source", volume(type="bind", **ANON), "volumes[0].source: "),
-        ("path of a volume", volume(type="volume", source="/a", **ANON), "volumes[0].source: "),
-        ("size of a bind", volume(source="/a", size_mb=1, **ANON), "volumes[0].size_mb: "),
-        ("mode of a volume", volume(source="ab", mode="700", **ANON), "volumes[0].mode: "),
-        ("mode 0, which is none", volume(type="tmpfs", mode="0", **ANON), "volumes[0].mode: "),
-        ("what the policy sets", volume(source="/a", non_recursive=False, **ANON), "left out"),
-        ("network twice in two forms", image(networks=["a", {"name": "a"}]), "networks: "),
-        ("network beside host", image(networks=["a"], network_mode="host"), "networks: "),
-        ("host among networks", image(networks=["a", "host"]), "networks: "),
-        ("aliases on none", image(networks=[{"name": "none", "aliases": ["a"]}]), "networks: "),
-        ("alias with a space", image(networks=[{"name": "a", "aliases": ["a b"]}]), "aliases[0]: "),
-        ("no container", image(network_mode="container:"), "network_mode: "),
-        ("agent's own label", image(labels={"dockeragent.key": "x"}), "labels.dockeragent.key: "),
-        ("name of a deploy's helper", image(name="web.next"), "name: "),
-        ("name of what a deploy replaces", image(name="web.prev"), "name: "),
-        ("name of what a deploy replaced", image(name="web.old"), "name: "),
-        ("hostname with a space", image(hostname="a b"), "hostname: "),
-        ("cpus below the Engine's floor", resources(cpus=0.009), "resources.cpus: "),
-        ("cpus below 0", resources(cpus=-1), "resources.cpus: "),
-        ("memory in bytes", resources(memory_mb=64 * MIB), "resources.memory_mb: "),
-        ("swap in bytes", resources(memory_mb=64, memory_swap_mb=64 * MIB), "memory_swap_mb: "),
-        ("shared memory in bytes", resources(shm_size_mb=64 * MIB), "resources.shm_size_mb: "),
-        ("tmpfs in bytes", volume(type="tmpfs", size_mb=64 * MIB, **ANON), "volumes[0].size_mb: "),
-        ("swap without memory", resources(memory_swap_mb=64), "resources.memory_swap_mb: "),
-        ("less than memory", resources(memory_mb=64, memory_swap_mb=63), "memory_swap_mb: "),
-        ("processes below 0", resources(pids=-1), "resources.pids: "),
-        ("soft above hard", resources(ulimits={"core": [2, 1]}), "resources.ulimits.core: "),
-        ("no limit above a hard one", resources(ulimits={"core": [-1, 1]}), "ulimits.core: "),
-        ("three limits", resources(ulimits={"core": [1, 2, 3]}), "resources.ulimits.core: "),
-        ("limit in an array of its own", resources(ulimits={"core": [[1]]}), "ulimits.core"),
-        (
-            "name of a limit",
-            resources(ulimits={"files": 1}),
-            "resources.ulimits.files: must be one",
-        ),
-        ("two checks", health(cmd=["a"], shell="a"), "healthcheck: "),
-        ("check and none", health(cmd=["a"], disable=True), "healthcheck: "),
-        ("times of none", health(disable=True, interval=1), "at most one of cmd"),
-        ("empty check", health(cmd=[]), "healthcheck.cmd: "),
-        ("empty shell check", health(shell=""), "healthcheck.shell: "),
-        ("check more often than the Engine can", health(interval=0.0001), "healthcheck.interval: "),
-        ("time as text", health(timeout="3s"), "healthcheck.timeout: "),
-        ("log of no size", image(log={"max_size_mb": 0}), "log.max_size_mb: "),
-        ("no log files", image(log={"max_files": 0}), "log.max_files: "),
-        (
-            "removed and restarted",
-            image(auto_remove=True, restart_policy={"name": "always"}),
-            "auto",
-        ),
-        ("stop signal by number", image(stop_signal="15"), "stop_signal: "),
-        ("wait of days", image(stop_timeout=86_401), "stop_timeout: "),
-        ("no address", image(extra_hosts={"a": "b"}), "extra_hosts.a: "),
-        ("colon in a host's name", image(extra_hosts={"a:b": "1.2.3.4"}), "extra_hosts.a:b: "),
-        ("name server by name", image(dns=["localhost"]), "dns[0]: "),
-        ("no graphics cards", image(gpus=0), "gpus: "),
-        ("relative device", image(devices=["dev/sda"]), "devices[0]: "),
-        ("device's access", image(devices=["/dev/sda:/dev/sda:x"]), "devices[0]: "),
-        ("sysctl with a value in its name", image(sysctls={"a=b": "1"}), "sysctls.a=b: "),
-        ("sysctl as a number", image(sysctls={"a": 1}), "sysctls.a: must be a string"),
-        ("processes of a network", image(pid_mode="web"), "pid_mode: "),
-    ),
-)
+@pytest.mark.parametrize("body, word", cases(
+    ("NUL", image(env=["A=\0"]), "env[0]: "),
+    ("NUL in a label's name", image(labels={"\0": ""}), "labels"),
+    ("misspelt read_only", volume(read_onyl=True, **ANON), "volumes[0].read_onyl: is unknown"),
+    ("null for what is required", {"image": None}, "image: is required"),
+    ("null in a list", image(cmd=[None]), "cmd[0]: "),
+    ("empty image", {"image": ""}, "image: "),
+    ("image with a query in it", {"image": "a?tag=b"}, "image: "),
+    ("image in capitals", {"image": "Nginx:1"}, "image: "),
+    ("name with a slash", image(name="a/b"), "name: "),
+    ("name with a newline at its end", image(name="ab\n"), "name: "),
+    ("number in cmd", image(cmd=["sleep", 1]), "cmd[1]: must be a string"),
+    ("environment without =", image(env=["A"]), "env[0]: "),
+    ("label that is no string", image(labels={"k": 1}), "labels.k: "),
+    ("relative folder", image(working_dir="srv"), "working_dir: "),
+    ("port 0", port(0), PORT_PATH),
+    ("port 65536", port("65536"), PORT_PATH),
+    ("port in Arabic digits", port("٨٠"), PORT_PATH),
+    ("port as a float", port(80.0), PORT_PATH),
+    ("port true", port(True), PORT_PATH),
+    ("port with a sign", port("+80"), PORT_PATH),
+    ("port of 5,000 digits", port("0" * 5000 + "1"), PORT_PATH),
+    ("range of ports", port("80-90"), PORT_PATH),
+    ("protocol", port(1, protocol="TCP"), "ports[0].protocol: "),
+    ("host address",
+     image(ports=[{"container_port": 1}, {"container_port": 2, "host_ip": "1.2.3"}]),
+     "ports[1].host_ip: "),
+    ("option in a bind's source", volume(source="a:/etc", **ANON), "volumes[0].source: "),
+    ("relative bind", volume(source="a", type="bind", **ANON), "volumes[0].source: "),
+    ("tmpfs with a source", volume(source="/a", type="tmpfs", **ANON), "volumes[0].source: "),
+    ("relative target", volume(source="/a", target="a"), "volumes[0].target: "),
+    ("read_only as a string", volume(source="/a", read_only="false", **ANON),
+     "volumes[0].read_only: "),
+    ("retries without on-failure", image(restart_policy={"name": "always", "max_retry_count": 1}),
+     "restart_policy.max_retry_count: "),
+    ("restart policy", image(restart_policy={"name": "never"}), "restart_policy.name: "),
+    ("cpus as a string", resources(cpus="1"), "resources.cpus: "),
+    ("too little memory", resources(memory_mb=5), "resources.memory_mb: "),
+    ("half a megabyte", resources(memory_mb=6.5), "resources.memory_mb: "),
+    ("too few shares", resources(cpu_shares=1), "resources.cpu_shares: "),
+    ("pull", image(pull="sometimes"), "pull: "),
+    ("network twice", image(networks=["a", "a"]), "networks: "),
+    ("port range as in docker run", image(ports=["80:80"]), "ports[0]: must be a JSON object"),
+    ("host port 65536", port(80, host_port=65536), "ports[0].host_port: "),
+    ("host port below 0", port(80, host_port=-1), "ports[0].host_port: "),
+    ("host address with a zone", port(80, host_ip="fe80::1%eth0"), "ports[0].host_ip: "),
+    ("empty host address", port(80, host_ip=""), "ports[0].host_ip: "),
+    ("parent in a bind", volume(source="/a/../b", target="/t"), "volumes[0].source: "),
+    ("dot in a bind", volume(source="/a/./b", target="/t"), "volumes[0].source: "),
+    ("parent at a bind's end", volume(source="/a/..", target="/t"), "volumes[0].source: "),
+    ("two slashes in a bind", volume(source="/a//b", target="/t"), "volumes[0].source: "),
+    ("two slashes at a bind's end", volume(source="/a//", target="/t"), "volumes[0].source: "),
+    ("bind of two slashes", volume(source="//", target="/t"), "volumes[0].source: "),
+    ("bind without a source", volume(type="bind", **ANON), "volumes[0].source: "),
+    ("path of a volume", volume(type="volume", source="/a", **ANON), "volumes[0].source: "),
+    ("size of a bind", volume(source="/a", size_mb=1, **ANON), "volumes[0].size_mb: "),
+    ("mode of a volume", volume(source="ab", mode="700", **ANON), "volumes[0].mode: "),
+    ("mode 0, which is none", volume(type="tmpfs", mode="0", **ANON), "volumes[0].mode: "),
+    ("what the policy sets", volume(source="/a", non_recursive=False, **ANON), "left out"),
+    ("network twice in two forms", image(networks=["a", {"name": "a"}]), "networks: "),
+    ("network beside host", image(networks=["a"], network_mode="host"), "networks: "),
+    ("host among networks", image(networks=["a", "host"]), "networks: "),
+    ("aliases on none", image(networks=[{"name": "none", "aliases": ["a"]}]), "networks: "),
+    ("alias with a space", image(networks=[{"name": "a", "aliases": ["a b"]}]), "aliases[0]: "),
+    ("no container", image(network_mode="container:"), "network_mode: "),
+    ("agent's own label", image(labels={"dockeragent.key": "x"}), "labels.dockeragent.key: "),
+    ("name of a deploy's helper", image(name="web.next"), "name: "),
+    ("name of what a deploy replaces", image(name="web.prev"), "name: "),
+    ("name of what a deploy replaced", image(name="web.old"), "name: "),
+    ("hostname with a space", image(hostname="a b"), "hostname: "),
+    ("cpus below the Engine's floor", resources(cpus=0.009), "resources.cpus: "),
+    ("cpus below 0", resources(cpus=-1), "resources.cpus: "),
+    ("memory in bytes", resources(memory_mb=64 * MIB), "resources.memory_mb: "),
+    ("swap in bytes", resources(memory_mb=64, memory_swap_mb=64 * MIB), "memory_swap_mb: "),
+    ("shared memory in bytes", resources(shm_size_mb=64 * MIB), "resources.shm_size_mb: "),
+    ("tmpfs in bytes", volume(type="tmpfs", size_mb=64 * MIB, **ANON), "volumes[0].size_mb: "),
+    ("swap without memory", resources(memory_swap_mb=64), "resources.memory_swap_mb: "),
+    ("less than memory", resources(memory_mb=64, memory_swap_mb=63), "memory_swap_mb: "),
+    ("processes below 0", resources(pids=-1), "resources.pids: "),
+    ("soft above hard", resources(ulimits={"core": [2, 1]}), "resources.ulimits.core: "),
+    ("no limit above a hard one", resources(ulimits={"core": [-1, 1]}), "ulimits.core: "),
+    ("three limits", resources(ulimits={"core": [1, 2, 3]}), "resources.ulimits.core: "),
+    ("limit in an array of its own", resources(ulimits={"core": [[1]]}), "ulimits.core"),
+    ("name of a limit", resources(ulimits={"files": 1}), "resources.ulimits.files: must be one"),
+    ("two checks", health(cmd=["a"], shell="a"), "healthcheck: "),
+    ("check and none", health(cmd=["a"], disable=True), "healthcheck: "),
+    ("times of none", health(disable=True, interval=1), "at most one of cmd"),
+    ("empty check", health(cmd=[]), "healthcheck.cmd: "),
+    ("empty shell check", health(shell=""), "healthcheck.shell: "),
+    ("check more often than the Engine can", health(interval=0.0001), "healthcheck.interval: "),
+    ("time as text", health(timeout="3s"), "healthcheck.timeout: "),
+    ("log of no size", image(log={"max_size_mb": 0}), "log.max_size_mb: "),
+    ("no log files", image(log={"max_files": 0}), "log.max_files: "),
+    ("removed and restarted", image(auto_remove=True, restart_policy={"name": "always"}), "auto"),
+    ("stop signal by number", image(stop_signal="15"), "stop_signal: "),
+    ("wait of days", image(stop_timeout=86_401), "stop_timeout: "),
+    ("no address", image(extra_hosts={"a": "b"}), "extra_hosts.a: "),
+    ("colon in a host's name", image(extra_hosts={"a:b": "1.2.3.4"}), "extra_hosts.a:b: "),
+    ("name server by name", image(dns=["localhost"]), "dns[0]: "),
+    ("no graphics cards", image(gpus=0), "gpus: "),
+    ("relative device", image(devices=["dev/sda"]), "devices[0]: "),
+    ("device's access", image(devices=["/dev/sda:/dev/sda:x"]), "devices[0]: "),
+    ("sysctl with a value in its name", image(sysctls={"a=b": "1"}), "sysctls.a=b: "),
+    ("sysctl as a number", image(sysctls={"a": 1}), "sysctls.a: must be a string"),
+    ("processes of a network", image(pid_mode="web"), "pid_mode: "),
+))  # fmt: skip
 def test_create_is_refused_before_it_reaches_anything(body, word, pair):
     assert_envelope(pair.agent.post(CREATE, body), 400, word)
     assert pair.engine.requests() == []
 
 
-@pytest.mark.parametrize(
-    "path, body, message",
-    cases(
-        ("empty body", CREATE, b" ", "body: is empty; it must be a JSON object, such as "),
-        (
-            "single quotes",
-            CREATE,
-            b"{'image': 'a'}",
-            'must be a JSON object, such as {"image": "nginx',
-        ),
-        ("compose's ./a", CREATE, volume(source="./a", **ANON), "a bind's source begins with a /"),
-        ("CMD of compose's test", CREATE, health(cmd=["CMD", "a"]), "must begin with the program"),
-        ("compose's CMD-SHELL", CREATE, health(cmd=["CMD-SHELL", "a"]), "CMD-SHELL is shell here"),
-        ("compose's NONE", CREATE, health(cmd=["NONE"]), "NONE disable"),
-        ("array", CREATE, image(cmd="sleep 1"), 'cmd: must be an array of strings, such as ["s'),
-        (
-            "map of env",
-            CREATE,
-            image(env={"A": "1"}),
-            'env: must be an array of strings, such as ["',
-        ),
-        (
-            "policy",
-            CREATE,
-            image(restart_policy="no"),
-            "restart_policy: must be a JSON object, such",
-        ),
-        ("number for a user", CREATE, image(user=1000), 'user: must be a string, such as "1000:'),
-        ("port", CREATE, image(ports=[80]), 'ports[0]: must be a JSON object, such as {"container'),
-        ("mode as a number", FILES, {"path": "/a", "content": "", "permission": 644}, '"0644"'),
-        ("mode without quotes", FILES, b'{"permission":0644}', 'write "0644" in quotes'),
-        (
-            "compose's environment",
-            CREATE,
-            image(environment={}),
-            "environment: is unknown; did you mean env?",
-        ),
-        ("compose's restart", CREATE, image(restart="no"), "did you mean restart_policy?"),
-        ("compose's command", CREATE, image(command="a"), "did you mean cmd?"),
-        ("compose's mem_limit", CREATE, image(mem_limit="5m"), "did you mean resources.memory_mb?"),
-        ("the Engine's Image", CREATE, {"Image": "a"}, "did you mean image?"),
-        ("the Engine's HostConfig", CREATE, image(HostConfig={}), "did you mean volumes, ports"),
-        ("docker run's --net", CREATE, image(net="host"), "did you mean networks?"),
-        ("a letter less", CREATE, image(port=[]), "port: is unknown; did you mean ports?"),
-        ("compose's ro", CREATE, volume(target="/a", ro=True), "did you mean read_only?"),
-        ("mounts", CREATE, image(mounts=[]), "mounts: is unknown; did you mean volumes?"),
-        ("the Engine's Binds", CREATE, image(Binds=[]), "Binds: is unknown; did you mean volumes?"),
-        ("docker run's --tmpfs", CREATE, image(tmpfs=["/a"]), "did you mean volumes?"),
-        ("docker run's --pids-limit", CREATE, image(**{"pids-limit": 5}), "mean resources.pids?"),
-        ("the same inside", CREATE, image(resources={"mem_limit": 5}), "did you mean memory_mb?"),
-        ("compose's test", CREATE, image(healthcheck={"test": ["CMD", "a"]}), "did you mean cmd?"),
-        ("our list's port", CREATE, image(ports=[{"public_port": 80}]), "did you mean host_port?"),
-        ("the Engine's DeviceRequests", CREATE, image(DeviceRequests=[]), "did you mean gpus?"),
-        ("the Engine's log Type", CREATE, image(log={"Type": "local"}), "did you mean driver?"),
-        ("the Engine's tag", PULL, image(tag="1"), "did you mean image?"),
-        ("mode of a file", FILES, {"path": "/a", "mode": "0644"}, "did you mean permission?"),
-        ("letters that changed places", CREATE, image(lables={}), "did you mean labels?"),
-        ("the same in a short name", CREATE, image(prots=[]), "did you mean ports?"),
-        ("a misspelt name of compose's", CREATE, image(enviroment={}), "did you mean env?"),
-        ("compose's target", CREATE, image(ports=[{"target": 80}]), "did you mean container_port?"),
-        ("compose's limits", CREATE, image(resources={"limits": {}}), "did you mean cpus, memory_"),
-        ("docker run's --health-cmd", CREATE, image(**{"health-cmd": "a"}), "healthcheck.shell?"),
-        ("docker run's --no-healthcheck", CREATE, image(no_healthcheck=1), "healthcheck.disable?"),
-        ("docker run's --log-driver", CREATE, image(**{"log-driver": "a"}), "mean log.driver?"),
-        ("docker run's --workdir", CREATE, image(workdir="/a"), "did you mean working_dir?"),
-        ("test as a string", CREATE, health(cmd="a"), 'shell goes into shell), such as ["curl'),
-        ("compose's interval", CREATE, health(interval="30s"), "1,000,000, in seconds"),
-        ("compose's stop_grace_period", CREATE, image(stop_timeout="1m"), "86,400, in seconds"),
-        ("a capability", CREATE, image(cap_add="SYS_TIME"), 'as ["NET_ADMIN"]'),
-        (
-            "field that is left out",
-            "/api/v1/run",
-            image(rm=1),
-            "auto_remove? It must be left out: the con",
-        ),
-        (
-            "nested field at the top",
-            CREATE,
-            image(memory_mb=5),
-            "did you mean resources.memory_mb?",
-        ),
-        (
-            "a name like no other",
-            CREATE,
-            image(qqq=1),
-            "qqq: is unknown; known here: image, name, ",
-        ),
-        (
-            "where nothing is known",
-            f"{CREATE}/web/start",
-            {"a": 1},
-            "a: is unknown; nothing can be set",
-        ),
-        ("signal in the query", f"{KILL}?signal=HUP", b"", "query.signal: goes into the body"),
-        ("image in the query", f"{PULL}?image=a", b"", "query.image: goes into the body"),
-        ("the Engine's ?t= of a stop", f"{CREATE}/web/stop?t=5", b"", "body takes timeout, signal"),
-    ),
-)
+@pytest.mark.parametrize("path, body, message", cases(
+    ("empty body", CREATE, b" ", "body: is empty; it must be a JSON object, such as "),
+    ("single quotes", CREATE, b"{'image': 'a'}", 'must be a JSON object, such as {"image": "nginx'),
+    ("compose's ./a", CREATE, volume(source="./a", **ANON), "a bind's source begins with a /"),
+    ("CMD of compose's test", CREATE, health(cmd=["CMD", "a"]), "must begin with the program"),
+    ("compose's CMD-SHELL", CREATE, health(cmd=["CMD-SHELL", "a"]), "CMD-SHELL is shell here"),
+    ("compose's NONE", CREATE, health(cmd=["NONE"]), "NONE disable"),
+    ("array", CREATE, image(cmd="sleep 1"), 'cmd: must be an array of strings, such as ["s'),
+    ("map of env", CREATE, image(env={"A": "1"}), 'env: must be an array of strings, such as ["'),
+    ("policy", CREATE, image(restart_policy="no"), "restart_policy: must be a JSON object, such"),
+    ("number for a user", CREATE, image(user=1000), 'user: must be a string, such as "1000:'),
+    ("port", CREATE, image(ports=[80]), 'ports[0]: must be a JSON object, such as {"container'),
+    ("mode as a number", FILES, {"path": "/a", "content": "", "permission": 644}, '"0644"'),
+    ("mode without quotes", FILES, b'{"permission":0644}', 'write "0644" in quotes'),
+    ("compose's environment", CREATE, image(environment={}),
+     "environment: is unknown; did you mean env?"),
+    ("compose's restart", CREATE, image(restart="no"), "did you mean restart_policy?"),
+    ("compose's command", CREATE, image(command="a"), "did you mean cmd?"),
+    ("compose's mem_limit", CREATE, image(mem_limit="5m"), "did you mean resources.memory_mb?"),
+    ("the Engine's Image", CREATE, {"Image": "a"}, "did you mean image?"),
+    ("the Engine's HostConfig", CREATE, image(HostConfig={}), "did you mean volumes, ports"),
+    ("docker run's --net", CREATE, image(net="host"), "did you mean networks?"),
+    ("a letter less", CREATE, image(port=[]), "port: is unknown; did you mean ports?"),
+    ("compose's ro", CREATE, volume(target="/a", ro=True), "did you mean read_only?"),
+    ("mounts", CREATE, image(mounts=[]), "mounts: is unknown; did you mean volumes?"),
+    ("the Engine's Binds", CREATE, image(Binds=[]), "Binds: is unknown; did you mean volumes?"),
+    ("docker run's --tmpfs", CREATE, image(tmpfs=["/a"]), "did you mean volumes?"),
+    ("docker run's --pids-limit", CREATE, image(**{"pids-limit": 5}), "mean resources.pids?"),
+    ("the same inside", CREATE, image(resources={"mem_limit": 5}), "did you mean memory_mb?"),
+    ("compose's test", CREATE, image(healthcheck={"test": ["CMD", "a"]}), "did you mean cmd?"),
+    ("our list's port", CREATE, image(ports=[{"public_port": 80}]), "did you mean host_port?"),
+    ("the Engine's DeviceRequests", CREATE, image(DeviceRequests=[]), "did you mean gpus?"),
+    ("the Engine's log Type", CREATE, image(log={"Type": "local"}), "did you mean driver?"),
+    ("the Engine's tag", PULL, image(tag="1"), "did you mean image?"),
+    ("mode of a file", FILES, {"path": "/a", "mode": "0644"}, "did you mean permission?"),
+    ("letters that changed places", CREATE, image(lables={}), "did you mean labels?"),
+    ("the same in a short name", CREATE, image(prots=[]), "did you mean ports?"),
+    ("a misspelt name of compose's", CREATE, image(enviroment={}), "did you mean env?"),
+    ("compose's target", CREATE, image(ports=[{"target": 80}]), "did you mean container_port?"),
+    ("compose's limits", CREATE, image(resources={"limits": {}}), "did you mean cpus, memory_"),
+    ("docker run's --health-cmd", CREATE, image(**{"health-cmd": "a"}), "healthcheck.shell?"),
+    ("docker run's --no-healthcheck", CREATE, image(no_healthcheck=1), "healthcheck.disable?"),
+    ("docker run's --log-driver", CREATE, image(**{"log-driver": "a"}), "mean log.driver?"),
+    ("docker run's --workdir", CREATE, image(workdir="/a"), "did you mean working_dir?"),
+    ("test as a string", CREATE, health(cmd="a"), 'shell goes into shell), such as ["curl'),
+    ("compose's interval", CREATE, health(interval="30s"), "1,000,000, in seconds"),
+    ("compose's stop_grace_period", CREATE, image(stop_timeout="1m"), "86,400, in seconds"),
+    ("a capability", CREATE, image(cap_add="SYS_TIME"), 'as ["NET_ADMIN"]'),
+    ("field that is left out", "/api/v1/run", image(rm=1),
+     "auto_remove? It must be left out: the con"),
+    ("nested field at the top", CREATE, image(memory_mb=5), "did you mean resources.memory_mb?"),
+    ("a name like no other", CREATE, image(qqq=1), "qqq: is unknown; known here: image, name, "),
+    ("where nothing is known", f"{CREATE}/web/start", {"a": 1},
+     "a: is unknown; nothing can be set"),
+    ("signal in the query", f"{KILL}?signal=HUP", b"", "query.signal: goes into the body"),
+    ("image in the query", f"{PULL}?image=a", b"", "query.image: goes into the body"),
+    ("the Engine's ?t= of a stop", f"{CREATE}/web/stop?t=5", b"", "body takes timeout, signal"),
+))  # fmt: skip
 def test_message_says_what_to_write(path, body, message, pair):
     assert_envelope(pair.agent.post(path, body), 400, message)
     assert pair.engine.requests() == []
@@ -2791,104 +2537,59 @@ def test_no_list_of_names_has_one_that_must_be_left_out(pair):
     assert reply.json()["message"] == f"volumes[0].bind: is unknown; known here: {known}"
 
 
-@pytest.mark.parametrize(
-    "fields, checked",
-    cases(
-        ("labels", {"labels": {"": "", "a.b/c": "\n"}}, {"labels": {"": "", "a.b/c": "\n"}}),
-        (
-            "ports as strings",
-            {"ports": [{"container_port": "65535", "host_port": "001"}]},
-            {
-                "ports": [
-                    {"container_port": 65535, "host_port": 1, "protocol": "tcp", "host_ip": ""}
-                ]
-            },
-        ),
-        (
-            "port that the Engine picks",
-            {"ports": [{"container_port": 1, "host_port": p} for p in ("", "0", 0, None)]},
-            {
-                "ports": [{"container_port": 1, "host_port": 0, "protocol": "tcp", "host_ip": ""}]
-                * 4
-            },
-        ),
-        (
-            "types of volumes",
-            {"volumes": [{"source": "/a/", **ANON}, {"source": "ab", **ANON}, ANON]},
-            {
-                "volumes": [
-                    {"source": "/a", "type": "bind", **ANON},
-                    {"source": "ab", "type": "volume", **ANON},
-                    {"type": "volume", **ANON},
-                ]
-            },
-        ),
-        (
-            "bind of everything, and of names with dots",
-            {"volumes": [{"source": "/", **ANON}, {"source": "/..a/b./...", **ANON}]},
-            {
-                "volumes": [
-                    {"source": "/", "type": "bind", **ANON},
-                    {"source": "/..a/b./...", "type": "bind", **ANON},
-                ]
-            },
-        ),
-        (
-            "networks",
-            {"networks": ["a", {"name": "b", "aliases": ["c_d"]}]},
-            {"networks": [{"name": "a", "aliases": []}, {"name": "b", "aliases": ["c_d"]}]},
-        ),
-        (
-            "mode is the first of the networks",
-            {"networks": ["a", "b"], "network_mode": "b"},
-            {"networks": [{"name": "b", "aliases": []}, {"name": "a", "aliases": []}]},
-        ),
-        (
-            "mode is one more network",
-            {"networks": ["a"], "network_mode": "b"},
-            {"networks": [{"name": "b", "aliases": []}, {"name": "a", "aliases": []}]},
-        ),
-        (
-            "default bridge gives way to networks",
-            {"networks": ["a"], "network_mode": "bridge"},
-            {"networks": [{"name": "a", "aliases": []}]},
-        ),
-        (
-            "default bridge by its name",
-            {"networks": [], "network_mode": "bridge"},
-            {"networks": [{"name": "bridge", "aliases": []}]},
-        ),
-        ("default", {"networks": [], "network_mode": "default"}, {}),
-        ("host as a network", {"networks": ["host"]}, {"network_mode": "host"}),
-        ("none", {"network_mode": "none"}, {"network_mode": "none"}),
-        ("another's", {"network_mode": "container:ab"}, {"network_mode": "container:ab"}),
-        (
-            "no limit",
-            {"resources": {"cpus": 0, "memory_mb": 0, "cpu_shares": 0, "pids": 0}},
-            {"resources": {"cpus": 0, "memory_mb": 0, "cpu_shares": 0, "pids": 0}},
-        ),
-        (
-            "most",
-            {"resources": {"cpus": 10**6, "memory_mb": 2**25, "cpu_shares": 262_144}},
-            {"resources": {"cpus": 10**6, "memory_mb": 2**25, "cpu_shares": 262_144}},
-        ),
-        (
-            "limits in three forms",
-            {"resources": {"ulimits": {"nofile": 5, "core": [0, -1], "stack": 2**63 - 1}}},
-            {
-                "resources": {
-                    "ulimits": {"nofile": [5, 5], "core": [0, -1], "stack": [2**63 - 1] * 2}
-                }
-            },
-        ),
-        ("check that is not off", {"healthcheck": {"disable": False}}, {"healthcheck": {}}),
-        (
-            "retries with any policy",
-            {"restart_policy": {"name": "always", "max_retry_count": 0}},
-            {"restart_policy": {"name": "always", "max_retry_count": 0}},
-        ),
+@pytest.mark.parametrize("fields, checked", cases(
+    ("labels", {"labels": {"": "", "a.b/c": "\n"}}, {"labels": {"": "", "a.b/c": "\n"}}),
+    ("ports as strings", {"ports": [{"container_port": "65535", "host_port": "001"}]},
+     {"ports": [{"container_port": 65535, "host_port": 1, "protocol": "tcp", "host_ip": ""}]}),
+    ("port that the Engine picks",
+     {"ports": [{"container_port": 1, "host_port": p} for p in ("", "0", 0, None)]},
+     {"ports": [{"container_port": 1, "host_port": 0, "protocol": "tcp", "host_ip": ""}] * 4}),
+    (
+        "types of volumes",
+        {"volumes": [{"source": "/a/", **ANON}, {"source": "ab", **ANON}, ANON]},
+        {
+            "volumes": [
+                {"source": "/a", "type": "bind", **ANON},
+                {"source": "ab", "type": "volume", **ANON},
+                {"type": "volume", **ANON},
+            ]
+        },
     ),
-)
+    (
+        "bind of everything, and of names with dots",
+        {"volumes": [{"source": "/", **ANON}, {"source": "/..a/b./...", **ANON}]},
+        {
+            "volumes": [
+                {"source": "/", "type": "bind", **ANON},
+                {"source": "/..a/b./...", "type": "bind", **ANON},
+            ]
+        },
+    ),
+    ("networks", {"networks": ["a", {"name": "b", "aliases": ["c_d"]}]},
+     {"networks": [{"name": "a", "aliases": []}, {"name": "b", "aliases": ["c_d"]}]}),
+    ("mode is the first of the networks", {"networks": ["a", "b"], "network_mode": "b"},
+     {"networks": [{"name": "b", "aliases": []}, {"name": "a", "aliases": []}]}),
+    ("mode is one more network", {"networks": ["a"], "network_mode": "b"},
+     {"networks": [{"name": "b", "aliases": []}, {"name": "a", "aliases": []}]}),
+    ("default bridge gives way to networks", {"networks": ["a"], "network_mode": "bridge"},
+     {"networks": [{"name": "a", "aliases": []}]}),
+    ("default bridge by its name", {"networks": [], "network_mode": "bridge"},
+     {"networks": [{"name": "bridge", "aliases": []}]}),
+    ("default", {"networks": [], "network_mode": "default"}, {}),
+    ("host as a network", {"networks": ["host"]}, {"network_mode": "host"}),
+    ("none", {"network_mode": "none"}, {"network_mode": "none"}),
+    ("another's", {"network_mode": "container:ab"}, {"network_mode": "container:ab"}),
+    ("no limit", {"resources": {"cpus": 0, "memory_mb": 0, "cpu_shares": 0, "pids": 0}},
+     {"resources": {"cpus": 0, "memory_mb": 0, "cpu_shares": 0, "pids": 0}}),
+    ("most", {"resources": {"cpus": 10**6, "memory_mb": 2**25, "cpu_shares": 262_144}},
+     {"resources": {"cpus": 10**6, "memory_mb": 2**25, "cpu_shares": 262_144}}),
+    ("limits in three forms",
+     {"resources": {"ulimits": {"nofile": 5, "core": [0, -1], "stack": 2**63 - 1}}},
+     {"resources": {"ulimits": {"nofile": [5, 5], "core": [0, -1], "stack": [2**63 - 1] * 2}}}),
+    ("check that is not off", {"healthcheck": {"disable": False}}, {"healthcheck": {}}),
+    ("retries with any policy", {"restart_policy": {"name": "always", "max_retry_count": 0}},
+     {"restart_policy": {"name": "always", "max_retry_count": 0}}),
+))  # fmt: skip
 def test_checked_body_has_one_form(fields, checked):
     assert da.validate(da.CREATE, {"image": "a", **fields}) == {"image": "a", **checked}
 
@@ -3084,91 +2785,78 @@ HEAD = message("POST /api/v1/containers/web/start")
 HOST = b"Host: agent\r\n"
 
 
-@pytest.mark.parametrize(
-    "old, new, status",
-    cases(
-        ("bare LF after the request line", b"1.1\r\n", b"1.1\n", 400),
-        ("bare LF after a header", HOST, b"Host: agent\n", 400),
-        ("bare LF alone ends the head", b"\r\n\r\n", b"\n\n", 400),
-        ("bare CR in a value", HOST, b"Host: agent\rX: y\r\n", 400),
-        ("bare CR before CRLF", HOST, b"Host: agent\r\r\n", 400),
-        ("bare CR in the request line", b" HTTP", b"\r HTTP", 400),
-        ("NUL in a value", HOST, b"Host: ag\0ent\r\n", 400),
-        ("NUL in a name", HOST, HOST + b"X\0: y\r\n", 400),
-        ("vertical tab in a value", HOST, HOST + b"X: a\x0bb\r\n", 400),
-        ("folded line", HOST, b"Host: agent\r\n folded\r\n", 400),
-        ("folded line with a tab", HOST, b"X: y\r\n\tfolded\r\n" + HOST, 400),
-        ("first header begins with a space", HOST, b" " + HOST, 400),
-        ("space before the colon", HOST, b"Host : agent\r\n", 400),
-        ("tab before the colon", HOST, HOST + b"Content-Length\t: 5\r\n", 400),
-        ("no colon", HOST, HOST + b"Content-Length 5\r\n", 400),
-        ("no name", HOST, HOST + b": 5\r\n", 400),
-        ("name that is no token", HOST, HOST + b"Content(Length): 5\r\n", 400),
-        ("no Host", HOST, b"", 400),
-        ("two Hosts", HOST, HOST * 2, 400),
-        ("Host that is two", HOST, b"Host: a b\r\n", 400),
-        ("Host with a path", HOST, b"Host: agent/x\r\n", 400),
-        ("two lengths", HOST, HOST + b"Content-Length: 5\r\nContent-Length: 5\r\n", 400),
-        ("two different lengths", HOST, HOST + b"Content-Length: 5\r\ncontent-length: 6\r\n", 400),
-        *(
-            (f"length {value!r}", HOST, HOST + b"Content-Length: " + value + b"\r\n", 400)
-            for value in (
-                b"+5",
-                b"-1",
-                b"0x5",
-                b"5, 5",
-                b"",
-                b"5 5",
-                b"1_0",
-                b"5.0",
-                b"\xb2",
-                b"five",
-            )
-        ),
-        (
-            "coding and length",
-            HOST,
-            HOST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n",
-            400,
-        ),
-        (
-            "length and coding",
-            HOST,
-            HOST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n",
-            400,
-        ),
-        ("coding twice", HOST, HOST + b"Transfer-Encoding: chunked\r\n" * 2, 400),
-        ("coding in HTTP/1.0", b"1.1\r\n", b"1.0\r\nTransfer-Encoding: chunked\r\n", 400),
-        *(
-            (f"coding {value!r}", HOST, HOST + b"Transfer-Encoding: " + value + b"\r\n", 501)
-            for value in (
-                b"gzip",
-                b"gzip, chunked",
-                b"chunked, gzip",
-                b"identity",
-                b"xchunked",
-                b"chunked;a=b",
-                b"",
-            )
-        ),
-        ("no version", b" HTTP/1.1", b"", 400),
-        ("small letters in the version", b"HTTP/1.1", b"http/1.1", 400),
-        ("space after the version", b"1.1\r\n", b"1.1 \r\n", 400),
-        ("long version", b"HTTP/1.1", b"HTTP/1.10", 400),
-        ("HTTP/2.0", b"HTTP/1.1", b"HTTP/2.0", 505),
-        ("two spaces", b" HTTP", b"  HTTP", 400),
-        ("tab for a space", b"POST ", b"POST\t", 400),
-        ("space before the method", b"POST", b" POST", 400),
-        ("no target", b"/api/v1/containers/web/start ", b"", 400),
-        ("target that is not ASCII", b"web", b"w\xc3\xa9b", 400),
-        ("control character in the target", b"web", b"w\x7fb", 400),
-        ("target of 9,000 bytes", b"web", b"w" * 9000, 414),
-        ("101 headers", HOST, HOST + b"X: y\r\n" * 99, 431),
-        ("33 KiB of headers", HOST, HOST + b"X: " + b"y" * 33 * 1024 + b"\r\n", 431),
-        ("33 KiB of a header's name", HOST, HOST + b"X" * 33 * 1024, 431),
-        ("TLS", b"POST", bytes.fromhex("160301020001"), 400),
+@pytest.mark.parametrize("old, new, status", cases(
+    ("bare LF after the request line", b"1.1\r\n", b"1.1\n", 400),
+    ("bare LF after a header", HOST, b"Host: agent\n", 400),
+    ("bare LF alone ends the head", b"\r\n\r\n", b"\n\n", 400),
+    ("bare CR in a value", HOST, b"Host: agent\rX: y\r\n", 400),
+    ("bare CR before CRLF", HOST, b"Host: agent\r\r\n", 400),
+    ("bare CR in the request line", b" HTTP", b"\r HTTP", 400),
+    ("NUL in a value", HOST, b"Host: ag\0ent\r\n", 400),
+    ("NUL in a name", HOST, HOST + b"X\0: y\r\n", 400),
+    ("vertical tab in a value", HOST, HOST + b"X: a\x0bb\r\n", 400),
+    ("folded line", HOST, b"Host: agent\r\n folded\r\n", 400),
+    ("folded line with a tab", HOST, b"X: y\r\n\tfolded\r\n" + HOST, 400),
+    ("first header begins with a space", HOST, b" " + HOST, 400),
+    ("space before the colon", HOST, b"Host : agent\r\n", 400),
+    ("tab before the colon", HOST, HOST + b"Content-Length\t: 5\r\n", 400),
+    ("no colon", HOST, HOST + b"Content-Length 5\r\n", 400),
+    ("no name", HOST, HOST + b": 5\r\n", 400),
+    ("name that is no token", HOST, HOST + b"Content(Length): 5\r\n", 400),
+    ("no Host", HOST, b"", 400),
+    ("two Hosts", HOST, HOST * 2, 400),
+    ("Host that is two", HOST, b"Host: a b\r\n", 400),
+    ("Host with a path", HOST, b"Host: agent/x\r\n", 400),
+    ("two lengths", HOST, HOST + b"Content-Length: 5\r\nContent-Length: 5\r\n", 400),
+    ("two different lengths", HOST, HOST + b"Content-Length: 5\r\ncontent-length: 6\r\n", 400),
+    *(
+        (f"length {value!r}", HOST, HOST + b"Content-Length: " + value + b"\r\n", 400)
+        for value in (
+            b"+5",
+            b"-1",
+            b"0x5",
+            b"5, 5",
+            b"",
+            b"5 5",
+            b"1_0",
+            b"5.0",
+            b"\xb2",
+            b"five",
+        )
     ),
-)
+    ("coding and length", HOST, HOST + b"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", 400),
+    ("length and coding", HOST, HOST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n", 400),
+    ("coding twice", HOST, HOST + b"Transfer-Encoding: chunked\r\n" * 2, 400),
+    ("coding in HTTP/1.0", b"1.1\r\n", b"1.0\r\nTransfer-Encoding: chunked\r\n", 400),
+    *(
+        (f"coding {value!r}", HOST, HOST + b"Transfer-Encoding: " + value + b"\r\n", 501)
+        for value in (
+            b"gzip",
+            b"gzip, chunked",
+            b"chunked, gzip",
+            b"identity",
+            b"xchunked",
+            b"chunked;a=b",
+            b"",
+        )
+    ),
+    ("no version", b" HTTP/1.1", b"", 400),
+    ("small letters in the version", b"HTTP/1.1", b"http/1.1", 400),
+    ("space after the version", b"1.1\r\n", b"1.1 \r\n", 400),
+    ("long version", b"HTTP/1.1", b"HTTP/1.10", 400),
+    ("HTTP/2.0", b"HTTP/1.1", b"HTTP/2.0", 505),
+    ("two spaces", b" HTTP", b"  HTTP", 400),
+    ("tab for a space", b"POST ", b"POST\t", 400),
+    ("space before the method", b"POST", b" POST", 400),
+    ("no target", b"/api/v1/containers/web/start ", b"", 400),
+    ("target that is not ASCII", b"web", b"w\xc3\xa9b", 400),
+    ("control character in the target", b"web", b"w\x7fb", 400),
+    ("target of 9,000 bytes", b"web", b"w" * 9000, 414),
+    ("101 headers", HOST, HOST + b"X: y\r\n" * 99, 431),
+    ("33 KiB of headers", HOST, HOST + b"X: " + b"y" * 33 * 1024 + b"\r\n", 431),
+    ("33 KiB of a header's name", HOST, HOST + b"X" * 33 * 1024, 431),
+    ("TLS", b"POST", bytes.fromhex("160301020001"), 400),
+))  # fmt: skip
 def test_hostile_head_has_one_answer_and_is_the_last(old, new, status, pair):
     assert old in HEAD
     head = HEAD.replace(old, new, 1)
@@ -3201,33 +2889,19 @@ def test_head_that_can_be_none_is_refused_before_its_end(size, rest, pair):
 LONG_LINE = len(message("GET /?", key="").partition(b"\r\n")[0])
 
 
-@pytest.mark.parametrize(
-    "data, status",
-    cases(
-        ("as it is", message("GET /x", LAST), 404),
-        ("white space around values", message("GET /x", "Connection: \t close \t"), 404),
-        ("empty line first", b"\r\n" + message("GET /x", LAST), 404),
-        ("HTTP/1.0 without a Host", b"GET /x HTTP/1.0\r\n\r\n", 404),
-        ("bytes over 127 in a value", message("GET /x", "X: é", LAST), 404),
-        ("request line of 8 KiB", message("GET /?" + "a" * (8192 - LONG_LINE), LAST, key=""), 404),
-        (
-            "request line of a byte more",
-            message("GET /?" + "a" * (8193 - LONG_LINE), LAST, key=""),
-            414,
-        ),
-        ("100 headers", message("GET /x", *["X: y"] * 97, LAST), 404),
-        (
-            "32 KiB of headers",
-            b"GET /x HTTP/1.0\r\nX: " + b"y" * (32 * 1024 - 5) + b"\r\n\r\n",
-            404,
-        ),
-        (
-            "32 KiB and a byte",
-            b"GET /x HTTP/1.0\r\nX: " + b"y" * (32 * 1024 - 4) + b"\r\n\r\n",
-            431,
-        ),
-    ),
-)
+@pytest.mark.parametrize("data, status", cases(
+    ("as it is", message("GET /x", LAST), 404),
+    ("white space around values", message("GET /x", "Connection: \t close \t"), 404),
+    ("empty line first", b"\r\n" + message("GET /x", LAST), 404),
+    ("HTTP/1.0 without a Host", b"GET /x HTTP/1.0\r\n\r\n", 404),
+    ("bytes over 127 in a value", message("GET /x", "X: é", LAST), 404),
+    ("request line of 8 KiB", message("GET /?" + "a" * (8192 - LONG_LINE), LAST, key=""), 404),
+    ("request line of a byte more", message("GET /?" + "a" * (8193 - LONG_LINE), LAST, key=""),
+     414),
+    ("100 headers", message("GET /x", *["X: y"] * 97, LAST), 404),
+    ("32 KiB of headers", b"GET /x HTTP/1.0\r\nX: " + b"y" * (32 * 1024 - 5) + b"\r\n\r\n", 404),
+    ("32 KiB and a byte", b"GET /x HTTP/1.0\r\nX: " + b"y" * (32 * 1024 - 4) + b"\r\n\r\n", 431),
+))  # fmt: skip
 def test_head_at_its_limits_however_it_is_cut(data, status, pair):
     ends = [data.find(b"\r\n") + 1, data.find(b"\r\n") + 2, len(data) - 3, len(data) - 1]
     for cuts in ([0], *([end] for end in ends), range(len(data) if len(data) < 500 else 0)):
@@ -3246,18 +2920,13 @@ def test_head_at_its_limits_however_it_is_cut(data, status, pair):
 CHUNKED = message("POST /api/v1/containers/web/kill", "Transfer-Encoding: chunked")
 
 
-@pytest.mark.parametrize(
-    "body",
-    cases(
-        ("one chunk", b'10\r\n{"signal":"HUP"}\r\n0\r\n\r\n'),
-        ("many chunks", b'1\r\n{\r\nF\r\n"signal":"HUP"}\r\n0\r\n\r\n'),
-        (
-            "zeros, capitals, extensions",
-            b'00000001\r\n{\r\n0f;a="b" ; c\r\n"signal":"HUP"}\r\n000;x\r\n\r\n',
-        ),
-        ("trailer", b'10\r\n{"signal":"HUP"}\r\n0\r\nX-API-Key: a\r\nY:\r\n\r\n'),
-    ),
-)
+@pytest.mark.parametrize("body", cases(
+    ("one chunk", b'10\r\n{"signal":"HUP"}\r\n0\r\n\r\n'),
+    ("many chunks", b'1\r\n{\r\nF\r\n"signal":"HUP"}\r\n0\r\n\r\n'),
+    ("zeros, capitals, extensions",
+     b'00000001\r\n{\r\n0f;a="b" ; c\r\n"signal":"HUP"}\r\n000;x\r\n\r\n'),
+    ("trailer", b'10\r\n{"signal":"HUP"}\r\n0\r\nX-API-Key: a\r\nY:\r\n\r\n'),
+))  # fmt: skip
 def test_good_chunks(body, pair):
     for size in (1 << 20, 1):
         data = CHUNKED + body + message("GET /next", LAST)
@@ -3313,21 +2982,14 @@ def test_bad_chunks_are_400_and_the_last(body, pair):
     assert pair.engine.requests() == []
 
 
-@pytest.mark.parametrize(
-    "head, status",
-    cases(
-        ("wrong key", message("POST /api/v1/files", "Content-Length: %d", key="x"), 401),
-        ("unknown path", message("POST /nowhere", "Content-Length: %d"), 404),
-        ("wrong method", message("PUT /api/v1/files", "Content-Length: %d"), 405),
-        ("bad query", message("POST /api/v1/files?a=b", "Content-Length: %d"), 400),
-        ("where no body is taken", message("GET /health", "Content-Length: %d"), 400),
-        (
-            "unknown expectation",
-            message("POST /api/v1/files", "Content-Length: %d", "Expect: x"),
-            417,
-        ),
-    ),
-)
+@pytest.mark.parametrize("head, status", cases(
+    ("wrong key", message("POST /api/v1/files", "Content-Length: %d", key="x"), 401),
+    ("unknown path", message("POST /nowhere", "Content-Length: %d"), 404),
+    ("wrong method", message("PUT /api/v1/files", "Content-Length: %d"), 405),
+    ("bad query", message("POST /api/v1/files?a=b", "Content-Length: %d"), 400),
+    ("where no body is taken", message("GET /health", "Content-Length: %d"), 400),
+    ("unknown expectation", message("POST /api/v1/files", "Content-Length: %d", "Expect: x"), 417),
+))  # fmt: skip
 def test_request_behind_an_unread_body_is_never_answered(head, status, pair):
     data = head.replace(b"%d", b"%d" % len(SMUGGLED)) + SMUGGLED
     for size in (1 << 20, 1):
@@ -3421,40 +3083,23 @@ def test_answer_is_never_altered(fake_engine):
         assert_envelope(agent.post(KILL, {"web": 1}, key="web"), 400, "web: is unknown")
 
 
-@pytest.mark.parametrize(
-    "fields, status, word",
-    cases(
-        ("X-API-Key", [f"X-API-Key: {KEY}"], 200, ""),
-        ("bearer", [f"Authorization: Bearer {KEY}"], 200, ""),
-        ("bearer in small letters, two spaces", [f"authorization: bearer  {KEY}"], 200, ""),
-        (
-            "a proxy's own scheme beside it",
-            ["Authorization: Basic YTpi", f"X-API-Key: {KEY}"],
-            200,
-            "",
-        ),
-        ("a proxy's own scheme alone", ["Authorization: Basic YTpi"], 401, "a key is needed"),
-        ("none", [], 401, "a key is needed"),
-        ("wrong", ["X-API-Key: x"], 401, "the key is wrong"),
-        ("empty", ["X-API-Key:"], 401, "the key is wrong"),
-        ("empty bearer", ["Authorization: Bearer"], 401, "the key is wrong"),
-        ("twice", [f"X-API-Key: {KEY}"] * 2, 401, "more than once"),
-        (
-            "in both places",
-            [f"X-API-Key: {KEY}", f"Authorization: Bearer {KEY}"],
-            401,
-            "more than once",
-        ),
-        (
-            "right beside wrong",
-            [f"X-API-Key: {KEY}", "Authorization: Bearer x"],
-            401,
-            "more than once",
-        ),
-        ("with a bit more", [f"X-API-Key: {KEY}x"], 401, "the key is wrong"),
-        ("in capitals", [f"X-API-Key: {KEY.upper()}"], 401, "the key is wrong"),
-    ),
-)
+@pytest.mark.parametrize("fields, status, word", cases(
+    ("X-API-Key", [f"X-API-Key: {KEY}"], 200, ""),
+    ("bearer", [f"Authorization: Bearer {KEY}"], 200, ""),
+    ("bearer in small letters, two spaces", [f"authorization: bearer  {KEY}"], 200, ""),
+    ("a proxy's own scheme beside it", ["Authorization: Basic YTpi", f"X-API-Key: {KEY}"], 200, ""),
+    ("a proxy's own scheme alone", ["Authorization: Basic YTpi"], 401, "a key is needed"),
+    ("none", [], 401, "a key is needed"),
+    ("wrong", ["X-API-Key: x"], 401, "the key is wrong"),
+    ("empty", ["X-API-Key:"], 401, "the key is wrong"),
+    ("empty bearer", ["Authorization: Bearer"], 401, "the key is wrong"),
+    ("twice", [f"X-API-Key: {KEY}"] * 2, 401, "more than once"),
+    ("in both places", [f"X-API-Key: {KEY}", f"Authorization: Bearer {KEY}"], 401,
+     "more than once"),
+    ("right beside wrong", [f"X-API-Key: {KEY}", "Authorization: Bearer x"], 401, "more than once"),
+    ("with a bit more", [f"X-API-Key: {KEY}x"], 401, "the key is wrong"),
+    ("in capitals", [f"X-API-Key: {KEY.upper()}"], 401, "the key is wrong"),
+))  # fmt: skip
 def test_key_is_sent_once_in_one_of_two_headers(fields, status, word, pair):
     data = message("GET /api/v1/containers", *fields, LAST, key="")
     reply = split_replies(pair.agent.raw(data))[0]
@@ -4137,56 +3782,44 @@ def cut_short(sock: socket.socket) -> None:
     sock.sendall(HEAD_OK + b'Content-Length: 100\r\n\r\n[{"Id": "')
 
 
-@pytest.mark.parametrize(
-    "answer, status, words",
-    [
-        pytest.param(b"", 502, "", id="hangs up without a word"),
-        pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", 502, "", id="is not HTTP at all"),
-        pytest.param(b"HTTP/1.1 200", 502, "", id="head cut short"),
-        pytest.param(HEAD_OK, 502, "disconnected", id="headers cut short"),
-        pytest.param(HEAD_OK + b"X: 7\r\n" * 9000, 502, "", id="head without an end"),
-        pytest.param(http_answer(b"<html>"), 502, "not JSON", id="200 that is not JSON"),
-        pytest.param(http_answer(b""), 502, "not JSON", id="200 with nothing in it"),
-        pytest.param(cut_short, 502, "", id="half a body"),
+@pytest.mark.parametrize("answer, status, words", [
+    pytest.param(b"", 502, "", id="hangs up without a word"),
+    pytest.param(b"SSH-2.0-OpenSSH_9.2\r\n", 502, "", id="is not HTTP at all"),
+    pytest.param(b"HTTP/1.1 200", 502, "", id="head cut short"),
+    pytest.param(HEAD_OK, 502, "disconnected", id="headers cut short"),
+    pytest.param(HEAD_OK + b"X: 7\r\n" * 9000, 502, "", id="head without an end"),
+    pytest.param(http_answer(b"<html>"), 502, "not JSON", id="200 that is not JSON"),
+    pytest.param(http_answer(b""), 502, "not JSON", id="200 with nothing in it"),
+    pytest.param(cut_short, 502, "", id="half a body"),
+    pytest.param(HEAD_OK + b"Content-Length: 9\r\n\r\n{}", 502, "", id="half a body, valid JSON"),
+    pytest.param(chunked_answer(b"[]", end=False), 502, "", id="no last chunk, valid JSON"),
+    pytest.param(HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 502, "", id="bad chunk"),
+    *(
         pytest.param(
-            HEAD_OK + b"Content-Length: 9\r\n\r\n{}", 502, "", id="half a body, valid JSON"
-        ),
-        pytest.param(chunked_answer(b"[]", end=False), 502, "", id="no last chunk, valid JSON"),
-        pytest.param(
-            HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n", 502, "", id="bad chunk"
-        ),
-        *(
-            pytest.param(
-                HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n" + size + b"\r\n{}",
-                502,
-                "",
-                id=f"chunk of {len(size)} characters below zero",
-            )
-            for size in (b"-5", b"-" + b"f" * 40)
-        ),
-        pytest.param(
-            HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}XX0\r\n\r\n",
+            HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n" + size + b"\r\n{}",
             502,
             "",
-            id="chunk with no line end",
-        ),
-        pytest.param(http_answer(b"<html>", 500), 502, "500", id="500 of a proxy in between"),
-        pytest.param(http_answer(b"Forbidden", 403), 502, "Forbidden", id="403 of a proxy"),
+            id=f"chunk of {len(size)} characters below zero",
+        )
+        for size in (b"-5", b"-" + b"f" * 40)
+    ),
+    pytest.param(HEAD_OK + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}XX0\r\n\r\n", 502, "",
+                 id="chunk with no line end"),
+    pytest.param(http_answer(b"<html>", 500), 502, "500", id="500 of a proxy in between"),
+    pytest.param(http_answer(b"Forbidden", 403), 502, "Forbidden", id="403 of a proxy"),
+    pytest.param(http_answer({"message": "why", "status": 403}, 403), 403, "why",
+                 id="403 of another API"),
+    pytest.param(http_answer({"message": None}, 404), 502, "404", id="404 that says null"),
+    pytest.param(http_answer(b"null", 404), 502, "404", id="404 whose JSON is no object"),
+    pytest.param(http_answer({"message": "why"}, 302), 502, "why", id="redirect not followed"),
+    pytest.param(http_answer({"message": "why"}, 503), 502, "why", id="503 is not the agent's"),
+    *(
         pytest.param(
-            http_answer({"message": "why", "status": 403}, 403), 403, "why", id="403 of another API"
-        ),
-        pytest.param(http_answer({"message": None}, 404), 502, "404", id="404 that says null"),
-        pytest.param(http_answer(b"null", 404), 502, "404", id="404 whose JSON is no object"),
-        pytest.param(http_answer({"message": "why"}, 302), 502, "why", id="redirect not followed"),
-        pytest.param(http_answer({"message": "why"}, 503), 502, "why", id="503 is not the agent's"),
-        *(
-            pytest.param(
-                http_answer({"message": "ünique"}, kept), kept, "ünique", id=f"{kept} stays"
-            )
-            for kept in (400, 401, 403, 404, 409, 500, 501)
-        ),
-    ],
-)
+            http_answer({"message": "ünique"}, kept), kept, "ünique", id=f"{kept} stays"
+        )
+        for kept in (400, 401, 403, 404, 409, 500, 501)
+    ),
+])  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True], ids=["call", "stream"])
 def test_engine_failures(fakes, answer, status, words, stream):
     fake, agent = fakes
@@ -4204,20 +3837,16 @@ def test_engine_failures(fakes, answer, status, words, stream):
     assert agent.get("/health").status == 200
 
 
-@pytest.mark.parametrize(
-    "asked, path, answer",
-    [
-        pytest.param("GET", "/containers/json", http_answer({}), id="list is an object"),
-        pytest.param("GET", "/containers/json", http_answer([1]), id="list of numbers"),
-        pytest.param("GET", "/containers/json", http_answer([{}]), id="container has no id"),
-        pytest.param("POST", "/containers/create", http_answer([], 201), id="created is a list"),
-        pytest.param("POST", "/containers/create", http_answer({}, 201), id="created has no id"),
-        pytest.param(
-            "POST", "/containers/create", http_answer({"Id": "../x"}, 201), id="id that is none"
-        ),
-        pytest.param("POST", "/containers/c1/stop", b"", id="container is null"),
-    ],
-)
+@pytest.mark.parametrize("asked, path, answer", [
+    pytest.param("GET", "/containers/json", http_answer({}), id="list is an object"),
+    pytest.param("GET", "/containers/json", http_answer([1]), id="list of numbers"),
+    pytest.param("GET", "/containers/json", http_answer([{}]), id="container has no id"),
+    pytest.param("POST", "/containers/create", http_answer([], 201), id="created is a list"),
+    pytest.param("POST", "/containers/create", http_answer({}, 201), id="created has no id"),
+    pytest.param("POST", "/containers/create", http_answer({"Id": "../x"}, 201),
+                 id="id that is none"),
+    pytest.param("POST", "/containers/c1/stop", b"", id="container is null"),
+])  # fmt: skip
 def test_json_of_another_shape_is_no_bug_of_the_agent(fakes, asked, path, answer):
     fake_engine, fake_agent = fakes
     fake_engine.script[f"{asked} {path}"] = answer
@@ -4451,17 +4080,13 @@ def test_interim_answers_are_skipped(fakes):
     assert_envelope(agent.get(ONE), 502)
 
 
-@pytest.mark.parametrize(
-    "answer, kept",
-    [
-        pytest.param(HEAD_OK + b"Content-Length: 2\r\n\r\n{}", 1, id="whole"),
-        pytest.param(HEAD_OK + b"Content-Length: 3\r\n\r\n{}", 0, id="not read to its end"),
-        pytest.param(
-            HEAD_OK + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}", 0, id="the last one"
-        ),
-        pytest.param(b"HTTP/1.1 101 Switching Protocols\r\n\r\n", 0, id="no longer HTTP"),
-    ],
-)
+@pytest.mark.parametrize("answer, kept", [
+    pytest.param(HEAD_OK + b"Content-Length: 2\r\n\r\n{}", 1, id="whole"),
+    pytest.param(HEAD_OK + b"Content-Length: 3\r\n\r\n{}", 0, id="not read to its end"),
+    pytest.param(HEAD_OK + b"Connection: close\r\nContent-Length: 2\r\n\r\n{}", 0,
+                 id="the last one"),
+    pytest.param(b"HTTP/1.1 101 Switching Protocols\r\n\r\n", 0, id="no longer HTTP"),
+])  # fmt: skip
 def test_connection_is_kept_once_for_another_request(answer, kept):
     """Kept twice, it would be two requests' at once."""
     ours, theirs = socket.socketpair()
@@ -4952,169 +4577,109 @@ HOST, SERVE = "HostConfig.", {"cmd": ["sleep", "600"]}
 LOCAL = {"host_ip": "127.0.0.1"}
 
 
-@pytest.mark.parametrize(
-    "fields, expected, said",
-    cases(
-        ("hostname with an underscore", {"hostname": "web_1"}, {"Config.Hostname": "web_1"}, ""),
-        (
-            "port that the Engine picks",
-            {"ports": [{"container_port": 80, "host_port": 0, **LOCAL}]},
-            {f"{HOST}PortBindings": {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]}},
-            "",
-        ),
-        (
-            "bind with a slash at its end",
-            {"volumes": [{"source": "/tmp/", "target": "/d", "read_only": True}]},
-            {"Mounts.0.Source": "/tmp", "Mounts.0.RW": False},
-            "",
-        ),
-        (
-            "anonymous volume",
-            {"volumes": [{"target": "/v"}]},
-            {"Mounts.0.Type": "volume", "Mounts.0.Destination": "/v", "Mounts.0.RW": True},
-            "",
-        ),
-        (
-            "size and mode of a tmpfs",
-            {"volumes": [{"type": "tmpfs", "target": "/t", "size_mb": 8, "mode": "1750"}]},
-            {f"{HOST}Mounts.0.TmpfsOptions": {"SizeBytes": 8 * 2**20, "Mode": 0o1750}},
-            "/t size=8192k,mode=1750",
-        ),
-        (
-            "no limits",
-            {"resources": {"cpus": 0, "memory_mb": 0, "cpu_shares": 0}},
-            {f"{HOST}NanoCpus": 0, f"{HOST}Memory": 0, f"{HOST}CpuShares": 0},
-            "",
-        ),
-        (
-            "limits",
-            {"resources": {"memory_mb": 64, "memory_swap_mb": 96, "pids": 99, "shm_size_mb": 32}},
-            {
-                f"{HOST}Memory": 64 * 2**20,
-                f"{HOST}MemorySwap": 96 * 2**20,
-                f"{HOST}PidsLimit": 99,
-                f"{HOST}ShmSize": 32 * 2**20,
-            },
-            "/dev/shm size=32768k",
-        ),
-        (
-            "swap without a limit",
-            {"resources": {"memory_mb": 64, "memory_swap_mb": -1}},
-            {f"{HOST}MemorySwap": -1},
-            "",
-        ),
-        (
-            "ulimits",
-            {"resources": {"ulimits": {"nofile": 1000, "core": [0, 0]}}},
-            {
-                f"{HOST}Ulimits": [
-                    {"Name": "nofile", "Soft": 1000, "Hard": 1000},
-                    {"Name": "core", "Soft": 0, "Hard": 0},
-                ]
-            },
-            "files 1000",
-        ),
-        (
-            "check",
-            {"healthcheck": {"cmd": ["true"], "interval": 10, "timeout": 0.25, "retries": 3}},
-            {
-                "Config.Healthcheck.Test": ["CMD", "true"],
-                "Config.Healthcheck.Interval": 10 * 10**9,
-                "Config.Healthcheck.Timeout": 25 * 10**7,
-                "Config.Healthcheck.Retries": 3,
-            },
-            "",
-        ),
-        (
-            "check of a shell",
-            {"healthcheck": {"shell": "exit 0", "start_period": 5}},
-            {
-                "Config.Healthcheck.Test": ["CMD-SHELL", "exit 0"],
-                "Config.Healthcheck.StartPeriod": 5 * 10**9,
-            },
-            "",
-        ),
-        ("no check", {"healthcheck": {"disable": True}}, {"Config.Healthcheck.Test": ["NONE"]}, ""),
-        (
-            "log with rotation",
-            {"log": {"driver": "json-file", "max_size_mb": 10, "max_files": 3}},
-            {
-                f"{HOST}LogConfig": {
-                    "Type": "json-file",
-                    "Config": {"max-size": "10m", "max-file": "3"},
-                }
-            },
-            "",
-        ),
-        ("init", {"init": True}, {f"{HOST}Init": True}, "docker-init"),
-        ("terminal", {"tty": True}, {"Config.Tty": True}, ""),
-        (
-            "read-only",
-            {"read_only": True},
-            {f"{HOST}ReadonlyRootfs": True},
-            "Read-only file system",
-        ),
-        (
-            "no capability",
-            {"cap_drop": ["ALL"]},
-            {f"{HOST}CapDrop": ["ALL"]},
-            "CapPrm: 0000000000000000",
-        ),
-        (
-            "no new privileges, beside another option",
-            {"no_new_privileges": True, "security_opt": ["seccomp=unconfined"]},
-            {f"{HOST}SecurityOpt": ["no-new-privileges", "seccomp=unconfined"]},
-            "NoNewPrivs: 1",
-        ),
-        (
-            "how it stops",
-            {"stop_signal": "quit", "stop_timeout": 0},
-            {"Config.StopSignal": "SIGQUIT", "Config.StopTimeout": 0},
-            "",
-        ),
-        (
-            "hosts",
-            {"extra_hosts": {"db": "10.0.0.5", "six": "fd00::1", "up": "host-gateway"}},
-            {f"{HOST}ExtraHosts": ["db:10.0.0.5", "six:fd00::1", "up:host-gateway"]},
-            "10.0.0.5 db",
-        ),
-        ("name server", {"dns": ["10.0.0.2"]}, {f"{HOST}Dns": ["10.0.0.2"]}, "nameserver 10.0.0.2"),
-        ("platform", {"platform": "linux/amd64"}, {"Platform": "linux"}, ""),
-        ("removed at its end", {"auto_remove": True}, {f"{HOST}AutoRemove": True}, ""),
-        ("capability", {"cap_add": ["CAP_SYS_TIME"]}, {f"{HOST}CapAdd": ["CAP_SYS_TIME"]}, ""),
-        (
-            "devices",
-            {"devices": ["/dev/zero:/dev/xzero:r", "/dev/full"]},
-            {
-                f"{HOST}Devices": [
-                    {
-                        "PathOnHost": "/dev/zero",
-                        "PathInContainer": "/dev/xzero",
-                        "CgroupPermissions": "r",
-                    },
-                    {
-                        "PathOnHost": "/dev/full",
-                        "PathInContainer": "/dev/full",
-                        "CgroupPermissions": "rwm",
-                    },
-                ]
-            },
-            "/dev/xzero",
-        ),
-        (
-            "sysctl",
-            {"sysctls": {"net.ipv4.ip_forward": "1"}, "network_mode": "none"},
-            {f"{HOST}Sysctls": {"net.ipv4.ip_forward": "1"}},
-            "",
-        ),
-        (
-            "the host's processes and memory",
-            {"pid_mode": "host", "ipc_mode": "host"},
-            {f"{HOST}PidMode": "host", f"{HOST}IpcMode": "host"},
-            "",
-        ),
+@pytest.mark.parametrize("fields, expected, said", cases(
+    ("hostname with an underscore", {"hostname": "web_1"}, {"Config.Hostname": "web_1"}, ""),
+    ("port that the Engine picks", {"ports": [{"container_port": 80, "host_port": 0, **LOCAL}]},
+     {f"{HOST}PortBindings": {"80/tcp": [{"HostIp": "127.0.0.1", "HostPort": ""}]}}, ""),
+    ("bind with a slash at its end",
+     {"volumes": [{"source": "/tmp/", "target": "/d", "read_only": True}]},
+     {"Mounts.0.Source": "/tmp", "Mounts.0.RW": False}, ""),
+    ("anonymous volume", {"volumes": [{"target": "/v"}]},
+     {"Mounts.0.Type": "volume", "Mounts.0.Destination": "/v", "Mounts.0.RW": True}, ""),
+    ("size and mode of a tmpfs",
+     {"volumes": [{"type": "tmpfs", "target": "/t", "size_mb": 8, "mode": "1750"}]},
+     {f"{HOST}Mounts.0.TmpfsOptions": {"SizeBytes": 8 * 2**20, "Mode": 0o1750}},
+     "/t size=8192k,mode=1750"),
+    ("no limits", {"resources": {"cpus": 0, "memory_mb": 0, "cpu_shares": 0}},
+     {f"{HOST}NanoCpus": 0, f"{HOST}Memory": 0, f"{HOST}CpuShares": 0}, ""),
+    (
+        "limits",
+        {"resources": {"memory_mb": 64, "memory_swap_mb": 96, "pids": 99, "shm_size_mb": 32}},
+        {
+            f"{HOST}Memory": 64 * 2**20,
+            f"{HOST}MemorySwap": 96 * 2**20,
+            f"{HOST}PidsLimit": 99,
+            f"{HOST}ShmSize": 32 * 2**20,
+        },
+        "/dev/shm size=32768k",
     ),
-)
+    ("swap without a limit", {"resources": {"memory_mb": 64, "memory_swap_mb": -1}},
+     {f"{HOST}MemorySwap": -1}, ""),
+    (
+        "ulimits",
+        {"resources": {"ulimits": {"nofile": 1000, "core": [0, 0]}}},
+        {
+            f"{HOST}Ulimits": [
+                {"Name": "nofile", "Soft": 1000, "Hard": 1000},
+                {"Name": "core", "Soft": 0, "Hard": 0},
+            ]
+        },
+        "files 1000",
+    ),
+    (
+        "check",
+        {"healthcheck": {"cmd": ["true"], "interval": 10, "timeout": 0.25, "retries": 3}},
+        {
+            "Config.Healthcheck.Test": ["CMD", "true"],
+            "Config.Healthcheck.Interval": 10 * 10**9,
+            "Config.Healthcheck.Timeout": 25 * 10**7,
+            "Config.Healthcheck.Retries": 3,
+        },
+        "",
+    ),
+    (
+        "check of a shell",
+        {"healthcheck": {"shell": "exit 0", "start_period": 5}},
+        {
+            "Config.Healthcheck.Test": ["CMD-SHELL", "exit 0"],
+            "Config.Healthcheck.StartPeriod": 5 * 10**9,
+        },
+        "",
+    ),
+    ("no check", {"healthcheck": {"disable": True}}, {"Config.Healthcheck.Test": ["NONE"]}, ""),
+    ("log with rotation", {"log": {"driver": "json-file", "max_size_mb": 10, "max_files": 3}},
+     {f"{HOST}LogConfig": {"Type": "json-file", "Config": {"max-size": "10m", "max-file": "3"}}},
+     ""),
+    ("init", {"init": True}, {f"{HOST}Init": True}, "docker-init"),
+    ("terminal", {"tty": True}, {"Config.Tty": True}, ""),
+    ("read-only", {"read_only": True}, {f"{HOST}ReadonlyRootfs": True}, "Read-only file system"),
+    ("no capability", {"cap_drop": ["ALL"]}, {f"{HOST}CapDrop": ["ALL"]},
+     "CapPrm: 0000000000000000"),
+    ("no new privileges, beside another option",
+     {"no_new_privileges": True, "security_opt": ["seccomp=unconfined"]},
+     {f"{HOST}SecurityOpt": ["no-new-privileges", "seccomp=unconfined"]}, "NoNewPrivs: 1"),
+    ("how it stops", {"stop_signal": "quit", "stop_timeout": 0},
+     {"Config.StopSignal": "SIGQUIT", "Config.StopTimeout": 0}, ""),
+    ("hosts", {"extra_hosts": {"db": "10.0.0.5", "six": "fd00::1", "up": "host-gateway"}},
+     {f"{HOST}ExtraHosts": ["db:10.0.0.5", "six:fd00::1", "up:host-gateway"]}, "10.0.0.5 db"),
+    ("name server", {"dns": ["10.0.0.2"]}, {f"{HOST}Dns": ["10.0.0.2"]}, "nameserver 10.0.0.2"),
+    ("platform", {"platform": "linux/amd64"}, {"Platform": "linux"}, ""),
+    ("removed at its end", {"auto_remove": True}, {f"{HOST}AutoRemove": True}, ""),
+    ("capability", {"cap_add": ["CAP_SYS_TIME"]}, {f"{HOST}CapAdd": ["CAP_SYS_TIME"]}, ""),
+    (
+        "devices",
+        {"devices": ["/dev/zero:/dev/xzero:r", "/dev/full"]},
+        {
+            f"{HOST}Devices": [
+                {
+                    "PathOnHost": "/dev/zero",
+                    "PathInContainer": "/dev/xzero",
+                    "CgroupPermissions": "r",
+                },
+                {
+                    "PathOnHost": "/dev/full",
+                    "PathInContainer": "/dev/full",
+                    "CgroupPermissions": "rwm",
+                },
+            ]
+        },
+        "/dev/xzero",
+    ),
+    ("sysctl", {"sysctls": {"net.ipv4.ip_forward": "1"}, "network_mode": "none"},
+     {f"{HOST}Sysctls": {"net.ipv4.ip_forward": "1"}}, ""),
+    ("the host's processes and memory", {"pid_mode": "host", "ipc_mode": "host"},
+     {f"{HOST}PidMode": "host", f"{HOST}IpcMode": "host"}, ""),
+))  # fmt: skip
 def test_field_is_what_docker_run_would_make_of_it(agent, engine, name, fields, expected, said):
     probe = """exec 2>&1; grep -E "NoNewPrivs|CapPrm" /proc/1/status | tr "\t" " "
 echo files $(ulimit -n); touch /x; cat /etc/hosts | tr "\t" " "; cat /etc/resolv.conf /proc/1/comm
@@ -5770,22 +5335,17 @@ def events(body: bytes) -> list[tuple[str, Any]]:
     return [(field["event"], json.loads(field["data"])) for field in fields]
 
 
-@pytest.mark.parametrize(
-    "registry, suffix, headers, status, words",
-    [
-        pytest.param("plain", ":1", {}, 200, "", id="tag"),
-        pytest.param("plain", "", {}, 200, "", id="no tag is latest, not every tag"),
-        pytest.param("plain", "@DIGEST", {}, 200, "", id="digest"),
-        pytest.param("locked", ":1", encode_auth(), 200, "", id="with its password"),
-        pytest.param("locked", ":1", encode_auth(padding=""), 200, "", id="auth without padding"),
-        pytest.param("locked", ":1", {}, 401, "", id="no password given"),
-        pytest.param(
-            "locked", ":1", encode_auth({**AUTH, "password": "x"}), 401, "", id="wrong one"
-        ),
-        pytest.param("plain", ":no-such", {}, 404, "no-such", id="no such tag"),
-        pytest.param("plain", "/no/such:1", {}, 404, "", id="no such repository"),
-    ],
-)
+@pytest.mark.parametrize("registry, suffix, headers, status, words", [
+    pytest.param("plain", ":1", {}, 200, "", id="tag"),
+    pytest.param("plain", "", {}, 200, "", id="no tag is latest, not every tag"),
+    pytest.param("plain", "@DIGEST", {}, 200, "", id="digest"),
+    pytest.param("locked", ":1", encode_auth(), 200, "", id="with its password"),
+    pytest.param("locked", ":1", encode_auth(padding=""), 200, "", id="auth without padding"),
+    pytest.param("locked", ":1", {}, 401, "", id="no password given"),
+    pytest.param("locked", ":1", encode_auth({**AUTH, "password": "x"}), 401, "", id="wrong one"),
+    pytest.param("plain", ":no-such", {}, 404, "no-such", id="no such tag"),
+    pytest.param("plain", "/no/such:1", {}, 404, "", id="no such repository"),
+])  # fmt: skip
 @pytest.mark.parametrize("accept", [{}, SSE], ids=["one answer", "event stream"])
 def test_pull(agent, engine, registries, registry, suffix, headers, status, words, accept):
     digest = "sha256:" + digest_of(registries.plain)
@@ -6173,31 +5733,23 @@ def test_image_in_the_list_and_its_removal(agent, engine, repository):
     until(lambda: agent.lines("request")[-1]["target"] == target, "a log line with its target")
 
 
-@pytest.mark.parametrize(
-    "method, path, body, word",
-    cases(
-        ("no image", "DELETE", "/images", None, "query.image: is required"),
-        ("an image in capitals", "DELETE", "/images?image=WEB", None, "query.image: "),
-        ("an image that climbs", "DELETE", "/images?image=../networks/x", None, "query.image: "),
-        ("forced", "DELETE", "/images?image=x&force=1", None, "query.force: is unknown"),
-        ("a tag of a repository", "POST", "/images/prune", {"repository": "web:1"}, "repository: "),
-        ("keep below 0", "POST", "/images/prune", {"keep": -1}, "keep: "),
-        ("a misspelt dry run", "POST", "/images/prune", {"dryrun": True}, "dryrun: is unknown"),
-        ("a network without a name", "POST", "/networks", {}, "name: is required"),
-        ("a name with a slash", "POST", "/networks", {"name": "a/b"}, "name: "),
-        ("bits of a host", "POST", "/networks", {"name": "a", "subnet": "10.0.0.1/8"}, "subnet: "),
-        ("no prefix", "POST", "/networks", {"name": "a", "subnet": "10.0.0.0"}, "subnet: "),
-        (
-            "the agent's own label",
-            "POST",
-            "/networks",
-            {"name": "a", "labels": {"dockeragent.x": ""}},
-            "labels.dockeragent.x: ",
-        ),
-        ("a network's name that climbs", "DELETE", "/networks/..", None, ""),
-        ("a volume's name that climbs", "DELETE", "/volumes/a%2F..%2Fb", None, ""),
-    ),
-)
+@pytest.mark.parametrize("method, path, body, word", cases(
+    ("no image", "DELETE", "/images", None, "query.image: is required"),
+    ("an image in capitals", "DELETE", "/images?image=WEB", None, "query.image: "),
+    ("an image that climbs", "DELETE", "/images?image=../networks/x", None, "query.image: "),
+    ("forced", "DELETE", "/images?image=x&force=1", None, "query.force: is unknown"),
+    ("a tag of a repository", "POST", "/images/prune", {"repository": "web:1"}, "repository: "),
+    ("keep below 0", "POST", "/images/prune", {"keep": -1}, "keep: "),
+    ("a misspelt dry run", "POST", "/images/prune", {"dryrun": True}, "dryrun: is unknown"),
+    ("a network without a name", "POST", "/networks", {}, "name: is required"),
+    ("a name with a slash", "POST", "/networks", {"name": "a/b"}, "name: "),
+    ("bits of a host", "POST", "/networks", {"name": "a", "subnet": "10.0.0.1/8"}, "subnet: "),
+    ("no prefix", "POST", "/networks", {"name": "a", "subnet": "10.0.0.0"}, "subnet: "),
+    ("the agent's own label", "POST", "/networks", {"name": "a", "labels": {"dockeragent.x": ""}},
+     "labels.dockeragent.x: "),
+    ("a network's name that climbs", "DELETE", "/networks/..", None, ""),
+    ("a volume's name that climbs", "DELETE", "/volumes/a%2F..%2Fb", None, ""),
+))  # fmt: skip
 def test_bad_name_of_an_image_network_or_volume_reaches_nothing(method, path, body, word, pair):
     assert_envelope(pair.agent.request(method, f"/api/v1{path}", body), 400, word)
     assert pair.engine.requests() == []
@@ -6777,27 +6329,22 @@ def write(tree_agent: tuple[Agent, Path], path: str, content: str = "new", **res
     return tree_agent[0].post("/api/v1/files", {"path": path, "content": content, **rest})
 
 
-@pytest.mark.parametrize(
-    "path, place",
-    [
-        pytest.param("/app/new", "app/new", id="a new file"),
-        pytest.param("/app/old", "app/old", id="an old file is replaced"),
-        pytest.param("//app/./new", "app/new", id="empty and dot components mean nothing"),
-        pytest.param("/top", "top", id="a file at the root itself"),
-        pytest.param("/a/b/c/new", "a/b/c/new", id="missing parents are made"),
-        pytest.param("/current/new", "app/new", id="a relative link is followed"),
-        pytest.param("/current/x/y", "app/x/y", id="parents are made behind a link"),
-        pytest.param(
-            "/nested/new", "app/full/new", id="a link with .. that stays beneath the root"
-        ),
-        pytest.param("/abs/new", "app/new", id="an absolute link starts again at the root"),
-        pytest.param("/var/run/x.pid", "run/x.pid", id="/var/run means the host's /run"),
-        pytest.param("/hop2/new", "app/new", id="40 links are as many as Linux follows"),
-        pytest.param("/app/..new", "app/..new", id="a name that only begins with dots"),
-        pytest.param("/app/" + "n" * 255, "app/" + "n" * 255, id="the longest name"),
-        pytest.param("/app/\u00e9 \n\\", "app/\u00e9 \n\\", id="any byte in a name but / and NUL"),
-    ],
-)
+@pytest.mark.parametrize("path, place", [
+    pytest.param("/app/new", "app/new", id="a new file"),
+    pytest.param("/app/old", "app/old", id="an old file is replaced"),
+    pytest.param("//app/./new", "app/new", id="empty and dot components mean nothing"),
+    pytest.param("/top", "top", id="a file at the root itself"),
+    pytest.param("/a/b/c/new", "a/b/c/new", id="missing parents are made"),
+    pytest.param("/current/new", "app/new", id="a relative link is followed"),
+    pytest.param("/current/x/y", "app/x/y", id="parents are made behind a link"),
+    pytest.param("/nested/new", "app/full/new", id="a link with .. that stays beneath the root"),
+    pytest.param("/abs/new", "app/new", id="an absolute link starts again at the root"),
+    pytest.param("/var/run/x.pid", "run/x.pid", id="/var/run means the host's /run"),
+    pytest.param("/hop2/new", "app/new", id="40 links are as many as Linux follows"),
+    pytest.param("/app/..new", "app/..new", id="a name that only begins with dots"),
+    pytest.param("/app/" + "n" * 255, "app/" + "n" * 255, id="the longest name"),
+    pytest.param("/app/\u00e9 \n\\", "app/\u00e9 \n\\", id="any byte in a name but / and NUL"),
+])  # fmt: skip
 def test_write_lands_where_the_host_sees_it(tree_agent, tree, path, place):
     before = snapshot(tree)
     reply = write(tree_agent, path)
@@ -9065,40 +8612,24 @@ def frames_in_pieces(data: bytes, size: int) -> tuple[list[Any], str]:
 PARTS = frame(1, b"one, ") + frame(2, b"two, ") + frame(1, b"three\n") + frame(2, b"four")
 
 
-@pytest.mark.parametrize(
-    "data, texts, failed",
-    [
-        pytest.param(FIRST + TWO, [b"one", b"two"], False, id="whole lines"),
-        pytest.param(PARTS, [b"one, three", b"two, four"], False, id="lines in parts, interleaved"),
-        pytest.param(frame(1, b"") + FIRST, [b"one"], False, id="empty part"),
-        pytest.param(
-            FIRST + frame(1, b"\n") + frame(1, b"\r\n"), [b"one", b"", b""], False, id="blank"
-        ),
-        pytest.param(frame(1, b"a\r") + frame(1, b"\n"), [b"a"], False, id="CR and LF apart"),
-        pytest.param(
-            frame(1, b"\xe2\x82") + frame(1, b"\xac\n"),
-            ["€".encode()],
-            False,
-            id="cut in a character",
-        ),
-        pytest.param(FIRST + TWO[:-1], [b"one"], True, id="cut short"),
-        pytest.param(FIRST + b"\x09" + TWO[1:], [b"one"], True, id="garbage"),
-        pytest.param(FIRST + frame(3, b"x"), [b"one"], True, id="error"),
-        pytest.param(
-            FIRST + frame(1, b"x" * (MIB + 5) + b"\n"),
-            [b"one", b"x" * MIB, b"xxxxx"],
-            False,
-            id="over 1 MiB",
-        ),
-        pytest.param(frame(1, b"x" * MIB + b"\r\n"), [b"x" * MIB], False, id="1 MiB and CR LF"),
-        pytest.param(
-            frame(1, b"x" * (MIB - 1) + "€\n".encode()),
-            [b"x" * (MIB - 1), "€".encode()],
-            False,
-            id="cut before a character",
-        ),
-    ],
-)
+@pytest.mark.parametrize("data, texts, failed", [
+    pytest.param(FIRST + TWO, [b"one", b"two"], False, id="whole lines"),
+    pytest.param(PARTS, [b"one, three", b"two, four"], False, id="lines in parts, interleaved"),
+    pytest.param(frame(1, b"") + FIRST, [b"one"], False, id="empty part"),
+    pytest.param(FIRST + frame(1, b"\n") + frame(1, b"\r\n"), [b"one", b"", b""], False,
+                 id="blank"),
+    pytest.param(frame(1, b"a\r") + frame(1, b"\n"), [b"a"], False, id="CR and LF apart"),
+    pytest.param(frame(1, b"\xe2\x82") + frame(1, b"\xac\n"), ["€".encode()], False,
+                 id="cut in a character"),
+    pytest.param(FIRST + TWO[:-1], [b"one"], True, id="cut short"),
+    pytest.param(FIRST + b"\x09" + TWO[1:], [b"one"], True, id="garbage"),
+    pytest.param(FIRST + frame(3, b"x"), [b"one"], True, id="error"),
+    pytest.param(FIRST + frame(1, b"x" * (MIB + 5) + b"\n"), [b"one", b"x" * MIB, b"xxxxx"], False,
+                 id="over 1 MiB"),
+    pytest.param(frame(1, b"x" * MIB + b"\r\n"), [b"x" * MIB], False, id="1 MiB and CR LF"),
+    pytest.param(frame(1, b"x" * (MIB - 1) + "€\n".encode()), [b"x" * (MIB - 1), "€".encode()],
+                 False, id="cut before a character"),
+])  # fmt: skip
 def test_frames_fed_in_any_pieces_are_the_same_lines(data, texts, failed):
     for size in (len(data), 1 if len(data) < 10_000 else 999, len(FIRST) - 1, len(FIRST) + 1):
         lines, message = frames_in_pieces(data, size)
@@ -9787,54 +9318,36 @@ def json_line(value: Any) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-@pytest.mark.parametrize(
-    "changes, shown",
-    cases(
-        ("cgroups v2", {}, {}),
-        (
-            "cgroups v1",
-            {
-                **memory_of(1000, total_inactive_file=300, inactive_file=1, cache=900),
-                "blkio_stats": {"io_service_bytes_recursive": V1_BLOCKS},
-            },
-            {
-                "memory_bytes": 700,
-                "memory_percent": 17.5,
-                "block_read_bytes": 1,
-                "block_write_bytes": 2,
-            },
-        ),
-        (
-            "CPUs counted by their times",
-            {"cpu_stats": {**cpu_stats(0, 8000), "cpu_usage": PER_CPU}},
-            {"cpu_percent": 25.0},
-        ),
-        ("started again", {"precpu_stats": cpu_stats(9000, 4000)}, {"cpu_percent": 0.0}),
-        ("clock stood still", {"precpu_stats": cpu_stats(0, 8000)}, {"cpu_percent": 0.0}),
-        (
-            "more cache than usage",
-            memory_of(100, inactive_file=200),
-            {"memory_bytes": 100, "memory_percent": 2.5},
-        ),
-        (
-            "no limit known",
-            {"memory_stats": {}},
-            {"memory_bytes": 0, "memory_limit_bytes": 0, "memory_percent": 0.0},
-        ),
-        ("network of the host", {"networks": None}, {"network_rx_bytes": 0, "network_tx_bytes": 0}),
-        (
-            "no disk was used",
-            {"blkio_stats": {"io_service_bytes_recursive": None}},
-            {"block_read_bytes": 0, "block_write_bytes": 0},
-        ),
-        ("no limit of processes", {"pids_stats": {}}, {"pids": 0}),
-        (
-            "time of another zone",
-            {"read": "2026-02-21T11:30:01.5+01:30"},
-            {"time": "2026-02-21T10:00:01.500000000Z"},
-        ),
+@pytest.mark.parametrize("changes, shown", cases(
+    ("cgroups v2", {}, {}),
+    (
+        "cgroups v1",
+        {
+            **memory_of(1000, total_inactive_file=300, inactive_file=1, cache=900),
+            "blkio_stats": {"io_service_bytes_recursive": V1_BLOCKS},
+        },
+        {
+            "memory_bytes": 700,
+            "memory_percent": 17.5,
+            "block_read_bytes": 1,
+            "block_write_bytes": 2,
+        },
     ),
-)
+    ("CPUs counted by their times", {"cpu_stats": {**cpu_stats(0, 8000), "cpu_usage": PER_CPU}},
+     {"cpu_percent": 25.0}),
+    ("started again", {"precpu_stats": cpu_stats(9000, 4000)}, {"cpu_percent": 0.0}),
+    ("clock stood still", {"precpu_stats": cpu_stats(0, 8000)}, {"cpu_percent": 0.0}),
+    ("more cache than usage", memory_of(100, inactive_file=200),
+     {"memory_bytes": 100, "memory_percent": 2.5}),
+    ("no limit known", {"memory_stats": {}},
+     {"memory_bytes": 0, "memory_limit_bytes": 0, "memory_percent": 0.0}),
+    ("network of the host", {"networks": None}, {"network_rx_bytes": 0, "network_tx_bytes": 0}),
+    ("no disk was used", {"blkio_stats": {"io_service_bytes_recursive": None}},
+     {"block_read_bytes": 0, "block_write_bytes": 0}),
+    ("no limit of processes", {"pids_stats": {}}, {"pids": 0}),
+    ("time of another zone", {"read": "2026-02-21T11:30:01.5+01:30"},
+     {"time": "2026-02-21T10:00:01.500000000Z"}),
+))  # fmt: skip
 def test_stats_are_computed_as_docker_stats_does(fakes, changes, shown):
     fake, agent = fakes
     fake.script[INSPECT], fake.script[RAW_STATS] = (
@@ -9990,35 +9503,21 @@ FIRST_SAMPLE = json_line(raw_stats(preread=NO_STAMP))
 SAMPLE, EMPTY = json_line(raw_stats()), json_line({"read": NO_STAMP, "preread": NO_STAMP})
 
 
-@pytest.mark.parametrize(
-    "stream, states, shown, kind",
-    cases(
-        ("first sample has none before it", [FIRST_SAMPLE, EMPTY], [RUNS, STOPPED], 0, "end"),
-        ("engine goes on with nothing", [SAMPLE, EMPTY, SAMPLE], [RUNS, STOPPED], 1, "end"),
-        (
-            "engine could not measure",
-            [SAMPLE, EMPTY, SAMPLE, EMPTY],
-            [RUNS, RUNS, STOPPED],
-            2,
-            "end",
-        ),
-        ("container is removed", [SAMPLE], [RUNS, GONE], 1, "end"),
-        ("container waits for its restart", [SAMPLE], [RUNS, WAITS], 1, "end"),
-        ("engine ends it", [SAMPLE], [RUNS, RUNS], 1, "error"),
-        ("engine is cut off", [SAMPLE, None], [RUNS, STOPPED], 1, "error"),
-        ("not JSON", [SAMPLE, b"<html>\n", SAMPLE], [RUNS], 1, "error"),
-        ("not an object", [SAMPLE, b"[]\n", SAMPLE], [RUNS], 1, "error"),
-        (
-            "no statistics",
-            [SAMPLE, b'{"read":"2026-02-21T10:00:01Z","preread":"1"}\n'],
-            [RUNS],
-            1,
-            "error",
-        ),
-        ("line without an end", [SAMPLE, b" " * (2**20 + 1)], [RUNS], 1, "error"),
-        ("last line without its end", [SAMPLE, SAMPLE[:-1]], [RUNS, STOPPED], 2, "end"),
-    ),
-)
+@pytest.mark.parametrize("stream, states, shown, kind", cases(
+    ("first sample has none before it", [FIRST_SAMPLE, EMPTY], [RUNS, STOPPED], 0, "end"),
+    ("engine goes on with nothing", [SAMPLE, EMPTY, SAMPLE], [RUNS, STOPPED], 1, "end"),
+    ("engine could not measure", [SAMPLE, EMPTY, SAMPLE, EMPTY], [RUNS, RUNS, STOPPED], 2, "end"),
+    ("container is removed", [SAMPLE], [RUNS, GONE], 1, "end"),
+    ("container waits for its restart", [SAMPLE], [RUNS, WAITS], 1, "end"),
+    ("engine ends it", [SAMPLE], [RUNS, RUNS], 1, "error"),
+    ("engine is cut off", [SAMPLE, None], [RUNS, STOPPED], 1, "error"),
+    ("not JSON", [SAMPLE, b"<html>\n", SAMPLE], [RUNS], 1, "error"),
+    ("not an object", [SAMPLE, b"[]\n", SAMPLE], [RUNS], 1, "error"),
+    ("no statistics", [SAMPLE, b'{"read":"2026-02-21T10:00:01Z","preread":"1"}\n'], [RUNS], 1,
+     "error"),
+    ("line without an end", [SAMPLE, b" " * (2**20 + 1)], [RUNS], 1, "error"),
+    ("last line without its end", [SAMPLE, SAMPLE[:-1]], [RUNS, STOPPED], 2, "end"),
+))  # fmt: skip
 def test_followed_stats_tell_their_end(fakes, stream, states, shown, kind):
     fake, agent = fakes
     fake.script[INSPECT] = inspected(*states)
@@ -10092,47 +9591,23 @@ def test_event_has_its_documented_shape_and_number(fakes):
 ASKED = "1700000000.5"
 
 
-@pytest.mark.parametrize(
-    "query, headers, asked",
-    cases(
-        ("nothing", "", {}, {}),
-        (
-            "times",
-            f"since={ASKED}&until=1700000001",
-            {},
-            {"since": f"{ASKED}00000000", "until": "1700000001.000000000"},
-        ),
-        ("RFC 3339", "since=2023-11-14T22:13:20.5Z", {}, {"since": f"{ASKED}00000000"}),
-        ("all that there is", "since=0", {}, {"since": "0.000000000"}),
-        ("past the Engine's numbers", "since=99999999999", {}, {"since": "9223372036.854775807"}),
-        ("before all time", "since=1000000h", {}, {"since": "0.000000000"}),
-        (
-            "filters",
-            "type=container&action=die&container=web",
-            {},
-            {"filters": {"type": ["container"], "event": ["die"], "container": ["web"]}},
-        ),
-        (
-            "action that would end its JSON",
-            "action=%22%5D%7D%26%0Adie",
-            {},
-            {"filters": {"event": ['"]}&\ndie']}},
-        ),
-        ("resumed", "", {"Last-Event-ID": "1700000000500000000-3"}, {"since": f"{ASKED}00000000"}),
-        (
-            "resumed by curl",
-            "last_event_id=1700000000500000000-3",
-            {},
-            {"since": f"{ASKED}00000000"},
-        ),
-        (
-            "resumed by a browser",
-            "since=1&last_event_id=2-1",
-            {"Last-Event-ID": "1700000000500000000-3"},
-            {"since": f"{ASKED}00000000"},
-        ),
-    ),
-)
+@pytest.mark.parametrize("query, headers, asked", cases(
+    ("nothing", "", {}, {}),
+    ("times", f"since={ASKED}&until=1700000001", {},
+     {"since": f"{ASKED}00000000", "until": "1700000001.000000000"}),
+    ("RFC 3339", "since=2023-11-14T22:13:20.5Z", {}, {"since": f"{ASKED}00000000"}),
+    ("all that there is", "since=0", {}, {"since": "0.000000000"}),
+    ("past the Engine's numbers", "since=99999999999", {}, {"since": "9223372036.854775807"}),
+    ("before all time", "since=1000000h", {}, {"since": "0.000000000"}),
+    ("filters", "type=container&action=die&container=web", {},
+     {"filters": {"type": ["container"], "event": ["die"], "container": ["web"]}}),
+    ("action that would end its JSON", "action=%22%5D%7D%26%0Adie", {},
+     {"filters": {"event": ['"]}&\ndie']}}),
+    ("resumed", "", {"Last-Event-ID": "1700000000500000000-3"}, {"since": f"{ASKED}00000000"}),
+    ("resumed by curl", "last_event_id=1700000000500000000-3", {}, {"since": f"{ASKED}00000000"}),
+    ("resumed by a browser", "since=1&last_event_id=2-1",
+     {"Last-Event-ID": "1700000000500000000-3"}, {"since": f"{ASKED}00000000"}),
+))  # fmt: skip
 def test_events_query_is_the_engines(fakes, query, headers, asked):
     fake, agent = fakes
     fake.script["GET /events"] = chunked_answer()
@@ -10184,25 +9659,18 @@ def test_bad_question_for_events_is_400_and_reaches_nothing(fakes, query, header
     assert fake.requests() == []
 
 
-@pytest.mark.parametrize(
-    "pieces, end, words",
-    cases(
-        ("stream ends", [], True, "ended its stream"),
-        ("stream is cut off", [], False, ""),
-        ("not JSON", [b"<html>\n"], True, "JSON"),
-        ("not an object", [b"[]\n"], True, "shape"),
-        ("no actor", [b'{"Type":"container","timeNano":1}\n'], True, "Actor"),
-        ("no type", [json_line(raw_event(Type=None))], True, "Type"),
-        ("no time", [json_line(raw_event(timeNano="1"))], True, "timeNano"),
-        (
-            "attributes are a list",
-            [json_line(raw_event(Actor={"Attributes": [1]}))],
-            True,
-            "Attributes",
-        ),
-        ("line without an end", [b'{"Type":"' + b"a" * 2**21], True, "ended its stream"),
-    ),
-)
+@pytest.mark.parametrize("pieces, end, words", cases(
+    ("stream ends", [], True, "ended its stream"),
+    ("stream is cut off", [], False, ""),
+    ("not JSON", [b"<html>\n"], True, "JSON"),
+    ("not an object", [b"[]\n"], True, "shape"),
+    ("no actor", [b'{"Type":"container","timeNano":1}\n'], True, "Actor"),
+    ("no type", [json_line(raw_event(Type=None))], True, "Type"),
+    ("no time", [json_line(raw_event(timeNano="1"))], True, "timeNano"),
+    ("attributes are a list", [json_line(raw_event(Actor={"Attributes": [1]}))], True,
+     "Attributes"),
+    ("line without an end", [b'{"Type":"' + b"a" * 2**21], True, "ended its stream"),
+))  # fmt: skip
 def test_broken_stream_of_events_says_so(fakes, pieces, end, words):
     fake, agent = fakes
     fake.script["GET /events"] = chunked_answer(json_line(raw_event()), *pieces, end=end)
@@ -10301,37 +9769,28 @@ IMAGES = ("docker.io/library/web:*", "docker.io/library/s*")
 LIMITED = da.Key("ci", containers=WEB, images=IMAGES, networks=WEB, volumes=WEB)
 
 
-@pytest.mark.parametrize(
-    "changes, shown",
-    cases(
-        ("its own container", {}, True),
-        ("another's", actor_of(name="db"), False),
-        ("another's that says so in a label", actor_of(name="db", container="web"), False),
-        ("one without a name", actor_of("web"), False),
-        ("attributes are null", {"Actor": {"ID": "web"}}, False),
-        ("its own volume", {"Type": "volume", **actor_of("web", driver="local")}, True),
-        ("another's volume", {"Type": "volume", **actor_of("db", driver="local")}, False),
-        ("volume of some container", {"Type": "volume", **actor_of("web", container="d1")}, False),
-        ("its own network", {"Type": "network", **actor_of("n1", name="web")}, True),
-        (
-            "network of some container",
-            {"Type": "network", **actor_of("n1", name="web", container="d1")},
-            False,
-        ),
-        ("its own image", {"Type": "image", **actor_of("web", name="web")}, True),
-        ("another's image", {"Type": "image", **actor_of("web", name="db")}, False),
-        ("a pull of its own image, whatever the name", pulled("web:1", "other"), True),
-        ("a pull of another's image, whatever the name", pulled("db:1", "web"), False),
-        ("a pull with the image's id, as podman has it", pulled("a" * 64, "web"), True),
-        (
-            "an image by its id, as when it is untagged",
-            {"Type": "image", **actor_of("web", name="sha256:" + "a" * 64)},
-            False,
-        ),
-        ("the Engine itself", {"Type": "daemon", **actor_of("web", name="web")}, False),
-        ("a kind of its own", {"Type": "pod", **actor_of("web", name="web")}, False),
-    ),
-)
+@pytest.mark.parametrize("changes, shown", cases(
+    ("its own container", {}, True),
+    ("another's", actor_of(name="db"), False),
+    ("another's that says so in a label", actor_of(name="db", container="web"), False),
+    ("one without a name", actor_of("web"), False),
+    ("attributes are null", {"Actor": {"ID": "web"}}, False),
+    ("its own volume", {"Type": "volume", **actor_of("web", driver="local")}, True),
+    ("another's volume", {"Type": "volume", **actor_of("db", driver="local")}, False),
+    ("volume of some container", {"Type": "volume", **actor_of("web", container="d1")}, False),
+    ("its own network", {"Type": "network", **actor_of("n1", name="web")}, True),
+    ("network of some container", {"Type": "network", **actor_of("n1", name="web", container="d1")},
+     False),
+    ("its own image", {"Type": "image", **actor_of("web", name="web")}, True),
+    ("another's image", {"Type": "image", **actor_of("web", name="db")}, False),
+    ("a pull of its own image, whatever the name", pulled("web:1", "other"), True),
+    ("a pull of another's image, whatever the name", pulled("db:1", "web"), False),
+    ("a pull with the image's id, as podman has it", pulled("a" * 64, "web"), True),
+    ("an image by its id, as when it is untagged",
+     {"Type": "image", **actor_of("web", name="sha256:" + "a" * 64)}, False),
+    ("the Engine itself", {"Type": "daemon", **actor_of("web", name="web")}, False),
+    ("a kind of its own", {"Type": "pod", **actor_of("web", name="web")}, False),
+))  # fmt: skip
 def test_limited_key_hears_of_its_own_alone(changes, shown):
     event = raw_event(**changes)
     assert (da.event_data(event, LIMITED) is not None) == shown
@@ -11257,33 +10716,20 @@ def check(command: str, **more: Any) -> dict[str, Any]:
     return {"shell": command, "interval": 0.1, "timeout": 5, **more}
 
 
-@pytest.mark.parametrize(
-    "fields, gate, word, health",
-    cases(
-        ("healthy", {"healthcheck": check("true")}, "healthy", "", None),
-        (
-            "no check",
-            {"healthcheck": {"disable": True}, "deploy": {"stable": 0.2}},
-            *("stable", "", None),
-        ),
-        (
-            "unhealthy fails at once",
-            {"healthcheck": check("false", retries=1), "deploy": {"timeout": 3600}},
-            *(None, "the new container is unhealthy", "unhealthy"),
-        ),
-        (
-            "not healthy in time",
-            {"healthcheck": check("false", start_period=60), "deploy": {"timeout": 0.3}},
-            *(None, "not healthy after 0.3 s", "starting"),
-        ),
-        ("exit 0", {"cmd": ["true"], "healthcheck": check("true")}, None, "code 0", None),
-        (
-            "exit in the time",
-            {"cmd": ["sh", "-c", "sleep 0.1"], "deploy": {"stable": 10}},
-            *(None, "code 0", None),
-        ),
-    ),
-)
+@pytest.mark.parametrize("fields, gate, word, health", cases(
+    ("healthy", {"healthcheck": check("true")}, "healthy", "", None),
+    ("no check", {"healthcheck": {"disable": True}, "deploy": {"stable": 0.2}},
+     *("stable", "", None)),
+    ("unhealthy fails at once",
+     {"healthcheck": check("false", retries=1), "deploy": {"timeout": 3600}},
+     *(None, "the new container is unhealthy", "unhealthy")),
+    ("not healthy in time",
+     {"healthcheck": check("false", start_period=60), "deploy": {"timeout": 0.3}},
+     *(None, "not healthy after 0.3 s", "starting")),
+    ("exit 0", {"cmd": ["true"], "healthcheck": check("true")}, None, "code 0", None),
+    ("exit in the time", {"cmd": ["sh", "-c", "sleep 0.1"], "deploy": {"stable": 10}},
+     *(None, "code 0", None)),
+))  # fmt: skip
 def test_gate(agent, engine, standing, fields, gate, word, health):
     site, old = standing
     reply = put(agent, site, spec(**{"env": [f"B={gate}"], **fields}))
