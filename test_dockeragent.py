@@ -443,20 +443,19 @@ def name(engine: RealEngine) -> Iterator[str]:
 
 
 # What takes an agent's own timeouts: begun at the start, and looked at by the last test.
-LONG_WAITS: list[Callable[[Path], None]] = []
+LONG_WAITS: list[Callable[[Path, Pki], None]] = []
 
 
 @pytest.fixture(scope="session", autouse=True)
 def long_waits(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[Any, concurrent.futures.Future[None]]]:
-    wanted = {item.name for item in request.session.items}
+    names = {item.name for item in request.session.items}
+    wanted = [each for each in LONG_WAITS if f"test_long_wait[{each.__name__}]" in names]
+    pki = request.getfixturevalue("pki") if wanted else None
     with concurrent.futures.ThreadPoolExecutor() as threads:
-        yield {
-            each: threads.submit(each, tmp_path_factory.mktemp("waits"))
-            for each in LONG_WAITS
-            if f"test_long_wait[{each.__name__}]" in wanted
-        }
+        folders = [tmp_path_factory.mktemp("waits") for _ in wanted]
+        yield {each: threads.submit(each, *more, pki) for each, *more in zip(wanted, folders)}
 
 
 def cases(*rows: tuple[Any, ...]) -> list[Any]:
@@ -3254,7 +3253,8 @@ def test_deadline_holds_while_there_is_something_to_read():
             da.receive(ours, time.monotonic() - 1)
 
 
-def test_drips_and_silence_are_cut_off(pki, fake_engine):
+@LONG_WAITS.append
+def drips_and_silence_are_cut_off(folder, pki):
     def drip(agent: Agent, data: bytes, more: bytes) -> bytes:
         """Send data, then more every 0.4 s, until the agent answers or hangs up."""
         deadline = time.monotonic() + 3 * WAIT
@@ -3271,7 +3271,10 @@ def test_drips_and_silence_are_cut_off(pki, fake_engine):
                         sock.sendall(more)
         return b"was never cut off"
 
-    with Agent(DOCKER_HOST=fake_engine.url) as plain, pki.agent(fake_engine) as tls:
+    with contextlib.ExitStack() as stack:
+        fake = stack.enter_context(FakeEngine(folder / "e.sock"))
+        plain = stack.enter_context(Agent(DOCKER_HOST=fake.url))
+        tls = stack.enter_context(pki.agent(fake))
         jobs: dict[str, Callable[[], bytes]] = {
             "head": lambda: drip(plain, b"GET /x HTTP/1.1\r\nHost: ", b"a"),
             "line": lambda: drip(plain, b"G", b"E"),
@@ -3282,7 +3285,7 @@ def test_drips_and_silence_are_cut_off(pki, fake_engine):
     assert [reply.status for reply in split_replies(found["head"])] == [408]
     assert [reply.status for reply in split_replies(found["line"])] == [408]
     assert found["silent"] == b"" and not found["handshake"].startswith(b"HTTP")
-    assert fake_engine.requests() == []
+    assert fake.requests() == []
 
 
 # TLS
@@ -3996,7 +3999,7 @@ def test_answer_past_64_mib_is_not_read_to_its_end(fake_engine, fake_agent):
 
 
 @LONG_WAITS.append
-def silence_and_drips_end_in_504(folder):
+def silence_and_drips_end_in_504(folder, _):
     """It takes the 30 s of a call's timeout: all three at once."""
     over = threading.Event()
 
@@ -4258,7 +4261,7 @@ def test_pinned_version_that_the_engine_refuses_is_nobodys_fault_but_the_variabl
 
 
 @LONG_WAITS.append
-def health_answers_within_4_seconds_of_an_engine_that_swallows_everything(folder):
+def health_answers_within_4_seconds_of_an_engine_that_swallows_everything(folder, _):
     with FakeEngine(folder / "e.sock") as fake, Agent(DOCKER_HOST=fake.url) as agent:
         fake.script["GET /_ping"] = lambda sock: time.sleep(3 * WAIT)
         ask = functools.partial(agent.get, key="", timeout=4)
@@ -6813,7 +6816,7 @@ def test_folder_that_is_put_in_a_files_place_meanwhile_is_409(tree):
 
 
 @LONG_WAITS.append
-def frozen_filesystem_holds_up_requests_to_itself_alone(folder):
+def frozen_filesystem_holds_up_requests_to_itself_alone(folder, _):
     """It takes the agent's 30 s: the first write hangs, the others are refused."""
     (folder / "host/app").mkdir(parents=True)
     env = {"HOST_ROOT": str(folder / "host"), "DOCKER_HOST": f"unix://{folder}/none"}
