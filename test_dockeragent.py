@@ -6274,8 +6274,9 @@ def snapshot(base: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-def clear(folder: Path) -> None:
-    subprocess.run(["find", str(folder), "-mindepth", "1", "-delete"], check=True)
+def clear(*folders: Path) -> None:
+    if any(map(os.listdir, folders)):
+        subprocess.run(["find", *folders, "-mindepth", "1", "-delete"], check=True)
 
 
 @contextlib.contextmanager
@@ -6319,8 +6320,7 @@ def tree(tree_agent: tuple[Agent, Path]) -> Iterator[Path]:
     with umask(0o022):
         build(base, TREE)
     yield base
-    clear(base / "host")
-    clear(base / "outside")
+    clear(base / "host", base / "outside")
     (base / "outside").rmdir()
 
 
