@@ -5301,13 +5301,13 @@ def create(request: Request, agent: Agent) -> Response:
 
 
 def registry_auth(request: Request) -> str:
-    """Return X-Registry-Auth as padded base64url of a JSON object, or "". Raises ApiError (400)."""
+    """Return X-Registry-Auth, an object in any base64, as padded base64url. Raises ApiError."""
     value = request.header("X-Registry-Auth")
     if value in ("", "null"):
         return ""
-    bare = value.rstrip("=")
+    bare = value.rstrip("=").replace("-", "+").replace("_", "/")
     with contextlib.suppress(ApiError, ValueError):
-        decoded = base64.b64decode(bare + "=" * (-len(bare) % 4), b"-_", validate=True)
+        decoded = base64.b64decode(bare + "=" * (-len(bare) % 4), validate=True)
         # Invariant: decode_json bounds the depth; Python's decoder alone may overflow the C stack.
         credentials = decode_json(decoded)
         if credentials is None:

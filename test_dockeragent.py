@@ -5577,6 +5577,18 @@ def test_auth_of_null_is_none(fakes, auth):
     assert ["x-registry-auth" in seen.headers for seen in fake.changes()] == [False]
 
 
+@pytest.mark.parametrize("auth", ["eyJhIjoifn5+Pz8/Pj4+In0=", "eyJhIjoifn5-Pz8_Pj4-In0"])
+def test_auth_in_either_alphabet_of_base64_is_passed_on_as_base64url(fakes, auth):
+    fake, agent = fakes
+    fake.script["POST /images/create"] = chunked_answer(b'{"status":"Status: ok"}')
+    fake.script["GET /images/x%3A1/json"] = http_answer({"RepoDigests": None})
+    fake.requests()
+    reply = agent.post("/api/v1/images/pull", {"image": "x:1"}, headers={"X-Registry-Auth": auth})
+    assert reply.status == 200
+    [seen] = fake.changes()
+    assert seen.headers["x-registry-auth"] == "eyJhIjoifn5-Pz8_Pj4-In0="
+
+
 DEEP = base64.urlsafe_b64encode(b"[" * 20_000).decode()  # no decoder may recurse on that
 
 
