@@ -1625,13 +1625,13 @@ class Connection(socketserver.BaseRequestHandler):
 
     def finish(self) -> None:
         """Half-close, then drain: a reset would discard the response (RFC 9112 section 9.6)."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, Stopping):
             deadline = time.monotonic() + LINGER_TIMEOUT
             if isinstance(self.sock, ssl.SSLSocket):
                 with contextlib.suppress(OSError, ValueError):
                     self.sock.unwrap()  # sends close_notify, and does not wait for the client's
             self.sock.shutdown(socket.SHUT_WR)
-            while self.has_answered and receive(self.sock, deadline):
+            while self.has_answered and receive(self.sock, deadline, self.interrupts):
                 pass
 
     def wait_for_request(self) -> bool:
@@ -1862,7 +1862,7 @@ class Connection(socketserver.BaseRequestHandler):
     def write(self, request: Request, data: bytes | memoryview) -> None:
         """Send data. Raises ClientGone if the client disconnects or reads nothing for too long."""
         left = memoryview(data)
-        self.has_answered = True
+        self.has_answered, self.interrupts = True, NEVER  # a stop waits until it has been read
         # Responses to strangers are small and fit the socket's buffer, so a stranger that does not
         # read is dropped at once: it must not hold its connection's slot.
         patience = 0 if self.slot.key is STRANGER else WRITE_TIMEOUT
