@@ -453,7 +453,7 @@ def decode_json(body: bytes) -> Any:
         return NotJson("is empty")
     # Invariant: the depth and the number of values are bounded before the decoder sees them: it
     # recurses, and makes an object of each. With the escapes removed, quotes only begin and end
-    # strings, so every second part is one, and is not counted.
+    # strings, so every second part is one: no mark in it counts.
     parts = body.replace(rb"\\", b"").replace(rb"\"", b"").split(b'"', 2 * MAX_VALUES)
     marks = b"".join(parts[::2]).translate(None, NO_MARKS)
     if len(parts) // 2 + len(marks) > MAX_VALUES:
@@ -1862,7 +1862,7 @@ class Connection(socketserver.BaseRequestHandler):
     def write(self, request: Request, data: bytes | memoryview) -> None:
         """Send data. Raises ClientGone if the client disconnects or reads nothing for too long."""
         left = memoryview(data)
-        self.has_answered, self.interrupts = True, NEVER  # a stop waits until it has been read
+        self.has_answered, self.interrupts = True, NEVER  # `finish` lets it be read, at a stop too
         # Responses to strangers are small and fit the socket's buffer, so a stranger that does not
         # read is dropped at once: it must not hold its connection's slot.
         patience = 0 if self.slot.key is STRANGER else WRITE_TIMEOUT
@@ -2128,7 +2128,7 @@ class Walk(contextlib.ExitStack):
         """Lock a descriptor's filesystem until the walk ends. Raises ApiError (503)."""
         rule = f"other writes to its filesystem have taken over {LOCK_TIMEOUT:g} s"
         message = f"path: {rule}; check whether it hangs, or try again later"
-        # Writes beneath a limited key's folder wait for each other first: one alone delays others'.
+        # Writes beneath a limited key's folder queue up first: only one at a time delays others'.
         for folder in dict.fromkeys((self._tree.folder, None)):
             place = os.fstat(descriptor).st_dev, folder
             lock = self._tree.locks.setdefault(place, threading.RLock())
