@@ -2610,7 +2610,7 @@ OWN_LABEL_RULE = f"a label that does not begin with {OWN_LABELS}, as the agent's
 LABEL = string_schema(rf"(?s:(?!{re.escape(OWN_LABELS)}).*)", OWN_LABEL_RULE, MAX_BODY)
 LABELS = map_of(LABEL, STRING, {"com.example.team": "web"})
 HOST_PATTERN = "[a-zA-Z0-9_]([a-zA-Z0-9_.-]*[a-zA-Z0-9_])?"
-HOST_NAME = string_schema(HOST_PATTERN, "letters, digits, '.', '-' and '_'", 64)
+HOST_NAME = string_schema(HOST_PATTERN, "letters, digits and '_', '.' or '-' in between", 253)
 IP = string_schema("[^%]+", "an IPv4 or IPv6 address", 45, "10.0.0.5")
 IP["check"] = lambda ip, path: ipaddress.ip_address(ip) and ip
 HOST_IP = {**IP, "description": "an IPv4 or IPv6 address, or host-gateway"}
@@ -2718,7 +2718,7 @@ CREATE = object_schema(
     labels=at("Labels", LABELS),
     working_dir=at("WorkingDir", string_schema("(?s:/.*)", "an absolute path")),
     user=at("User", string_schema(r"[^\s:]+(:[^\s:]+)?", "user or user:group", 255, "1000:1000")),
-    hostname=at("Hostname", HOST_NAME),
+    hostname=at("Hostname", {**HOST_NAME, "maxLength": 64}),  # the kernel takes no more
     ports=at("HostConfig.PortBindings", array_of(PORTS), engine_ports),
     # Not Binds: no colon in a path can become an option.
     volumes=at("HostConfig.Mounts", array_of(VOLUMES), since=25),

@@ -2328,6 +2328,7 @@ def health(**fields: Any) -> dict[str, Any]:
 
 
 ANON = {"target": "/t"}
+LONG = "a" * 253  # the longest name of DNS
 PORT_PATH = "ports[0].container_port: "
 
 
