@@ -293,18 +293,18 @@ OTHER_NAMES.update(privateport="container_port", published="host_port", publicpo
 OTHER_NAMES.update(logconfig="log", destination="target", dst="target", mode="permission")
 OTHER_NAMES.update(networkingconfig="networks", devicerequests="gpus", args="cmd")
 OTHER_NAMES.update(repo="image", tag="image", ip="host_ip", type="driver", stream="follow")
-OTHER_NAMES.update(host="host_port", ro="read_only", lines="tail")
+OTHER_NAMES.update(host="host_port", lines="tail", nohealthcheck="disable", nostream="follow=false")
 OTHER_NAMES.update(hostconfig="volumes, ports, resources and so on, beside image")
 OTHER_NAMES.update(command="cmd", restart="restart_policy", envfile="env", src="source")
 OTHER_NAMES.update(logging="log", logopt="log", logdriver="driver", networkalias="networks")
 OTHER_NAMES.update(health="healthcheck", healthcmd="shell", healthretries="retries")
 OTHER_NAMES.update(healthinterval="interval", healthtimeout="timeout", size="size_mb")
-OTHER_NAMES.update(healthstartperiod="start_period", readonlyrootfs="read_only")
-OTHER_NAMES.update(nohealthcheck="disable", nostream="follow=false")
+OTHER_NAMES.update(healthstartperiod="start_period", readonlyrootfs="read_only", ro="read_only")
 OTHER_NAMES.update(workdir="working_dir", target="container_port", hosts="extra_hosts")
 OTHER_NAMES.update(memswaplimit="memory_swap_mb", nanocpus="cpus", limits="cpus, memory_mb, pids")
 # Nearly ours, but something else: no name here is hinted at.
-OTHER_NAMES.update(dict.fromkeys(("userns", "cpuset", "gpus", "startinterval", "external"), ""))
+NOT_OURS = "userns cpuset gpus startinterval external services volumesfrom"
+OTHER_NAMES.update(dict.fromkeys(NOT_OURS.split(), ""))
 
 
 def check_schema(schema: Schema) -> Schema:
@@ -2639,7 +2639,7 @@ SYSCTL = string_schema("[a-zA-Z0-9_./-]+", "a sysctl")
 SYSCTLS = map_of(SYSCTL, STRING, {"net.core.somaxconn": "1024"})
 SHARED = f"host|container:{CONTAINER}"  # the host's or another container's namespace
 IPC_RULE = "host, none, private, shareable or container:ID"
-MODE = string_schema("0*[1-7][0-7]{0,3}", "an octal mode from 1 to 7777", 15, "1777")
+MODE = string_schema("0*[1-7][0-7]{0,3}", "a tmpfs's octal mode (ro: read_only)", 15, "1777")
 
 PORTS = object_schema(
     "container_port",
@@ -2650,7 +2650,7 @@ PORTS = object_schema(
     protocol=one_of("tcp", "udp", "sctp"),
     host_ip=IP,
 )
-JOINED = object_schema("name", name=NETWORK_NAME, aliases=array_of(HOST_NAME))
+JOINED = object_schema("name", name=NETWORK_NAME, aliases=array_of(HOST_NAME, ["db"]))
 JOINED.update({**NETWORK_NAME, "type": "string|object"})
 JOINED["check"] = lambda n, path: {"aliases": [], **(n if isinstance(n, dict) else {"name": n})}
 

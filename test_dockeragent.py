@@ -2509,6 +2509,7 @@ def test_message_says_what_to_write(path, body, message, pair):
 # None of them has a counterpart here: what a hint would name does something else.
 NOT_HERE = "oom_kill_disable group_add cpuset cpu_period label_file uts interactive adopt scale"
 NOT_HERE += " driver_opts volume-driver memory-swappiness dns_opt userns blkio_config configs ip"
+NOT_HERE += " services volumes-from"
 
 
 @pytest.mark.parametrize("name", NOT_HERE.split())
