@@ -2594,7 +2594,7 @@ def at(place: str, schema: Schema, convert: Any = None, since: int = 0) -> Schem
 
 
 STRING = string_schema(most=MAX_BODY)
-STRINGS = array_of(STRING, ["sleep", "60"])
+STRINGS = array_of({**STRING, "example": "60"}, ["sleep", "60"])
 COMMAND = string_schema("(?s:.+)", "a command of the shell", MAX_BODY, "exit 0")
 PORT = string_schema("[0-9]+", "a port from 1 to 65535, in ASCII digits", 15)
 PORT.update(type="string|integer", check=check_port)
@@ -2608,7 +2608,7 @@ NAMED_IMAGE = string_schema(IMAGE, IMAGE_RULE, 512)
 ANY_IMAGE = {**NAMED_IMAGE, "pattern": f"{IMAGE}|{IMAGE_ID}"}
 OWN_LABEL_RULE = f"a label that does not begin with {OWN_LABELS}, as the agent's own do"
 LABEL = string_schema(rf"(?s:(?!{re.escape(OWN_LABELS)}).*)", OWN_LABEL_RULE, MAX_BODY)
-LABELS = map_of(LABEL, STRING, {"com.example.team": "web"})
+LABELS = map_of(LABEL, {**STRING, "example": "true"}, {"com.example.team": "web"})
 HOST_PATTERN = "[a-zA-Z0-9_]([a-zA-Z0-9_.-]*[a-zA-Z0-9_])?"
 HOST_NAME = string_schema(HOST_PATTERN, "letters, digits and '_', '.' or '-' in between", 253)
 IP = string_schema("[^%]+", "an IPv4 or IPv6 address", 45, "10.0.0.5")
@@ -2636,7 +2636,7 @@ DEVICE = string_schema(DEVICE_PATTERN, "a path, or path:path:rwm", 4096, "/dev/f
 GPUS = {**integer_schema(1, 1024), **string_schema("all", '"all" or a number from 1 to 1,024')}
 GPUS["type"] = "string|integer"
 SYSCTL = string_schema("[a-zA-Z0-9_./-]+", "a sysctl")
-SYSCTLS = map_of(SYSCTL, STRING, {"net.core.somaxconn": "1024"})
+SYSCTLS = map_of(SYSCTL, {**STRING, "example": "1024"}, {"net.core.somaxconn": "1024"})
 SHARED = f"host|container:{CONTAINER}"  # the host's or another container's namespace
 IPC_RULE = "host, none, private, shareable or container:ID"
 MODE = string_schema("0*[1-7][0-7]{0,3}", "a tmpfs's octal mode (ro: read_only)", 15, "1777")
