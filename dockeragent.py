@@ -5469,8 +5469,8 @@ def with_ending(events: Stream) -> Stream:
     """Yield events, and one more that tells a client what broke them off."""
     try:
         yield from events
-    except Stopping:
-        yield event("shutdown", {"reason": "the agent is being stopped; reconnect"})
+    except Stopping as error:
+        yield event("shutdown", {"reason": error.message})
     except EngineError as error:
         yield event("error", envelope(error))
 

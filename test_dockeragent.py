@@ -9077,10 +9077,10 @@ def test_stop_of_the_agent_lets_a_short_run_end_and_kills_a_long_one(engine, acc
         assert agent.process.wait(WAIT) == 0
     assert read_run(replies["2"]) == ([("stdout", "one"), ("stdout", "two")], {"exit_code": 3})
     if accept:
-        assert [event.type for event in parse_events(replies["600"].body)] == [
-            "message",
-            "shutdown",
-        ]
+        first, last = parse_events(replies["600"].body)
+        assert (first.type, last.type) == ("message", "shutdown")
+        # A client that obeyed "reconnect" would run it once more.
+        assert json.loads(last.data)["reason"] == "the agent is being stopped; the run was killed"
     else:
         assert isinstance(replies["600"], http.client.IncompleteRead)
     assert runs_left(engine) == []
