@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2446, and a reviewer may stop there:
+stands first, up to line 2450, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -2145,8 +2145,8 @@ class Walk(contextlib.ExitStack):
         self._descend(parents[len(listed) :])
         return self._stack[-1], name
 
-    def find(self, name: bytes) -> int:
-        """Return a descriptor (O_PATH) of a regular file. Raises ApiError (400, 403, 409)."""
+    def find(self, name: bytes) -> tuple[int, os.stat_result]:
+        """Return a regular file's descriptor (O_PATH) and status. Raises ApiError."""
         # Invariant: O_PATH opens no FIFO or device. The file is looked at, and then only read or
         # written through this descriptor, whatever takes its name meanwhile.
         found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._stack[-1])
@@ -2161,7 +2161,7 @@ class Walk(contextlib.ExitStack):
         if self._is_limited and (info.st_mode & 0o7000 or info.st_nlink > 1 or is_capable(found)):
             rule = "a mode above 0777, file capabilities or hard links"
             raise ApiError(403, f"path: a limited key may not use a file that has {rule}")
-        return found
+        return found, info
 
     def _descend(self, parts: list[bytes]) -> None:
         todo = [(part, False) for part in reversed(parts)]  # (component, whether from a link)
@@ -2238,11 +2238,11 @@ def read_beneath(tree: Tree, path: str) -> tuple[bytes, os.stat_result]:
     """Return a file's content and status. Raises ApiError: 400, 403, 404, 409, 413, 503."""
     with file_errors(), Walk(tree) as walk:
         _, name = walk.enter(path)
-        found = walk.find(name)
+        found, info = walk.find(name)
         content = read_content(found, MAX_BODY)
         if len(content) > MAX_BODY:
             raise ApiError(413, f"path: the file is longer than {MAX_BODY} bytes")
-        return content, os.fstat(found)
+        return content, info
 
 
 def remove_beneath(tree: Tree, path: str) -> None:
@@ -2286,7 +2286,11 @@ def try_write(tree: Tree, path: str, write: FileWrite) -> bool:
             walk.lock(parent)
         found = None
         with contextlib.suppress(FileNotFoundError):
-            found = walk.find(name)
+            found, info = walk.find(name)
+            # Invariant: the owner and mode that are kept are those that were looked at: meanwhile
+            # its owner may make the file set-user-id, which a limited key would give to root.
+            uid, gid, mode = wanted_attributes(info, write)
+            write = write._replace(uid=uid, gid=gid, mode=mode)
         if not write.atomic:  # the lock of the file's own filesystem: it may be mounted by itself
             walk.lock(parent if found is None else found)
         if found is not None and is_written(found, write):

@@ -7257,6 +7257,21 @@ def test_limited_key_does_not_replace_a_program_with_capabilities(tree):
     assert snapshot(tree) == before
 
 
+def test_mode_that_a_limited_key_keeps_is_the_one_that_was_looked_at(tree):
+    """Else a file's owner and the key could make a program of root's that runs as root."""
+    place, kept = da.Tree(str(tree / "host"), {}), tree / "host/app/full/kept"
+    limited, write = place._replace(folder="/app/full"), da.FileWrite(b"new", atomic=False)
+    writer = threading.Thread(target=da.write_beneath, args=(limited, "/app/full/kept", write))
+    kept.chmod(0o755)
+    with da.Walk(place) as walk:
+        walk.lock(walk.enter("/app/full/kept")[0])
+        writer.start()
+        until(lambda: len(place.locks) == 2, "a write that has looked at the file, and waits")
+        kept.chmod(0o4755)
+    writer.join()
+    assert (kept.read_text(), stat.S_IMODE(kept.stat().st_mode)) == ("new", 0o755)
+
+
 # --------------------------------------------------------------------------------------------------
 # Logs
 # --------------------------------------------------------------------------------------------------
@@ -11517,7 +11532,7 @@ def test_write_does_not_wait_for_reads_that_the_engine_fails(engine, site, tmp_p
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_952
+LINES = 5_956
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
