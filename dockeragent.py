@@ -3416,7 +3416,10 @@ def find_containers(engine: Engine, **filters: str) -> list[Json]:
 def ids_by_name(engine: Engine, pattern: str) -> dict[str, str]:
     """Return the ids of containers whose names match a regex, by name."""
     rows = find_containers(engine, name=pattern)
-    return {name[1:]: row["Id"] for row in rows for name in row.get("Names", ())}
+    ids = {name: row["Id"] for row in rows for name in row.get("Names", ())}
+    return {
+        name[1:]: ids[name] for name in ids if name.rfind("/") == 0
+    }  # not a link's /other/alias
 
 
 def look_up_networks(engine: Engine, body: Json) -> None:
@@ -3437,14 +3440,12 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
     with contextlib.ExitStack() as held:
         if not key.master:
             restrict_brought(key, body, image)
-            # One create of the key at a time, or the count is not true. Until it was looked at, no
-            # other request may start it: see `found_to_change`.
-            counting = engine.key_locks.setdefault(key.name, threading.Lock())
-            message = "other containers are being created; try again later"
-            held.enter_context(hold(counting, START_TIMEOUT, message))
-            check_count(key, query["name"], ids_by_name(engine, "."))
+            # Until it was looked at, no other request may start it: see `found_to_change`. Those of
+            # any key that come after it count it, too: the Engine may not list it yet.
             engine.unchecked.append(query["name"])
             held.callback(engine.unchecked.remove, query["name"])
+            earlier = engine.unchecked[: engine.unchecked.index(query["name"])]
+            check_count(key, query["name"], [*earlier, *ids_by_name(engine, ".")])
         used = [image.get("Id", ""), body["HostConfig"].get("NetworkMode", "")]
         held.enter_context(engine.reserve(used))
         created = engine.json("POST", "/containers/create", query, body, START_TIMEOUT)
@@ -5673,7 +5674,7 @@ def remove_network(request: Request, agent: Agent) -> Response:
 def delete_volume(request: Request, agent: Agent) -> Response:
     request.target.update(volume=request.name)
     lock = agent.engine.key_locks.setdefault(request.key.name, threading.Lock())
-    busy = "a volume is being removed or a container created; try again later"
+    busy = "a volume is being removed; try again later"
     # One at a time, and only what is there: podman would remove another, whose name begins so.
     with in_use_by(request.key), hold(lock, CALL_TIMEOUT, busy):
         for method in "GET", "DELETE":

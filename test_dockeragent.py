@@ -1531,10 +1531,11 @@ def test_container_is_looked_at_before_anybody_can_start_it(fake_engine, tmp_pat
     """The tag is moved between the look at the image and the create."""
     identity, starts = "1" * 64, []
     found = {"Id": identity, "Name": "/web", "Config": created}
-    entry = {"name": "ci", "key": "ci", "allow": ["create", "operate"], "containers": ["web"]}
-    entry.update(images=["a"], cache=True)
+    entry = {"name": "ci", "key": "ci", "allow": ["create", "operate"], "containers": ["web*"]}
+    entry.update(images=["a"], cache=True, limits={"containers": 1})
     fake_engine.script["GET /images/docker.io/library/a%3Alatest/json"] = http_answer({"Id": "i"})
-    fake_engine.script["GET /containers/json"] = http_answer([])
+    linked = {"Id": "l", "Names": ["/web/db", "/other"]}  # the link's name is no container's
+    fake_engine.script["its own look"] = http_answer([linked])
     for name in ("web", identity):
         fake_engine.script[f"GET /containers/{name}/json"] = http_answer(found)
     fake_engine.script[f"DELETE /containers/{identity}"] = NO_CONTENT
@@ -1586,7 +1587,7 @@ def test_container_that_may_never_have_run_is_started_by_no_limited_key(
 
 
 def test_slow_create_of_a_key_holds_up_no_other_key(fake_engine, tmp_path):
-    """Nor does one of its name that fails let anybody start it."""
+    """But counts for it; nor does one of its name that fails let anybody start it."""
     identity, began, release = "1" * 64, threading.Event(), threading.Event()
 
     def create(sock: socket.socket) -> None:
@@ -1596,6 +1597,7 @@ def test_slow_create_of_a_key_holds_up_no_other_key(fake_engine, tmp_path):
         sock.sendall(http_answer({"message": "in use"}, 409))
 
     more = {"allow": ["create", "operate"], "containers": ["w*"], "images": ["a"], "cache": True}
+    more["limits"] = {"containers": 1}
     entries = [{"name": key, "key": key, **more} for key in ("ci", "cd")]
     fake_engine.script["GET /images/docker.io/library/a%3Alatest/json"] = http_answer({"Id": "i"})
     fake_engine.script["GET /containers/json"] = http_answer([])
@@ -1615,6 +1617,8 @@ def test_slow_create_of_a_key_holds_up_no_other_key(fake_engine, tmp_path):
         )
         started = agent.post("/api/v1/containers/web/start", key="cd")
         assert_envelope(started, 409, "is being created")
+        second = agent.post("/api/v1/containers", {**body, "name": "w2"}, key="cd")
+        assert_envelope(second, 403, "more than 1 containers")
         release.set()
         slow.join()
 
@@ -11532,7 +11536,7 @@ def test_write_does_not_wait_for_reads_that_the_engine_fails(engine, site, tmp_p
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_956
+LINES = 5_957
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
