@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2450, and a reviewer may stop there:
+stands first, up to line 2449, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -2287,8 +2287,7 @@ def try_write(tree: Tree, path: str, write: FileWrite) -> bool:
         found = None
         with contextlib.suppress(FileNotFoundError):
             found, info = walk.find(name)
-            # Invariant: the owner and mode that are kept are those that were looked at: meanwhile
-            # its owner may make the file set-user-id, which a limited key would give to root.
+            # Invariant: the mode that is kept was looked at: its owner may make it set-id now.
             uid, gid, mode = wanted_attributes(info, write)
             write = write._replace(uid=uid, gid=gid, mode=mode)
         if not write.atomic:  # the lock of the file's own filesystem: it may be mounted by itself
@@ -2392,7 +2391,7 @@ def replace(parent: int, name: bytes, found: int | None, write: FileWrite) -> No
         if found is None:
             with contextlib.suppress(OSError):  # some filesystems have only one mode
                 os.fchmod(descriptor, 0o644)
-        wanted = wanted_attributes(os.fstat(descriptor if found is None else found), write)
+        wanted = wanted_attributes(os.fstat(descriptor), write)
         set_attributes(descriptor, wanted)
         if found is not None:
             copy_extended(descriptor, found)  # after a change of owner, which removes some of them
@@ -3449,10 +3448,9 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
         used = [image.get("Id", ""), body["HostConfig"].get("NetworkMode", "")]
         held.enter_context(engine.reserve(used))
         created = engine.json("POST", "/containers/create", query, body, START_TIMEOUT)
-        path = container_path(created["Id"], "json")
         if not key.master:
             with removed_on_failure(engine, created["Id"]):
-                check_created(key, engine.json("GET", path), body)
+                check_created(key, engine.json("GET", container_path(created["Id"], "json")), body)
     return created
 
 
@@ -5674,9 +5672,8 @@ def remove_network(request: Request, agent: Agent) -> Response:
 def delete_volume(request: Request, agent: Agent) -> Response:
     request.target.update(volume=request.name)
     lock = agent.engine.key_locks.setdefault(request.key.name, threading.Lock())
-    busy = "a volume is being removed; try again later"
     # One at a time, and only what is there: podman would remove another, whose name begins so.
-    with in_use_by(request.key), hold(lock, CALL_TIMEOUT, busy):
+    with in_use_by(request.key), hold(lock, CALL_TIMEOUT, "another volume is being removed"):
         for method in "GET", "DELETE":
             agent.engine.call(method, f"/volumes/{quote(request.name, safe='')}")
     return Response({"message": "volume removed"})
