@@ -4894,7 +4894,7 @@ class Deploys:
         try:
             end: Event = "done", deployment.deploy(request, auth)
         except ApiError as error:
-            if isinstance(error, EngineError) and not error.members:  # nothing was touched
+            if isinstance(error, (EngineError, Stopping)) and not error.members:  # nothing touched
                 error.members = known = dict(NO_EVIDENCE)
                 with contextlib.suppress(EngineError):
                     known["rolled_back"] = deployment.look().keys() == {""}

@@ -11406,6 +11406,25 @@ def test_stopped_agent_leaves_a_deploy_to_its_next_start(engine, site):
     assert engine.inspect(site)["Id"] == new
 
 
+@pytest.mark.parametrize("is_old_there", [True, False])
+def test_agent_that_stops_before_the_swap_tells_that_all_is_as_it_was(
+    engine, site, tmp_path, is_old_there
+):
+    with FaultyProxy(tmp_path / "p.sock", engine) as proxy, Agent(DOCKER_HOST=proxy.url) as agent:
+        if is_old_there:
+            put(agent, site, spec())
+
+        def stop_first(forward: Callable[[], bytes], sock: socket.socket) -> None:
+            agent.process.terminate()
+            until(lambda: agent.lines("stopping"), "the log line")
+            sock.sendall(forward())
+
+        proxy.arm(0, stop_first)
+        reply = put(agent, site, GOOD)
+    assert (reply.status, reply.json()["rolled_back"]) == (503, is_old_there)
+    assert names_of(engine, site).keys() == ({site} if is_old_there else set())
+
+
 def test_stopped_agent_gives_up_no_old_container(engine, site, tmp_path):
     """A host that shuts down ends containerd, the Engine and the agent at once."""
     with FaultyProxy(tmp_path / "p.sock", engine) as proxy:
