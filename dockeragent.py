@@ -2642,7 +2642,7 @@ SYSCTL = string_schema("[a-zA-Z0-9_./-]+", "a sysctl")
 SYSCTLS = map_of(SYSCTL, {**STRING, "example": "1024"}, {"net.core.somaxconn": "1024"})
 SHARED = f"host|container:{CONTAINER}"  # the host's or another container's namespace
 IPC_RULE = "host, none, private, shareable or container:ID"
-MODE = string_schema("0*[1-7][0-7]{0,3}", "a tmpfs's octal mode (ro: read_only)", 15, "1777")
+MODE = string_schema("0*[1-7][0-7]{0,3}", "an octal mode up to 7777 (ro: read_only)", 15, "1777")
 
 PORTS = object_schema(
     "container_port",
@@ -3415,10 +3415,9 @@ def find_containers(engine: Engine, **filters: str) -> list[Json]:
 def ids_by_name(engine: Engine, pattern: str) -> dict[str, str]:
     """Return the ids of containers whose names match a regex, by name."""
     rows = find_containers(engine, name=pattern)
-    ids = {name: row["Id"] for row in rows for name in row.get("Names", ())}
-    return {
-        name[1:]: ids[name] for name in ids if name.rfind("/") == 0
-    }  # not a link's /other/alias
+    found = [(name[1:], row["Id"]) for row in rows for name in row.get("Names", ())]
+    # Not the names that the links of others give it: other/alias.
+    return {name: identity for name, identity in found if "/" not in name}
 
 
 def look_up_networks(engine: Engine, body: Json) -> None:
