@@ -4767,7 +4767,7 @@ class Deployment:
                 remove_container(self.engine, new.id)
             elif not is_stop:
                 self.failed = True
-                self.recover()
+                repeat(self.recover, RETRY_TIME, 404)  # somebody removes one of them meanwhile
         except ApiError as second:
             self.is_unfinished = True
             self.settle(second)
@@ -4908,7 +4908,7 @@ class Deploys:
         """Recover a name and log it. retries: while the Engine is unreachable."""
         while not self.stopping.is_set():
             try:
-                repeat(deployment.recover, RETRY_TIME if retries else 0, 500)
+                repeat(deployment.recover, RETRY_TIME if retries else 0, 404, 500)
             except ApiError as error:
                 if retries and error.status in UNREACHABLE:
                     deployment.settle(error)

@@ -10622,6 +10622,17 @@ def new_container_stays_if_somebody_removes_the_old_one_to_make_room(proxy, agen
 
 
 @TROUBLES.append
+def new_container_that_somebody_removes_meanwhile_is_rolled_back(proxy, agent):
+    def rule(it: Troubled) -> None:
+        if it.has_begun("stop"):
+            it.engine.remove(it.site)
+
+    it = Troubled(proxy, agent, rule)
+    assert it.deploy_bad() == (422, True, False)
+    assert_settled(it.engine, it.site, it.old, "bad")
+
+
+@TROUBLES.append
 def recovery_tells_no_problem_that_its_last_attempt_has_solved(proxy, agent):
     def rule(it: Troubled) -> Harm | None:
         is_first = "DELETE" not in it.calls[:-1]
