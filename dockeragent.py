@@ -2145,8 +2145,8 @@ class Walk(contextlib.ExitStack):
         self._descend(parents[len(listed) :])
         return self._stack[-1], name
 
-    def find(self, name: bytes) -> tuple[int, os.stat_result]:
-        """Return a regular file's descriptor (O_PATH) and status. Raises ApiError."""
+    def find(self, name: bytes) -> int:
+        """Return a descriptor (O_PATH) of a regular file. Raises ApiError or OSError."""
         # Invariant: O_PATH opens no FIFO or device. The file is looked at, and then only read or
         # written through this descriptor, whatever takes its name meanwhile.
         found = os.open(name, os.O_PATH | os.O_NOFOLLOW, dir_fd=self._stack[-1])
@@ -2161,7 +2161,7 @@ class Walk(contextlib.ExitStack):
         if self._is_limited and (info.st_mode & 0o7000 or info.st_nlink > 1 or is_capable(found)):
             rule = "a mode above 0777, file capabilities or hard links"
             raise ApiError(403, f"path: a limited key may not use a file that has {rule}")
-        return found, info
+        return found
 
     def _descend(self, parts: list[bytes]) -> None:
         todo = [(part, False) for part in reversed(parts)]  # (component, whether from a link)
@@ -2238,11 +2238,11 @@ def read_beneath(tree: Tree, path: str) -> tuple[bytes, os.stat_result]:
     """Return a file's content and status. Raises ApiError: 400, 403, 404, 409, 413, 503."""
     with file_errors(), Walk(tree) as walk:
         _, name = walk.enter(path)
-        found, info = walk.find(name)
+        found = walk.find(name)
         content = read_content(found, MAX_BODY)
         if len(content) > MAX_BODY:
             raise ApiError(413, f"path: the file is longer than {MAX_BODY} bytes")
-        return content, info
+        return content, os.fstat(found)
 
 
 def remove_beneath(tree: Tree, path: str) -> None:
@@ -2263,6 +2263,7 @@ class FileWrite(NamedTuple):
     uid: Optional[int] = None
     gid: Optional[int] = None
     atomic: bool = True
+    most: int = 0o7777  # the bits of a mode that may be set
 
 
 def write_beneath(tree: Tree, path: str, write: FileWrite) -> bool:
@@ -2280,16 +2281,15 @@ def write_beneath(tree: Tree, path: str, write: FileWrite) -> bool:
 
 
 def try_write(tree: Tree, path: str, write: FileWrite) -> bool:
+    # Invariant: a limited key makes no set-id file, even if the old one becomes one just now.
+    write = write._replace(most=0o7777 if tree.folder is None else 0o777)
     with Walk(tree, make=True) as walk:
         parent, name = walk.enter(path)
         if write.atomic:
             walk.lock(parent)
         found = None
         with contextlib.suppress(FileNotFoundError):
-            found, info = walk.find(name)
-            # Invariant: the mode that is kept was looked at: its owner may make it set-id now.
-            uid, gid, mode = wanted_attributes(info, write)
-            write = write._replace(uid=uid, gid=gid, mode=mode)
+            found = walk.find(name)
         if not write.atomic:  # the lock of the file's own filesystem: it may be mounted by itself
             walk.lock(parent if found is None else found)
         if found is not None and is_written(found, write):
@@ -2319,7 +2319,7 @@ def attributes(info: os.stat_result) -> Attributes:
 def wanted_attributes(info: os.stat_result, write: FileWrite) -> Attributes:
     asked = (write.uid, write.gid, write.mode)
     uid, gid, mode = (old if new is None else new for old, new in zip(attributes(info), asked))
-    return uid, gid, mode
+    return uid, gid, mode & write.most
 
 
 def set_attributes(descriptor: int, wanted: Attributes) -> None:
@@ -2391,7 +2391,7 @@ def replace(parent: int, name: bytes, found: int | None, write: FileWrite) -> No
         if found is None:
             with contextlib.suppress(OSError):  # some filesystems have only one mode
                 os.fchmod(descriptor, 0o644)
-        wanted = wanted_attributes(os.fstat(descriptor), write)
+        wanted = wanted_attributes(os.fstat(descriptor if found is None else found), write)
         set_attributes(descriptor, wanted)
         if found is not None:
             copy_extended(descriptor, found)  # after a change of owner, which removes some of them

@@ -7271,7 +7271,8 @@ def test_limited_key_does_not_replace_a_program_with_capabilities(tree):
     assert snapshot(tree) == before
 
 
-def test_mode_that_a_limited_key_keeps_is_the_one_that_was_looked_at(tree):
+@pytest.mark.parametrize("meanwhile, mode", [(0o4755, 0o755), (0o600, 0o600)])
+def test_mode_that_a_limited_key_keeps_is_the_last_and_no_set_id_one(tree, meanwhile, mode):
     """Else a file's owner and the key could make a program of root's that runs as root."""
     place, kept = da.Tree(str(tree / "host"), {}), tree / "host/app/full/kept"
     limited, write = place._replace(folder="/app/full"), da.FileWrite(b"new", atomic=False)
@@ -7281,9 +7282,9 @@ def test_mode_that_a_limited_key_keeps_is_the_one_that_was_looked_at(tree):
         walk.lock(walk.enter("/app/full/kept")[0])
         writer.start()
         until(lambda: len(place.locks) == 2, "a write that has looked at the file, and waits")
-        kept.chmod(0o4755)
+        kept.chmod(meanwhile)
     writer.join()
-    assert (kept.read_text(), stat.S_IMODE(kept.stat().st_mode)) == ("new", 0o755)
+    assert (kept.read_text(), stat.S_IMODE(kept.stat().st_mode)) == ("new", mode)
 
 
 # --------------------------------------------------------------------------------------------------
