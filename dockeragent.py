@@ -814,7 +814,7 @@ def check_created(key: Key, created: Json, container: Json, status: int = 409) -
 
 
 def check_count(key: Key, name: str, names: Iterable[str]) -> None:
-    """Refuse one more container in the key's scope. names: of all containers there are."""
+    """Refuse one more container in the key's scope. names: of all that are or are being made."""
     others = {HELPER_NAME.sub("", other) for other in names if key.covers("containers", other)}
     most = key.limits.get("containers", math.inf)
     is_free = len(others - {HELPER_NAME.sub("", name)}) < most
@@ -3438,12 +3438,11 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
     with contextlib.ExitStack() as held:
         if not key.master:
             restrict_brought(key, body, image)
-            # Until it was looked at, no other request may start it: see `found_to_change`. Those of
-            # any key that come after it count it, too: the Engine may not list it yet.
+            # Until it was looked at, no other request may start it: see `found_to_change`. Creates
+            # of limited keys that come after it count it, too: the Engine may not list it yet.
             engine.unchecked.append(query["name"])
             held.callback(engine.unchecked.remove, query["name"])
-            earlier = engine.unchecked[: engine.unchecked.index(query["name"])]
-            check_count(key, query["name"], [*earlier, *ids_by_name(engine, ".")])
+            check_count(key, query["name"], [*engine.unchecked, *ids_by_name(engine, ".")])
         used = [image.get("Id", ""), body["HostConfig"].get("NetworkMode", "")]
         held.enter_context(engine.reserve(used))
         created = engine.json("POST", "/containers/create", query, body, START_TIMEOUT)
