@@ -4892,7 +4892,7 @@ class Deploys:
         try:
             end: Event = "done", deployment.deploy(request, auth)
         except ApiError as error:
-            if isinstance(error, (EngineError, Stopping)) and not error.members:  # nothing touched
+            if isinstance(error, (EngineError, Stopping)):  # nothing was touched
                 error.members = known = dict(NO_EVIDENCE)
                 with contextlib.suppress(EngineError):
                     known["rolled_back"] = deployment.look().keys() == {""}
