@@ -2415,6 +2415,7 @@ PORT_PATH = "ports[0].container_port: "
     ("name of what a deploy replaced", image(name="web.old"), "name: "),
     ("hostname with a space", image(hostname="a b"), "hostname: "),
     ("longer hostname than the kernel takes", image(hostname="a" * 65), "hostname: "),
+    ("longer name than DNS allows", image(extra_hosts={"a" * 254: "::1"}), "253 characters"),
     ("cpus below the Engine's floor", resources(cpus=0.009), "resources.cpus: "),
     ("cpus below 0", resources(cpus=-1), "resources.cpus: "),
     ("memory in bytes", resources(memory_mb=64 * MIB), "resources.memory_mb: "),
@@ -2586,9 +2587,11 @@ def test_no_list_of_names_has_one_that_must_be_left_out(pair):
     ),
     ("networks", {"networks": ["a", {"name": "b", "aliases": ["c_d"]}]},
      {"networks": [{"name": "a", "aliases": []}, {"name": "b", "aliases": ["c_d"]}]}),
-    ("names as long as DNS allows",
-     {"extra_hosts": {LONG: "::1"}, "networks": [{"name": "a", "aliases": [LONG]}]},
-     {"extra_hosts": {LONG: "::1"}, "networks": [{"name": "a", "aliases": [LONG]}]}),
+    ("names as long as DNS allows, and the kernel",
+     {"extra_hosts": {LONG: "::1"}, "networks": [{"name": "a", "aliases": [LONG]}],
+      "hostname": LONG[:64]},
+     {"extra_hosts": {LONG: "::1"}, "networks": [{"name": "a", "aliases": [LONG]}],
+      "hostname": LONG[:64]}),
     ("mode is the first of the networks", {"networks": ["a", "b"], "network_mode": "b"},
      {"networks": [{"name": "b", "aliases": []}, {"name": "a", "aliases": []}]}),
     ("mode is one more network", {"networks": ["a"], "network_mode": "b"},
@@ -2665,6 +2668,7 @@ def test_good_body(body, target, pair):
         ("unknown", "/api/v1/containers?al=1", "query.al: "),
         ("unknown, where none is known", "/api/v1/containers/web?size=1", "query.size: "),
         ("docker's --no-stream", f"{CREATE}/web/stats?no-stream=1", "mean follow=false?"),
+        ("lines of a log", f"{CREATE}/web/logs?lines=1", "mean tail?"),
         ("repeated", "/api/v1/containers?all=1&all=0", "all"),
         ("repeated, written in two ways", "/api/v1/containers?all=1&%61ll=1", "all"),
         ("boolean without a value", "/api/v1/containers?all", "query.all: "),
@@ -3517,7 +3521,9 @@ def test_stop_closes_idle_connections_and_lets_the_rest_finish(number, fake_engi
     release = threading.Event()
     fake_engine.script["GET /containers/json"] = held(release)
     with Agent(DOCKER_HOST=fake_engine.url) as agent, agent.connect() as idle:
-        with agent.connect() as silent, agent.connect() as busy:
+        with agent.connect() as silent, agent.connect() as busy, agent.connect() as refused:
+            refused.sendall(message("POST /x", "Content-Length: 2", body=b"x"))
+            assert refused.recv(12) == b"HTTP/1.1 404"
             idle.sendall(message("GET /x"))
             assert idle.recv(12) == b"HTTP/1.1 404"
             busy.sendall(message("GET /api/v1/containers"))
@@ -3525,6 +3531,8 @@ def test_stop_closes_idle_connections_and_lets_the_rest_finish(number, fake_engi
             agent.process.send_signal(number)
             read_to_end(idle)
             assert read_to_end(silent) == b""
+            refused.sendall(b"x")  # it would fail if the response could have been discarded
+            refused.sendall(b"x")
             assert agent.process.poll() is None
             with pytest.raises(ConnectionRefusedError):
                 agent.connect()
