@@ -2642,7 +2642,7 @@ SYSCTL = string_schema("[a-zA-Z0-9_./-]+", "a sysctl")
 SYSCTLS = map_of(SYSCTL, {**STRING, "example": "1024"}, {"net.core.somaxconn": "1024"})
 SHARED = f"host|container:{CONTAINER}"  # the host's or another container's namespace
 IPC_RULE = "host, none, private, shareable or container:ID"
-MODE = string_schema("0*[1-7][0-7]{0,3}", "an octal mode up to 7777 (ro: read_only)", 15, "1777")
+MODE = string_schema("0*[1-7][0-7]{0,3}", "an octal mode, 1 to 7777 (ro: read_only)", 15, "1777")
 
 PORTS = object_schema(
     "container_port",
