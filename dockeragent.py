@@ -21,8 +21,8 @@ stands first, up to line 2449, and a reviewer may stop there:
     C, what touches the host's files: Files
 
 Nothing up to that line names anything below it: Server is handed the table of routes, and `decide`
-a function that asks the Engine. The code below is reached by a checked request only, and speaks to
-the Engine alone. Two parts of it deserve a look all the same: `send_create` (what a limited key's
+a function that asks the Engine. The code below is reached by a checked request or by the start, and
+acts on the Engine alone. Two parts deserve a look all the same: `send_create` (what a limited key's
 image brings) and Deployment.recover (which acts on names that a limited key chose).
 
 Invariants, each stated again on the line that keeps it:
@@ -102,7 +102,7 @@ IDLE_TIMEOUT = 75.0  # between two requests of one connection
 STRANGER_IDLE_TIMEOUT = 10.0  # the same, for a connection that has not shown a valid key
 WRITE_TIMEOUT = 30.0  # without a byte taken by the client
 HALF_CLOSED = 2.0  # of waiting before a client that has half-closed counts as disconnected
-LINGER_TIMEOUT = 3.0  # for a client to read a TLS alert, or a response to a body left unread
+LINGER_TIMEOUT = 3.0  # for a client to read a TLS alert or a connection's last response
 GRACE = 10.0  # from SIGTERM to the exit, for requests in flight
 RECV_SIZE = 64 * 1024  # bytes of one recv()
 STREAM_BUFFER = 128 * 1024  # bytes of SO_SNDBUF: what the kernel holds for a stream's slow reader
@@ -2269,8 +2269,8 @@ class FileWrite(NamedTuple):
 def write_beneath(tree: Tree, path: str, write: FileWrite) -> bool:
     """Write a file at an absolute path as the host sees it; return whether anything was changed.
 
-    Missing parents are made, 0755. Two writers of one path: the last rename wins. On failure
-    nothing has changed. Raises ApiError: 400, 403, 409, 503, 507, and 500 for an I/O error.
+    Missing parents are made, 0755. Of two writers the last wins. On failure nothing has changed,
+    unless it is a write in place that fails half-way. Raises ApiError (400, 403, 409, 500 to 507).
     """
     with file_errors():
         for _ in range(MAX_PATH_RETRIES):
@@ -3079,7 +3079,7 @@ class Engine:
         self.released = threading.Condition()  # also the lock of both
         # Held while a network is looked for and created: older Engines allow two of one name.
         self.networking = threading.Lock()
-        # By a key's name, for what it does one at a time: none holds up another key's requests.
+        # By a key's name: it removes one volume at a time, and holds up no other key's requests.
         self.key_locks: dict[str, threading.Lock] = {}
         self.unchecked: list[str] = []  # names of new containers that nobody may start yet
         self._health_lock = threading.Lock()
@@ -3415,9 +3415,8 @@ def find_containers(engine: Engine, **filters: str) -> list[Json]:
 def ids_by_name(engine: Engine, pattern: str) -> dict[str, str]:
     """Return the ids of containers whose names match a regex, by name."""
     rows = find_containers(engine, name=pattern)
-    found = [(name[1:], row["Id"]) for row in rows for name in row.get("Names", ())]
-    # Not the names that the links of others give it: other/alias.
-    return {name: identity for name, identity in found if "/" not in name}
+    # Not the names that the links of others give it: /other/alias.
+    return {n[1:]: row["Id"] for row in rows for n in row.get("Names", ()) if n.count("/") < 2}
 
 
 def look_up_networks(engine: Engine, body: Json) -> None:

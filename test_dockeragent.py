@@ -11592,7 +11592,7 @@ def test_write_does_not_wait_for_reads_that_the_engine_fails(engine, site, tmp_p
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_952
+LINES = 5_951
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
