@@ -668,17 +668,17 @@ def test_help_names_every_variable_and_wrong_usage_is_refused():
         assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
-def test_run_by_its_name_it_keeps_a_compiled_copy(tmp_path):
+def test_program_exits_with_its_status_and_run_by_its_name_keeps_a_compiled_copy(tmp_path):
     shutil.copy(SOURCE, tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", "dockeragent", "--version"],
-        cwd=tmp_path,
-        env={"PATH": os.environ["PATH"]},
-        capture_output=True,
-        text=True,
-        timeout=WAIT,
-    )
-    assert (done.returncode, done.stdout) == (0, f"dockeragent {da.VERSION}\n"), done.stderr
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": WAIT}
+        done = subprocess.run([sys.executable, *arguments], env={}, **options)
+        return done.returncode, done.stdout, done.stderr
+
+    status, printed, error = run("-I", "dockeragent.py")
+    assert (status, printed, error.count("\n")) == (2, "", 1) and error.startswith("API_KEY: ")
+    assert run("-m", "dockeragent", "--version") == (0, f"dockeragent {da.VERSION}\n", "")
     assert list(tmp_path.glob("__pycache__/dockeragent.*.pyc"))
 
 
@@ -2025,9 +2025,10 @@ def test_dead_stdout_never_takes_the_server_down(kind, fake_engine, tmp_path):
     path = str(tmp_path / "agent.sock")
     reader, writer = os.openpty() if kind == "held terminal" else os.pipe()
     stdout = os.open("/dev/full", os.O_WRONLY) if kind == "full disk" else writer
-    code = f"import os; os.close(1); os.execv({sys.executable!r}, {[sys.executable, str(SOURCE)]})"
+    start = [sys.executable, "-I", str(SOURCE)]
+    code = f"import os; os.close(1); os.execv({sys.executable!r}, {start})"
     process = subprocess.Popen(
-        [sys.executable, *(["-c", code] if kind == "not open at all" else [str(SOURCE)])],
+        [sys.executable, "-c", code] if kind == "not open at all" else start,
         env={
             "API_KEY": KEY,
             "LISTEN_ADDR": f"unix://{path}",
@@ -7721,8 +7722,10 @@ def test_log_of_a_container_that_runs_is_followed_in_its_own_order(agent, engine
     threads = [threading.Thread(target=keep, args=(query,), daemon=True) for query in starts]
     for thread in threads:
         thread.start()
-    until(are_open, "all streams")
-    end.touch()
+    try:
+        until(are_open, "all streams")
+    finally:
+        end.touch()  # or it would still run in the next test
     for thread in threads:
         thread.join(WAIT)
     events = follow(agent, name)
@@ -7846,7 +7849,7 @@ def test_followed_tail_of_a_damaged_log_is_no_longer_than_asked(agent, engine, l
         entries.insert(place, b'{"log":"half')
     name, _ = logged
     store(engine, name, entries)
-    for wanted in (0, 2, 5, 50):  # each costs the Engine half a second
+    for wanted in (0, 1, 5, 50):  # each costs the Engine half a second
         reply = agent.get(logs_path(name, f"tail={wanted}", "follow=1"))
         *lines, _ = parse_events(reply.body)  # the last is an error if the Engine gives one
         assert reply.status == 200 and len(lines) <= wanted
@@ -10362,13 +10365,16 @@ def deploy_and_crash(proxy: FaultyProxy, site: str, kind: str, number: int, *, a
 
 @pytest.fixture(scope="module")
 def fragile(
-    engine: RealEngine, tmp_path_factory: pytest.TempPathFactory
+    engine: RealEngine, agent: Agent, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[FaultyProxy, Agent]]:
-    """A faulty proxy, and an agent behind it, which no longer looks for what a killed one left."""
+    """A faulty proxy, and an agent behind it, which no longer looks for what a killed one left.
+
+    Nor does the shared agent, which would undo deploys of this one: it was started before.
+    """
     path = tmp_path_factory.mktemp("proxy") / "p.sock"
-    with FaultyProxy(path, engine) as proxy, Agent(DOCKER_HOST=proxy.url) as agent:
+    with FaultyProxy(path, engine) as proxy, Agent(DOCKER_HOST=proxy.url) as own:
         until(lambda: sum(da.RUN_LABEL in call for call in proxy.seen) == 2, "its second look")
-        yield proxy, agent
+        yield proxy, own
 
 
 @pytest.fixture(scope="module")
