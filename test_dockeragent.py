@@ -4725,21 +4725,18 @@ FIELDS = (
      {f"{HOST}PidMode": "host", f"{HOST}IpcMode": "host"}, ""),
 )  # fmt: skip
 # What another field would change, or what changes another.
-ALONE = ("terminal", "capability", "sysctl", "the host's processes and memory")
+ALONE = {"terminal", "capability", "sysctl", "the host's processes and memory"}
 
 
 def containers_of(rows: Iterable[tuple[Any, ...]]) -> list[list[tuple[Any, ...]]]:
     """The rows by the containers that have them: as few as have each field once."""
     groups: list[list[tuple[Any, ...]]] = []
     for row in rows:
-        fitting = (
-            group
-            for group in groups
-            if not {row[0], group[0][0]} & {*ALONE}
-            and not row[1].keys() & {field for other in group for field in other[1]}
-        )
-        if group := next(fitting, None):
-            group.append(row)
+        for group in groups:
+            fields = {field for other in group for field in other[1]}
+            if not {row[0], group[0][0]} & ALONE and not row[1].keys() & fields:
+                group.append(row)
+                break
         else:
             groups.append([row])
     return groups
@@ -11415,7 +11412,7 @@ def test_no_deploy_begins_while_another_request_changes_the_container(
 def test_client_that_hangs_up_does_not_stop_a_deploy(agent, engine, site):
     old = put(agent, site, spec()).json()["id"]
     with contextlib.closing(begin(agent, site, GOOD)):
-        until(lambda: f"{site}.next" in names_of(engine, site), "the new one")
+        until(lambda: names_of(engine, site).keys() != {site}, "the new one")
     until(lambda: settled(engine, site), "the end of the deploy")
     assert engine.inspect(site)["Id"] != old
 
