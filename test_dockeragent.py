@@ -6624,6 +6624,15 @@ def test_mode_is_exact(tree_agent, tree, path, permission, mode, atomic):
     assert stat.S_IMODE((tree / "host" / path[1:]).stat().st_mode) == mode
 
 
+def test_new_file_has_no_other_mode_before_the_one_asked_for(tree):
+    """Where there are no files without a name, others could open its temporary one."""
+    code = """
+sys.addaudithook(lambda event, found: event == "os.chmod" and print(oct(found[1])))
+da.write_beneath(tree, "/app/new", da.FileWrite(b"secret", mode=0o640))
+"""
+    assert in_child(code, str(tree / "host")) == "0o640\n"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="changing owners takes root")
 @pytest.mark.parametrize("atomic", [True, False], ids=["atomic", "in place"])
 @pytest.mark.parametrize(
