@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2449, and a reviewer may stop there:
+stands first, up to line 2451, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -2185,6 +2185,8 @@ class Walk(contextlib.ExitStack):
                 self._make_folder(part)
             except NotADirectoryError:
                 todo.extend((piece, True) for piece in reversed(self._read_link(part)))
+            while self._is_limited and len(self._stack) > 1:  # no link leads up again
+                os.close(self._stack.pop(0))
 
     def _make_folder(self, name: bytes) -> None:
         """Make a folder and enter it. Raises OSError, also if another program is faster."""

@@ -6991,6 +6991,15 @@ def test_parents_are_removed_when_descriptors_run_out(tree, most):
     assert snapshot(tree) == before
 
 
+def test_deep_path_of_a_limited_key_holds_few_descriptors(tree):
+    """Many at once would take those of everybody's connections."""
+    (tree / "host/app" / ("d/" * 100)).mkdir(parents=True)
+    limit = (
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20)); tree = tree._replace(folder='/app')"
+    )
+    assert in_child(limit + ATTEMPT, str(tree / "host"), "/app" + "/d" * 100 + "/new", "{}") == ""
+
+
 def test_links_down_and_up_again_hold_no_descriptors(tree):
     (tree / "host/zigzag").symlink_to("app/../" * 500 + "app")
     limit = "resource.setrlimit(resource.RLIMIT_NOFILE, (20, 20))"
@@ -11604,7 +11613,7 @@ def test_write_does_not_wait_for_reads_that_the_engine_fails(engine, site, tmp_p
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_951
+LINES = 5_953
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
