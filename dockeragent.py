@@ -2388,7 +2388,7 @@ def replace(parent: int, name: bytes, found: int | None, write: FileWrite) -> No
         file = stack.enter_context(open(descriptor, "wb"))
         file.write(write.content)
         file.flush()
-        if write.mode is None:  # else others could open a secret's temporary name for a moment
+        if found is None and write.mode is None:  # else others could open a secret for a moment
             with contextlib.suppress(OSError):  # some filesystems have only one mode
                 os.fchmod(descriptor, 0o644)
         wanted = wanted_attributes(os.fstat(descriptor if found is None else found), write)
