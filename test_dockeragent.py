@@ -5178,6 +5178,7 @@ def test_signal_of_the_containers_own_needs_none_to_be_sent(
     assert [seen.target for seen in fake.changes()] == sent
     assert status == 200 or "use kill" in reply.json()["message"]
     del fake.script["GET /_ping"]
+    agent.post(f"{ONE}/{action}", {"signal": wanted})  # it looks anew what the Engine is
 
 
 @pytest.mark.parametrize("word", ["\u212aILL", "\u017fIGTERM", "9", "SIGSIGTERM", " TERM", "", 9])
