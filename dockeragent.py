@@ -4906,7 +4906,7 @@ class Deploys:
         """Recover a name and log it. retries: while the Engine is unreachable."""
         while not self.stopping.is_set():
             try:
-                repeat(deployment.recover, RETRY_TIME if retries else 0, 404, 500)
+                repeat(deployment.recover, RETRY_TIME if retries else 0, 500)
             except ApiError as error:
                 if retries and error.status in UNREACHABLE:
                     deployment.settle(error)
