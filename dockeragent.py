@@ -12,7 +12,7 @@ port, the holder of a limited key, what a container prints, an image's own confi
 tree under HOST_ROOT, where another program may swap folders for links while a file is written.
 
 The file reads top to bottom; each section uses only names defined above it. What must be trusted
-stands first, up to line 2449, and a reviewer may stop there:
+stands first, up to line 2462, and a reviewer may stop there:
 
     Constants, Errors
     B, what decides for a key: Validation, Keys, Policy, Configuration
@@ -724,10 +724,23 @@ def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
         key.permit_name("containers", alias, "hostname or alias")
 
 
+def image_path(image: str, platform: Json) -> str:
+    """Return the Engine's path of an image; platform: which of several (Engine API 1.49), or {}."""
+    query = f"?platform={quote(json.dumps(platform))}" if "architecture" in platform else ""
+    return f"/images/{quote(image)}/json{query}"
+
+
+def find_brought(container: Json, ask: Ask) -> Json | None:
+    """Return the image of a container, a row of a list or inspected, None if it is gone."""
+    # Invariant: its own platform's, as each of an image with several has labels of its own.
+    platform = (container.get("ImageManifestDescriptor") or {}).get("platform") or {}
+    return ask(image_path(container.get("ImageID") or container["Image"], platform))
+
+
 def find_peer(key: Key, name: str, ask: Ask) -> str:
     """Return the id of a container whose network a limited key may share."""
     found = find_own(key, name, ask)
-    image = ask(f"/images/{quote(found['Image'], safe='')}/json") if found else None
+    image = find_brought(found, ask) if found else None
     # One that a master key made may be on any network. A label of its image proves nothing.
     maker = config_of(found, "Labels").get(KEY_LABEL)
     is_own = image and maker and maker != config_of(image, "Labels").get(KEY_LABEL)
@@ -3401,9 +3414,10 @@ def engine_container(engine: Engine, body: Json) -> tuple[Json, Json]:
     return request.pop("query"), request
 
 
-def find_image(engine: Engine, image: str) -> Json:
+def find_image(engine: Engine, image: str, platform: str = "") -> Json:
     """Return an inspected image, {} if there is none. Raises EngineError."""
-    return engine.ask(f"/images/{quote(image)}/json") or {}
+    named = dict(zip(("os", "architecture", "variant"), platform.split("/")))
+    return engine.ask(image_path(image, named)) or {}
 
 
 def find_containers(engine: Engine, **filters: str) -> list[Json]:
@@ -3433,7 +3447,7 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
     """Send "Create a container" with the agent's own labels; return {"Id", "Warnings"}."""
     # What a limited key's container is, its image included, is checked before it can start.
     body = {**container, "Labels": {**agent_labels(key), **container.get("Labels", {})}}
-    image = find_image(engine, body["Image"])
+    image = find_image(engine, body["Image"], query.get("platform", ""))
     with contextlib.ExitStack() as held:
         if not key.master:
             restrict_brought(key, body, image)
@@ -3453,7 +3467,7 @@ def send_create(engine: Engine, key: Key, query: Json, container: Json) -> Json:
 
 def has_image(engine: Engine, body: Json) -> bool:
     """Return whether the body's image is there, for its platform if it names one."""
-    image = find_image(engine, body["image"])
+    image = find_image(engine, body["image"], body.get("platform", ""))
     found = [image.get(name) for name in ("Os", "Architecture", "Variant")]
     wanted = body["platform"].split("/") if "platform" in body else []
     return bool(image) and found[: len(wanted)] == wanted
@@ -4443,11 +4457,10 @@ class Deployment:
     def inspect(self, container: str) -> Json:
         return self.engine.json("GET", container_path(container, "json"))
 
-    def find(self, container: str, image: Json | None = None) -> Found:
-        """Return a container by its id or name. image: one that is at hand, as inspected."""
+    def find(self, container: str) -> Found:
+        """Return a container by its id or name."""
         inspected = self.inspect(container)
-        if not image or image.get("Id") != inspected["Image"]:
-            image = find_image(self.engine, inspected["Image"])
+        image = find_brought(inspected, self.engine.ask) or {}
         labels = config_of(inspected, "Labels")
         own = {name: text for name, text in labels.items() if name.startswith(OWN_LABELS)}
         # Invariant: no image passes for a deploy: a foreign container has just its image's labels.
@@ -4649,7 +4662,7 @@ class Deployment:
         body = request.body
         Deployment(self.engine, self.name, self.stopping).recover()
         image = self.get_image(body, auth, request.interrupts._replace(client=None))
-        old = self.find_old(image, adopt=request.query.get("adopt", False))
+        old = self.find_old(adopt=request.query.get("adopt", False))
         spec = {field: value for field, value in body.items() if field not in ("deploy", "pull")}
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         if old and (old.journal.spec, old.container["Image"]) == (digest, image["Id"]):
@@ -4681,11 +4694,11 @@ class Deployment:
                     self.told.put((kind, data))
         return self.engine.json("GET", f"/images/{quote(name)}/json")
 
-    def find_old(self, image: Json, *, adopt: bool) -> Found | None:
+    def find_old(self, *, adopt: bool) -> Found | None:
         """Return the container that has the name. Raises ApiError (409) if it must stay."""
         old, ids = None, self.look()  # not by its name, which may begin the ids of others
         with tolerate(404):  # it is just being created, or removed
-            old = self.find(ids[""], image) if "" in ids else None
+            old = self.find(ids[""]) if "" in ids else None
         if not old:
             return None
         if old.id == own_container():
@@ -4719,7 +4732,7 @@ class Deployment:
         try:
             made = send_create(self.engine, key, query, container)
             connect_networks(self.engine, made["Id"], body)
-            new = self.find(made["Id"], image)
+            new = self.find(made["Id"])
             if new.journal != journal:
                 raise ApiError(409, f"the image must not carry labels that begin with {OWN_LABELS}")
             if self.stopping.is_set():
@@ -4996,7 +5009,7 @@ def remove_left_runs(engine: Engine, log: Log, live: Collection[str]) -> None:
         if not token or token in live:  # other containers of the agent's have it empty
             continue
         # A label of the image's own says nothing: anybody may have put it there.
-        image = find_image(engine, container["ImageID"])
+        image = find_brought(container, engine.ask)
         if not image or config_of(image, "Labels").get(RUN_LABEL) == token:
             continue
         target = {"id": container["Id"], "name": own_name({"names": container["Names"]})}

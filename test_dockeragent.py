@@ -1791,7 +1791,10 @@ def test_network_is_shared_by_the_label_of_the_agent_and_by_id(maker, brought, i
     request.body = {"name": "a", "image": "a", "network_mode": "container:ab"}
     found = {"Id": identity, "Name": "/ab", "Image": "i"}
     found["Config"] = {"Labels": {"dockeragent.key": maker}}
-    answers = {"/containers/ab/json": found, "/images/i/json": brought}
+    found["ImageManifestDescriptor"] = {"platform": {"architecture": "386"}}
+    # Of an image with several platforms, what is asked without one is the host's own.
+    answers = {"/containers/ab/json": found, "/images/i/json": {"Id": "i"}}
+    answers[f"/images/i/json?platform={quote(json.dumps({'architecture': '386'}))}"] = brought
     refused = pytest.raises(da.ApiError, match="network_mode: container:ab")
     with contextlib.nullcontext() if is_shared else refused:
         da.decide(request, "create", ask=answers.__getitem__)
@@ -5484,6 +5487,23 @@ def test_create_pulls(agent, engine, registries, name, pull, here, status):
     engine.remove(name)
     forget(engine, image)
     assert not headers or headers["X-Registry-Auth"] not in json.dumps(agent.log)
+
+
+@pytest.mark.parametrize("platform, asked", [
+    (None, ""),
+    ("linux", ""),  # the Engine wants both
+    ("linux/386", {"os": "linux", "architecture": "386"}),
+    ("linux/arm/v7", {"os": "linux", "architecture": "arm", "variant": "v7"}),
+])  # fmt: skip
+def test_image_is_looked_at_as_the_platform_that_is_asked_for(
+    fake_agent, fake_engine, platform, asked
+):
+    """Of an image with several platforms each has its own labels and health check."""
+    fake_engine.script["GET /images/a/json"] = http_answer({"Id": "i", "Os": "linux"})
+    fake_agent.post("/api/v1/containers", {"image": "a", "platform": platform})
+    looks = [seen.target for seen in fake_engine.requests() if "/images/a/" in seen.target]
+    query = asked and f"?platform={quote(json.dumps(asked))}"
+    assert looks and set(looks) == {f"/images/a/json{query}"}
 
 
 def test_image_that_is_here_is_not_pulled_however_its_platform_is_spelled(agent, engine, name):
@@ -11630,7 +11650,7 @@ def test_write_does_not_wait_for_reads_that_the_engine_fails(engine, site, tmp_p
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_951
+LINES = 5_964
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
