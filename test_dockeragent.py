@@ -9130,6 +9130,23 @@ def check_killed_runs(engine: RealEngine, bystanders: set[str], seconds: float) 
         assert engine.inspect(bystander)["State"]["Running"]
 
 
+@pytest.mark.parametrize("look", [
+    lambda engine: da.remove_left_runs(engine, lambda *_, **__: None, ()),
+    lambda engine: da.Deployment(engine, "web", threading.Event()).find("c1"),
+], ids=["run", "deploy"])  # fmt: skip
+def test_label_is_held_against_the_image_of_the_containers_own_platform(fake_engine, look):
+    """Of an image with several platforms only one may have the label: it is the image's own."""
+    labels, platform = {"dockeragent.run": "1"}, {"os": "linux", "architecture": "386"}
+    row = {"Id": "c1", "Names": ["/c1"], "Image": "i", "ImageID": "i", "Labels": labels}
+    row = {**row, "Config": row, "ImageManifestDescriptor": {"platform": platform}}
+    fake_engine.script["its own look"] = http_answer([row])
+    fake_engine.script[INSPECT] = http_answer(row)
+    fake_engine.script["GET /images/i/json"] = http_answer({"Config": {"Labels": labels}})
+    look(da.Engine(da.parse_engine(fake_engine.url), None))
+    looks = [seen.target for seen in fake_engine.requests() if "c1" not in seen.target]
+    assert looks == [f"/images/i/json?platform={quote(json.dumps(platform))}"]
+
+
 def test_what_a_killed_agent_left_goes_when_the_next_starts(engine):
     label = {"dockeragent.run": secrets.token_hex(16)}
     own = make_image(engine, f"da-{secrets.token_hex(4)}:1", **label)
