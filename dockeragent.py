@@ -727,13 +727,13 @@ def restrict_networks(key: Key, body: Json, ask: Ask) -> None:
 def image_path(image: str, platform: Json) -> str:
     """Return the Engine's path of an image; platform: which of several (Engine API 1.49), or {}."""
     query = f"?platform={quote(json.dumps(platform))}" if "architecture" in platform else ""
-    return f"/images/{quote(image)}/json{query}"
+    return f"/images/{quote(image, errors='replace')}/json{query}"
 
 
 def find_brought(container: Json, ask: Ask) -> Json | None:
     """Return the image of a container, a row of a list or inspected, None if it is gone."""
     # Invariant: its own platform's, as each of an image with several has labels of its own.
-    platform = (container.get("ImageManifestDescriptor") or {}).get("platform") or {}
+    platform = container.get("ImageManifestDescriptor", {}).get("platform", {})
     return ask(image_path(container.get("ImageID") or container["Image"], platform))
 
 
@@ -2861,6 +2861,7 @@ OBJECT["Volumes"] = [{"Name": str, "Labels": TEXTS}]
 OBJECT.update(Actor={"ID": str, "Attributes": TEXTS}, errorDetail={"message": str})
 OBJECT["NetworkSettings"] = {"Networks": {"*": {"NetworkID": str}}}
 OBJECT.update(IPAM={"Config": [{"Subnet": str}]}, Ports=[{}])
+OBJECT["ImageManifestDescriptor"] = {"platform": {}}
 # In a list of containers their state is a word.
 OBJECTS = [{**OBJECT, "State": str, "Status": str, "Size": int, "Created": int}]
 

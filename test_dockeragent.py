@@ -3906,6 +3906,7 @@ INSPECTED = {
     "Config": {**OF_IMAGE, "Labels": LABELS, "Image": "a", "StopTimeout": 1, "StopSignal": "KILL"},
     "HostConfig": {"AutoRemove": False, "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0}},
     "State": {"Running": True, "Status": "running", "StartedAt": "2026", "Health": {"Status": ""}},
+    "ImageManifestDescriptor": {"platform": {"architecture": "386"}},
     **USED,
 }
 LISTED = {"Id": "c1", "Names": ["/web"], "Image": "a", "ImageID": "sha256:1", "Labels": LABELS}
@@ -3950,6 +3951,8 @@ def test_value_of_another_type_is_no_bug_of_the_agent(fake_engine, tmp_path):
     kinds = ("containers/web", "containers", "images", "networks", "volumes")
     asked: list[Any] = [("GET", f"/api/v1/{kind}", None) for kind in kinds]
     asked += [("GET", "/metrics", None), ("POST", "/api/v1/containers", SHAPED_BODY)]
+    joined = {"image": "a", "name": "web", "network_mode": "container:web"}
+    asked += [("POST", "/api/v1/containers", joined)]
     asked += [("POST", "/api/v1/containers/web/start", None)]
     asked += [("POST", "/api/v1/images/prune", {"keep": 0, "dry_run": True})]
     sound = {name: http_answer(value) for name, value in SHAPED.items()}
@@ -11667,7 +11670,7 @@ def test_write_does_not_wait_for_reads_that_the_engine_fails(engine, site, tmp_p
 # --------------------------------------------------------------------------------------------------
 
 README = HERE / "README.md"
-LINES = 5_964
+LINES = 5_965
 BASE_IMAGE = os.environ.get("DOCKERAGENT_BASE_IMAGE", "")
 
 
