@@ -4458,10 +4458,12 @@ class Deployment:
     def inspect(self, container: str) -> Json:
         return self.engine.json("GET", container_path(container, "json"))
 
-    def find(self, container: str) -> Found:
-        """Return a container by its id or name."""
+    def find(self, container: str, image: Json | None = None) -> Found:
+        """Return a container by its id or name. image: one that is at hand, as inspected."""
         inspected = self.inspect(container)
-        image = find_brought(inspected, self.engine.ask) or {}
+        has_several = "ImageManifestDescriptor" in inspected  # then its platform's is asked for
+        if has_several or not image or image.get("Id") != inspected["Image"]:
+            image = find_brought(inspected, self.engine.ask) or {}
         labels = config_of(inspected, "Labels")
         own = {name: text for name, text in labels.items() if name.startswith(OWN_LABELS)}
         # Invariant: no image passes for a deploy: a foreign container has just its image's labels.
@@ -4663,7 +4665,7 @@ class Deployment:
         body = request.body
         Deployment(self.engine, self.name, self.stopping).recover()
         image = self.get_image(body, auth, request.interrupts._replace(client=None))
-        old = self.find_old(adopt=request.query.get("adopt", False))
+        old = self.find_old(image, adopt=request.query.get("adopt", False))
         spec = {field: value for field, value in body.items() if field not in ("deploy", "pull")}
         digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()
         if old and (old.journal.spec, old.container["Image"]) == (digest, image["Id"]):
@@ -4695,11 +4697,11 @@ class Deployment:
                     self.told.put((kind, data))
         return self.engine.json("GET", f"/images/{quote(name)}/json")
 
-    def find_old(self, *, adopt: bool) -> Found | None:
+    def find_old(self, image: Json, *, adopt: bool) -> Found | None:
         """Return the container that has the name. Raises ApiError (409) if it must stay."""
         old, ids = None, self.look()  # not by its name, which may begin the ids of others
         with tolerate(404):  # it is just being created, or removed
-            old = self.find(ids[""]) if "" in ids else None
+            old = self.find(ids[""], image) if "" in ids else None
         if not old:
             return None
         if old.id == own_container():
@@ -4733,7 +4735,7 @@ class Deployment:
         try:
             made = send_create(self.engine, key, query, container)
             connect_networks(self.engine, made["Id"], body)
-            new = self.find(made["Id"])
+            new = self.find(made["Id"], image)
             if new.journal != journal:
                 raise ApiError(409, f"the image must not carry labels that begin with {OWN_LABELS}")
             if self.stopping.is_set():
