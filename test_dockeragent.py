@@ -6915,53 +6915,46 @@ def test_folder_that_is_put_in_a_files_place_meanwhile_is_409(tree):
     assert [*folder.glob(".dockeragent-*")] == [] and (folder / "taken/inside").is_dir()
 
 
-@LONG_WAITS.append
-def frozen_filesystem_holds_up_requests_to_itself_alone(folder, _):
+@pytest.mark.parametrize("one_mode", [errno.EPERM], ids=["frozen"], indirect=True)
+def test_frozen_filesystem_holds_up_requests_to_itself_alone(tree_agent, tree, one_mode):
     """It takes the agent's 30 s: the first write hangs, the others are refused."""
-    (folder / "host/app").mkdir(parents=True)
-    env = {"HOST_ROOT": str(folder / "host"), "DOCKER_HOST": f"unix://{folder}/none"}
-    with fuse(folder / "host/fat", errno.EPERM) as one_mode, Agent(**env) as agent:
-        tree_agent = (agent, folder)
-        assert write(tree_agent, "/fat/f", "old").status == 201
-        statuses: dict[str, int] = {}
+    assert write(tree_agent, "/fat/f", "old").status == 201
+    statuses: dict[str, int] = {}
 
-        def send(method: str, path: str, **body: Any) -> None:
-            target = "/api/v1/files" if body else file_url(path)
-            reply = agent.request(method, target, {"path": path, **body} if body else None)
-            statuses[f"{method} {path} {body}"] = reply.status
+    def send(method: str, path: str, **body: Any) -> None:
+        target = "/api/v1/files" if body else file_url(path)
+        reply = tree_agent[0].request(method, target, {"path": path, **body} if body else None)
+        statuses[f"{method} {path} {body}"] = reply.status
 
-        def start(method: str, path: str, **body: Any) -> threading.Thread:
-            thread = threading.Thread(target=send, args=(method, path), kwargs=body)
-            thread.start()
-            return thread
+    def start(method: str, path: str, **body: Any) -> threading.Thread:
+        thread = threading.Thread(target=send, args=(method, path), kwargs=body)
+        thread.start()
+        return thread
 
-        one_mode.frozen = True
-        first = start("POST", "/fat/first", content="x")
-        until(lambda: one_mode.waiting, "the first write to hang")
-        before, large = memory(agent, "VmRSS"), "x" * 9 * MIB
-        others = [
-            start("POST", "/fat/second", content=large),
-            start("POST", "/fat/f", content=large),
-        ]
-        others += [start("POST", "/fat/f", content=large, atomic=False), start("DELETE", "/fat/f")]
-        others += [start("POST", "/fat/d/e/f", content=large)]
-        try:
-            for turn in range(50):
-                assert write(tree_agent, f"/app/{turn % 5}", str(turn)).status == 201
-                assert write(tree_agent, "/app/old", str(turn), atomic=False).status == 201
-            assert agent.get(file_url("/fat/f")).body == b"old"
-            # What waits is held once.
-            until(lambda: memory(agent, "VmRSS") - before < 4 * 14 * MIB, "little memory")
-            assert not statuses
-            for thread in others:
-                thread.join()
-            assert sorted(statuses.values()) == [503] * 5
-        finally:
-            one_mode.thaw()
-        first.join()
-        assert sorted(statuses.values()) == [201] + [503] * 5
-        assert one_mode.files() == {b"f": b"old", b"first": b"x"}
-        assert write(tree_agent, "/fat/f", "new").status == 201
+    one_mode.frozen = True
+    first = start("POST", "/fat/first", content="x")
+    until(lambda: one_mode.waiting, "the first write to hang")
+    before, large = memory(tree_agent[0], "VmRSS"), "x" * 9 * MIB
+    others = [start("POST", "/fat/second", content=large), start("POST", "/fat/f", content=large)]
+    others += [start("POST", "/fat/f", content=large, atomic=False), start("DELETE", "/fat/f")]
+    others += [start("POST", "/fat/d/e/f", content=large)]
+    try:
+        for turn in range(50):
+            assert write(tree_agent, f"/app/{turn % 5}", str(turn)).status == 201
+            assert write(tree_agent, "/app/old", str(turn), atomic=False).status == 201
+        assert tree_agent[0].get(file_url("/fat/f")).body == b"old"
+        # What waits is held once.
+        until(lambda: memory(tree_agent[0], "VmRSS") - before < 4 * 14 * MIB, "little memory")
+        assert not statuses
+        for thread in others:
+            thread.join()
+        assert sorted(statuses.values()) == [503] * 5
+    finally:
+        one_mode.thaw()
+    first.join()
+    assert sorted(statuses.values()) == [201] + [503] * 5
+    assert one_mode.files() == {b"f": b"old", b"first": b"x"}
+    assert write(tree_agent, "/fat/f", "new").status == 201
 
 
 @pytest.mark.parametrize("turns", [3])
